@@ -1,0 +1,50 @@
+# `make test` and `make demo` set up everything they need in .venv (or in VENV=…) on their first call.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+CORE_SOURCES := $(shell find csrc -name '*.[ch]pp') csrc/CMakeLists.txt setup.py
+# The extension's build and the launchers must find this environment's cmake and ninja, not the system's.
+export PATH := $(abspath $(BIN)):$(PATH)
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
+
+.PHONY: setup test slow lint asan bench demo clean
+
+setup: $(VENV)/.core
+
+$(VENV)/.packages: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 cmake ninja
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,mpi]'
+	touch $@
+
+$(VENV)/.core: $(VENV)/.packages $(CORE_SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The C++ test program and the tests of the data rooms under the address and undefined-behaviour sanitizers.
+asan: setup
+	cmake -S csrc -B build/asan-core -G Ninja -DXLM_DS_EXTENSION=OFF -DXLM_DS_TESTS=ON -DXLM_DS_SANITIZE=ON -DXLM_DS_WERROR=ON
+	cmake --build build/asan-core
+	build/asan-core/core_tests
+	XLM_DS_CMAKE_ARGS=-DXLM_DS_SANITIZE=ON $(BIN)/python setup.py -q build --build-base build/asan-python --build-lib build/asan
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider $(ASAN_TESTS)
+ASAN_TESTS := tests/test_binarize.py tests/test_dataset.py tests/test_order.py tests/test_batches.py tests/test_bpe.py
+
+bench: setup
+	$(BIN)/python benchmarks/binarize.py
+
+clean:
+	rm -rf build .venv *.egg-info xlm_ds/*.so demo

@@ -1,0 +1,86 @@
+"""Flags, TOML and defaults agree; what is wrong is said in one sentence with the nearest right thing."""
+
+from pathlib import Path
+
+import pytest
+
+from xlm_ds.config import (
+    TRAIN_ANSWERED,
+    BinarizeConfig,
+    TrainConfig,
+    from_dict,
+    parse,
+    to_dict,
+    to_toml,
+)
+from xlm_ds.log import InputError
+
+RECIPE = ["--task", "cross_lingual_lm", "OUT", "--save-dir", "checkpoints/mlm", "--max-update", "2400000", "--save-interval", "1", "--no-epoch-checkpoints", "--arch", "xlm_base", "--optimizer", "adam", "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", "0.5", "--lr", "0.0001", "--stop-min-lr", "1e-09", "--dropout", "0.1", "--criterion", "legacy_masked_lm_loss", "--max-tokens", "2048", "--tokens-per-sample", "256", "--attention-dropout", "0.1", "--dataset-impl", "lazy", "--seed", "0", "--masked-lm-only", "--monolingual-langs", "ar,de,en,hi,fr", "--num-segment", "5", "--ddp-backend=legacy_ddp"]
+
+
+def test_the_recipe_as_printed_is_understood() -> None:
+    config = parse(TrainConfig, RECIPE, answered=TRAIN_ANSWERED)
+    assert config.data.monolingual_langs == ("ar", "de", "en", "hi", "fr")
+    assert config.optimization.lr == 1e-4
+    assert config.optimization.stop_min_lr == 1e-9
+    assert config.run.no_epoch_checkpoints is True
+    assert config.model.num_segment == 5
+
+
+def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        parse(TrainConfig, RECIPE, answered=TRAIN_ANSWERED)
+    assert sum("--ddp-backend" in message for message in caplog.messages) == 1
+    assert sum("--dataset-impl" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["OUT", "--max-updates", "3"], "did you mean --max-update?"),
+        (["OUT", "--lr", "fast"], "'fast' is not a number"),
+        (["OUT", "--task", "language_modeling"], "there is cross_lingual_lm"),
+        (["OUT", "--lr-scheduler", "inverse_sqr"], "did you mean inverse_sqrt?"),
+        (["OUT", "--max-tokens", "0"], "must be at least 1"),
+        (["OUT", "stray"], "unexpected argument 'stray'"),
+        ([], "DATA is missing"),
+    ],
+)
+def test_wrong_flags_get_one_sentence(argv: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=r"^[^\n]*$") as caught:
+        parse(TrainConfig, argv)
+    assert expected in str(caught.value)
+
+
+def test_a_missing_flag_is_named() -> None:
+    with pytest.raises(InputError, match="--destdir is missing"):
+        parse(BinarizeConfig, [])
+
+
+def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    config = parse(TrainConfig, ["OUT", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4"])
+    (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8")
+    assert parse(TrainConfig, ["--config", str(tmp_path / "run.toml")]) == config
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("data = 'OUT'\nlr = 1\nmax-tokens = 512\n", encoding="utf-8")
+    config = parse(TrainConfig, ["--config", str(tmp_path / "run.toml"), "--max-tokens", "1024"])
+    assert (config.optimization.lr, config.optimization.max_tokens) == (1.0, 1024)
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        ("lrr = 1", "did you mean lr?"),
+        ("lr = 'x'", "is not a number"),
+        ("lr = [", "not a TOML file"),
+    ],
+)
+def test_wrong_toml_gets_one_sentence(tmp_path: Path, toml: str, expected: str) -> None:
+    (tmp_path / "run.toml").write_text(toml, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        parse(TrainConfig, ["OUT", "--config", str(tmp_path / "run.toml")])
+    assert expected in str(caught.value)
+    assert "run.toml" in str(caught.value)

@@ -1,0 +1,33 @@
+"""`xlm-ds STAGE …`: finds the stage's module and hands it the rest of the command line."""
+
+import importlib
+import sys
+
+from xlm_ds import __version__
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, run_stage
+
+STAGES = {
+    "prepare": "raw text -> tokenised and BPE'd splits, codes, vocabulary",
+    "binarize": "splits -> .bin/.idx pairs and dict.txt",
+    "train": "binarized data -> checkpoints",
+    "evaluate": "a checkpoint -> perplexity and accuracy per language",
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return EXIT_OK
+    if sys.argv[1] == "--version":
+        sys.stdout.write(f"xlm_ds {__version__}\n")
+        return EXIT_OK
+    stage = sys.argv.pop(1)
+    if stage not in STAGES:
+        sys.stderr.write(f"xlm-ds: error: unknown stage {stage}; there are {', '.join(STAGES)}\n")
+        return EXIT_BAD_INPUT
+    return run_stage(stage, importlib.import_module(f"xlm_ds.{stage}").main)
+
+
+def _usage() -> str:
+    lines = [f"  {stage:10} {what}" for stage, what in STAGES.items()]
+    return "\n".join(["usage: xlm-ds STAGE … (xlm-ds STAGE --help for its flags)", *lines, ""])

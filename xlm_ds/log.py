@@ -1,0 +1,77 @@
+"""How a run speaks and how it ends: text lines, one-sentence errors, exit codes.
+
+A stage's `main(argv)` is wrapped once:
+
+    if __name__ == "__main__":
+        sys.exit(run_stage("binarize", main))
+
+Library code raises `InputError`; only `run_stage` turns it into a sentence on stderr and exit code 2.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from xlm_ds._core import InputError
+
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_INTERRUPTED",
+    "EXIT_OK",
+    "InputError",
+    "add_log_file",
+    "logger",
+    "run_stage",
+]
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+logger = logging.getLogger("xlm_ds")
+
+# fairseq's layout, so that scripts that read its logs read ours (spec: fairseq_cli/preprocess.py).
+_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
+_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+def run_stage(stage: str, main: Callable[[Sequence[str]], int]) -> int:
+    """Runs `main(sys.argv[1:])` and returns the exit code: 2 and one sentence for bad input, 130 when interrupted.
+
+    Anything else that is raised is a fault of ours and keeps its traceback (exit code 1).
+    """
+    _log_to_stdout()
+    try:
+        return main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"{stage}: error: {_sentence(error)}\n")
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.stderr.write(f"{stage}: interrupted\n")
+        return EXIT_INTERRUPTED
+
+
+def add_log_file(path: Path) -> None:
+    """Appends everything logged from now on to `path` too; its folder must exist."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+    logger.addHandler(handler)
+
+
+def _log_to_stdout() -> None:
+    """One text logger; ranks other than 0 speak only when something is wrong."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
