@@ -1,21 +1,21 @@
 """Flags, TOML and defaults agree; what is wrong is said in one sentence with the nearest right thing."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from xlm_ds.config import (
-    TRAIN_ANSWERED,
-    BinarizeConfig,
-    TrainConfig,
-    from_dict,
-    parse,
-    to_dict,
-    to_toml,
-)
+from xlm_ds.config import TRAIN_ANSWERED, BinarizeConfig, TrainConfig
+from xlm_ds.flags import from_dict, parse, to_dict, to_toml
 from xlm_ds.log import InputError
 
-RECIPE = ["--task", "cross_lingual_lm", "OUT", "--save-dir", "checkpoints/mlm", "--max-update", "2400000", "--save-interval", "1", "--no-epoch-checkpoints", "--arch", "xlm_base", "--optimizer", "adam", "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", "0.5", "--lr", "0.0001", "--stop-min-lr", "1e-09", "--dropout", "0.1", "--criterion", "legacy_masked_lm_loss", "--max-tokens", "2048", "--tokens-per-sample", "256", "--attention-dropout", "0.1", "--dataset-impl", "lazy", "--seed", "0", "--masked-lm-only", "--monolingual-langs", "ar,de,en,hi,fr", "--num-segment", "5", "--ddp-backend=legacy_ddp"]
+RECIPE = shlex.split("""
+    --task cross_lingual_lm OUT --save-dir checkpoints/mlm --max-update 2400000 --save-interval 1
+    --no-epoch-checkpoints --arch xlm_base --optimizer adam --lr-scheduler reduce_lr_on_plateau
+    --lr-shrink 0.5 --lr 0.0001 --stop-min-lr 1e-09 --dropout 0.1 --criterion legacy_masked_lm_loss
+    --max-tokens 2048 --tokens-per-sample 256 --attention-dropout 0.1 --dataset-impl lazy --seed 0
+    --masked-lm-only --monolingual-langs 'ar,de,en,hi,fr' --num-segment 5 --ddp-backend=legacy_ddp
+""")
 
 
 def test_the_recipe_as_printed_is_understood() -> None:
@@ -38,10 +38,11 @@ def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixtur
     ("argv", "expected"),
     [
         (["OUT", "--max-updates", "3"], "did you mean --max-update?"),
-        (["OUT", "--lr", "fast"], "'fast' is not a number"),
+        (["OUT", "--lr", "fast"], "--lr fast: not a number"),
         (["OUT", "--task", "language_modeling"], "there is cross_lingual_lm"),
         (["OUT", "--lr-scheduler", "inverse_sqr"], "did you mean inverse_sqrt?"),
         (["OUT", "--max-tokens", "0"], "must be at least 1"),
+        (["OUT", "--adam-betas", "0.9"], "must be 2 values"),
         (["OUT", "stray"], "unexpected argument 'stray'"),
         ([], "DATA is missing"),
     ],
@@ -74,7 +75,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("toml", "expected"),
     [
         ("lrr = 1", "did you mean lr?"),
-        ("lr = 'x'", "is not a number"),
+        ("lr = 'x'", "not a number"),
         ("lr = [", "not a TOML file"),
     ],
 )

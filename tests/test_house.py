@@ -13,6 +13,7 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
+    {"flags"},
     {"config", "dictionary"},
     {"prepare", "binarize", "shards"},
     {"dataset"},
@@ -27,7 +28,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_TORCH = [room for level in FLOORS[:5] for room in level]
+WITHOUT_TORCH = [room for level in FLOORS[:6] for room in level]
 ROOMS = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
 

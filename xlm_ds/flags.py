@@ -1,0 +1,285 @@
+"""Flags and TOML keys generated from frozen dataclasses of knobs (config.py).
+
+A value comes from its flag, else from the TOML file given with --config, else from the default. Whatever does not fit
+raises InputError with the nearest right name or value.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from xlm_ds.log import InputError, logger
+
+Config = TypeVar("Config")
+
+
+def knob(
+    help: str,
+    *,
+    default: Any = MISSING,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    positional: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that is also a flag; without a default it must be given."""
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "positional": positional,
+        "aliases": aliases,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Answered(NamedTuple):
+    """A flag of the recipe that no longer decides anything: accepted, and answered with one line."""
+
+    flag: str
+    takes_value: bool
+    answer: str
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    *,
+    answered: tuple[Answered, ...] = (),
+    description: str = "",
+) -> Config:
+    """`config_class` filled from `argv`, a TOML file named by --config, and the defaults, in this order."""
+    parser = _Parser(
+        prog=config_class.__name__.removesuffix("Config").lower(), description=description
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="values for flags not given"
+    )
+    knobs = {k.name: k for k in _knobs(config_class)}
+    for item in knobs.values():
+        _add_flag(parser, item)
+    for entry in answered:
+        action: dict[str, Any] = {} if entry.takes_value else {"action": "store_true"}
+        parser.add_argument(entry.flag, help=argparse.SUPPRESS, **action)
+    given = vars(parser.parse_args(argv))
+    toml = given.pop("config", None)
+    for entry in answered:
+        if given.pop(entry.flag.lstrip("-").replace("-", "_"), None) is not None and entry.answer:
+            logger.info(entry.answer)
+    flags = {name: _from_text(text, knobs[name]) for name, text in given.items()}
+    return _build(config_class, {**(_read_toml(knobs, toml) if toml else {}), **flags})
+
+
+def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`."""
+    knobs = {k.name: k for k in _knobs(config_class)}
+    return _build(config_class, _converted(knobs, values, where=""))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON/TOML values, in sections as the dataclasses are nested; what is None is left out."""
+    result: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            result[item.name] = to_dict(value)
+        elif value is not None:
+            result[item.name] = str(value) if isinstance(value, Path) else value
+    return result
+
+
+def to_toml(config: Any) -> str:
+    """The resolved configuration as a TOML file that --config reads back."""
+    sections = to_dict(config)
+    scalars = {k: v for k, v in sections.items() if not isinstance(v, dict)}
+    blocks = [_toml_lines(scalars)] if scalars else []
+    blocks += [f"[{k}]\n{_toml_lines(v)}" for k, v in sections.items() if isinstance(v, dict)]
+    return "\n".join(blocks)
+
+
+def _toml_lines(values: Mapping[str, Any]) -> str:
+    # JSON's strings, numbers, booleans and arrays are TOML's too.
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
+
+
+class _Knob(NamedTuple):
+    """A field of a config class that is a flag: its type without `| None`, and what knob() was told."""
+
+    name: str
+    kind: Any
+    meta: Mapping[str, Any]
+    default: Any
+
+    @property
+    def shown(self) -> str:
+        """How the user types it."""
+        return self.name.upper() if self.meta["positional"] else "--" + self.name.replace("_", "-")
+
+
+def _sections(config_class: type[Any]) -> dict[str, type[Any]]:
+    hints = typing.get_type_hints(config_class)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def _own_knobs(config_class: type[Any]) -> Iterator[_Knob]:
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        kind = hints[item.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(a for a in typing.get_args(kind) if a is not types.NoneType)
+        if not dataclasses.is_dataclass(kind):
+            yield _Knob(item.name, kind, item.metadata, item.default)
+
+
+def _knobs(config_class: type[Any]) -> Iterator[_Knob]:
+    """The fields that are flags, those of the sections first."""
+    for section in _sections(config_class).values():
+        yield from _knobs(section)
+    yield from _own_knobs(config_class)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises InputError, with the nearest right flag, instead of printing its usage."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, extra = self.parse_known_args(args, namespace)
+        if extra:
+            flag = extra[0].split("=")[0]
+            if not flag.startswith("-"):
+                raise InputError(f"unexpected argument {flag!r}; is a flag missing before it?")
+            known = [s for action in self._actions for s in action.option_strings]
+            raise InputError(_unknown(flag, known, "flag"))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def _unknown(name: str, known: Sequence[str], what: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see --help for those there are"
+    return f"unknown {what} {name}; {hint}"
+
+
+def _add_flag(parser: argparse.ArgumentParser, item: _Knob) -> None:
+    """Values stay text here (see _from_text), so that argparse's own messages never show."""
+    help_text = item.meta["help"]
+    if item.default not in (MISSING, None, (), False) and "(default" not in help_text:
+        help_text += f" (default: {_shown(item.default)})"
+    help_text = help_text.replace("%", "%%")
+    if item.meta["positional"]:
+        parser.add_argument(item.name, nargs="?", help=help_text, metavar=item.name.upper())
+        return
+    # The recipe's flags have hyphens, DeepSpeed's (--deepspeed_config, --local_rank) underscores: both are taken.
+    flags = list(dict.fromkeys([item.shown, f"--{item.name}", *item.meta["aliases"]]))
+    if item.kind is bool:
+        parser.add_argument(
+            *flags, dest=item.name, action="store_const", const="true", help=help_text
+        )
+    else:
+        choices = item.meta["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else "X"
+        parser.add_argument(*flags, dest=item.name, help=help_text, metavar=metavar)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _from_text(text: str, item: _Knob) -> Any:
+    try:
+        if item.kind is bool:
+            return text == "true"
+        if typing.get_origin(item.kind) is tuple:
+            parts = [part.strip() for part in text.strip("()[] ").split(",")]
+            element = typing.get_args(item.kind)[0]
+            return tuple(element(part) for part in parts if part)
+        return item.kind(text)
+    except ValueError as error:
+        raise InputError(f"{item.shown} {text}: not {_kind_name(item.kind)}") from error
+
+
+def _from_plain(value: Any, kind: Any, where: str) -> Any:
+    """A TOML or JSON value as the knob's type."""
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_from_plain(v, typing.get_args(kind)[0], where) for v in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise InputError(f"{where} = {value!r}: not {_kind_name(kind)}")
+
+
+def _kind_name(kind: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        Path: "a path",
+    }
+    return names.get(kind, "a list as a,b,c")
+
+
+def _read_toml(knobs: Mapping[str, _Knob], path: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from error
+    return _converted(knobs, content, where=f"{path}: ")
+
+
+def _converted(
+    knobs: Mapping[str, _Knob], content: Mapping[str, Any], *, where: str
+) -> dict[str, Any]:
+    """Values of the knobs' types, sections opened."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(value if isinstance(value, Mapping) else {key: value})
+    result = {}
+    for key, value in flat.items():
+        name = key.replace("-", "_")
+        if name not in knobs:
+            raise InputError(where + _unknown(name, list(knobs), "key"))
+        result[name] = _from_plain(value, knobs[name].kind, where + name)
+    return result
+
+
+def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    sections = _sections(config_class).items()
+    arguments = {name: _build(section, values) for name, section in sections}
+    for item in _own_knobs(config_class):
+        if item.name in values:
+            _check(item, values[item.name])
+            arguments[item.name] = values[item.name]
+        elif item.default is MISSING:
+            raise InputError(f"{item.shown} is missing: {item.meta['help']}")
+    return config_class(**arguments)
+
+
+def _check(item: _Knob, value: Any) -> None:
+    choices, minimum = item.meta["choices"], item.meta["minimum"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"{item.shown} {value} is not supported; there is {', '.join(choices)}{hint}"
+        )
+    if minimum is not None and not value >= minimum:
+        raise InputError(f"{item.shown} {value}: must be at least {minimum:g}")
+    pair = typing.get_args(item.kind)
+    if pair and pair[-1] is not Ellipsis and len(value) != len(pair):
+        raise InputError(f"{item.shown} {_shown(value)}: must be {len(pair)} values")
