@@ -5,12 +5,16 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
+#include <optional>
 #include <system_error>
 
+#include "xlm_ds/bpe.hpp"
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/index_format.hpp"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -30,4 +34,14 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "the C++ core of xlm_ds; its contract is _core.pyi";
   py::register_exception<xlm_ds::InputError>(m, "InputError", PyExc_ValueError);
   py::register_exception_translator(&translate_system_error);
+
+  using Unlock = py::call_guard<py::gil_scoped_release>;
+
+  // bpe
+  py::class_<xlm_ds::Bpe>(m, "Bpe")
+      .def(py::init<const std::filesystem::path&, const std::optional<std::filesystem::path>&>(), "codes_path"_a,
+           "vocab_path"_a = py::none(), Unlock())
+      .def("apply_line", [](const xlm_ds::Bpe& bpe, const py::bytes& line) { return py::bytes(bpe.apply(line)); }, "line"_a)
+      .def("apply_file", &xlm_ds::Bpe::apply_file, "input_path"_a, "output_path"_a, "threads"_a = 1, Unlock());
+  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, Unlock());
 }
