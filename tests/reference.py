@@ -2,6 +2,11 @@
 
 import itertools
 import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+Text = TypeVar("Text", bytes, str)
 
 # ------------------------------------------------------------------------------------------- bpe
 
@@ -14,7 +19,7 @@ def bpe_split(
     pieces = re.findall(rb"(?s)(?:^[\x80-\xbf]|[^\x80-\xbf])[\x80-\xbf]*", word)
     pieces[-1] += b"</w>"
     while ranked := [ranks[pair] for pair in itertools.pairwise(pieces) if pair in ranks]:
-        pieces = _merge_everywhere(pieces, codes[min(ranked)])
+        pieces = _merge_everywhere(pieces, codes[min(ranked)], b"")
     if vocabulary:
         parts = {left + right: (left, right) for left, right in codes}
         *inside, last = pieces
@@ -23,12 +28,12 @@ def bpe_split(
     return b"@@ ".join(pieces).removesuffix(b"</w>")
 
 
-def _merge_everywhere(pieces: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    merged: list[bytes] = []
+def _merge_everywhere(pieces: Sequence[Text], pair: tuple[Text, Text], empty: Text) -> list[Text]:
+    merged: list[Text] = []
     at = 0
     while at < len(pieces):
         width = 2 if tuple(pieces[at : at + 2]) == pair else 1
-        merged.append(b"".join(pieces[at : at + width]))
+        merged.append(empty.join(pieces[at : at + width]))
         at += width
     return merged
 
@@ -51,3 +56,25 @@ def bpe_apply(
 ) -> bytes:
     """fastBPE applybpe on a text: words end at 0x20 and 0x0A, which are copied."""
     return re.sub(rb"[^ \n]+", lambda word: bpe_split(word[0], codes, vocabulary), text)
+
+
+def bpe_replay(words: dict[str, int], merges: list[tuple[str, str]]) -> list[tuple[int, int, int]]:
+    """What learning looks like when it is done by counting everything again before each of the merges.
+
+    `words`: word -> count. For each merge: how often its pair is there, how often the most frequent pair is there, how
+    often the merge is applied.
+    """
+    split = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    history = []
+    for pair in merges:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, symbols in split.items():
+            for neighbours in itertools.pairwise(symbols):
+                pairs[neighbours] += words[word]
+        applied = 0
+        for word, symbols in split.items():
+            merged = _merge_everywhere(symbols, pair, "")
+            applied += words[word] * (len(symbols) - len(merged))
+            split[word] = tuple(merged)
+        history.append((pairs[pair], max(pairs.values(), default=0), applied))
+    return history

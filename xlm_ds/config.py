@@ -11,6 +11,75 @@ from pathlib import Path
 
 from xlm_ds.flags import Answered, knob
 
+# --------------------------------------------------------------------------------------- prepare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareConfig:
+    """Raw text to tokenised and BPE'd splits, codes and vocabulary."""
+
+    langs: tuple[str, ...] = knob("languages, as ar,de,en")
+    destdir: Path = knob("folder for {train,valid,test}.LANG, codes, vocab_mlm and prepare.json")
+    input: str | None = knob(
+        "raw text to be split, one file per language: raw/{lang}.txt, or a prefix P for P.LANG",
+        default=None,
+    )
+    trainpref: str | None = knob("raw text that is split already: PREF.LANG", default=None)
+    validpref: str | None = knob("raw validation text is PREF.LANG", default=None)
+    testpref: str | None = knob("raw test text is PREF.LANG", default=None)
+    split_by: str = knob(
+        "what goes to one split as a whole: a line, or a document (documents end at blank lines)",
+        default="line",
+        choices=("line", "document"),
+    )
+    valid_lines: int | None = knob(
+        "lines per language held out for validation (default: 5000, at most a twentieth)",
+        default=None,
+        minimum=1,
+    )
+    test_lines: int | None = knob(
+        "lines per language held out for testing (default: 5000, at most a twentieth)",
+        default=None,
+        minimum=1,
+    )
+    duplicates: str = knob(
+        "a line that is also in a later split of train, valid, test: remove or keep it",
+        default="remove",
+        choices=("remove", "keep"),
+    )
+    seed: int = knob("decides the split and the sample that codes are learnt on", default=0)
+    tokenizer: str = knob(
+        "moses (sacremoses, with XLM's normalisation), or none for text that is tokenised already",
+        default="moses",
+        choices=("moses", "none"),
+    )
+    lowercase: bool = knob("lower-case the text, as XLM did for its XNLI models", default=False)
+    remove_accents: bool = knob(
+        "drop combining marks, as XLM did for its XNLI models; damages Hindi and Korean, among others",
+        default=False,
+    )
+    bpe_codes: int = knob("merges to learn (XLM: 80000 for 15 languages)", default=80000, minimum=1)
+    bpe_alpha: float = knob(
+        "codes are learnt on languages in shares p ∝ n^ALPHA, n their bytes of training text",
+        default=0.5,
+        minimum=0,
+    )
+    bpe_sample_bytes: int = knob(
+        "text that codes are learnt on, all languages together", default=1_000_000_000, minimum=1
+    )
+    codes: Path | None = knob("published codes to use instead of learning them", default=None)
+    vocab: Path | None = knob(
+        "published vocabulary that goes with --codes; becomes vocab_mlm", default=None
+    )
+    workers: int = knob(
+        "processes; nothing written depends on it (default: all cores)", default=0, minimum=0
+    )
+    overwrite: bool = knob(
+        "redo what other settings or inputs than last time change, instead of refusing",
+        default=False,
+    )
+
+
 # --------------------------------------------------------------------------------------- binarize
 
 

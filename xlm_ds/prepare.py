@@ -1,0 +1,811 @@
+"""Raw text -> D/{train,valid,test}.LANG (tokenised, BPE'd), D/codes, D/vocab_mlm.
+
+    python -m xlm_ds.prepare --input raw/{lang}.txt --langs ar,de,en --destdir D --bpe-codes 12000
+    python -m xlm_ds.binarize --langs ar,de,en --srcdict D/vocab_mlm --only-source \
+        --trainpref D/train --validpref D/valid --testpref D/test --destdir OUT
+
+The text before BPE stays in D/tokenised. D/prepare.json says what everything was made from and counts the lines: of
+`lines` read, `kept` are written, `blank` had no text, `duplicate` were also in another split. The same command run
+again goes on where it was stopped; nothing has a final name before it is complete.
+"""
+
+import array
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import heapq
+import importlib.metadata
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from xlm_ds import _core
+from xlm_ds.config import PrepareConfig
+from xlm_ds.flags import parse
+from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
+
+# Valid is made after test and train after both, as each leaves out the lines of those before it.
+SPLITS = ("test", "valid", "train")
+RECORD = "prepare.json"
+RECORD_FORMAT = 1
+TOKENISED = "tokenised"
+
+HELD_OUT_LINES = 5000  # per split and language: get-data-wiki.sh of XLM
+HELD_OUT_SHARE = 20  # of a small corpus, at most one line in this many
+CHUNK_CHARACTERS = 1 << 17  # of text that a process tokenises at a time
+CHUNKS_AHEAD = 4  # per process: read but not yet written, so that memory is bounded
+
+# XLM ran a segmenter of its own for these (tokenize.sh); Moses does not split them into words.
+UNSEGMENTED = {"zh": "the Stanford segmenter", "ja": "KyTea", "th": "pythainlp"}
+
+WORD_END = "</w>"
+SPECIAL_SYMBOLS = frozenset({"<s>", "<pad>", "</s>", "<unk>", "<mask>"})  # of the dictionary
+
+# The last character of a word is told from the same one inside a word by moving it up four planes of Unicode; planes 4
+# to 7 are empty. tokenizers' own way (end_of_word_suffix) hands out the ids of last characters in the order of a hash
+# table that differs from run to run, and equal counts are decided by id: other codes every time (0.23.3, 2026-11).
+WORD_END_SHIFT = 0x40000
+_BEYOND_SHIFT = re.compile(f"[{chr(WORD_END_SHIFT)}-{chr(sys.maxunicode)}]")
+
+_BLANK_BUT_SPACE = re.compile(r"[^\S ]")
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        prepare(parse(PrepareConfig, argv, description=__doc__.partition("\n")[0]))
+    except KeyboardInterrupt:
+        logger.info("stopped; the same command goes on with what is missing")
+        raise
+    return EXIT_OK
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Makes what is missing in `config.destdir`.
+
+    Raises InputError for bad text, flags that do not go together, or a folder that holds other things.
+    """
+    sources = _sources(config)
+    (config.destdir / TOKENISED).mkdir(parents=True, exist_ok=True)
+    with _alone_in(config.destdir):
+        record = _open_record(config, sources)
+        if record.has(*_names(sources)):
+            logger.info("%s: everything is there already; nothing to do", config.destdir)
+        else:
+            _make(record, sources, config)
+
+
+def _make(
+    record: "Record", sources: Mapping[str, Mapping[str, Path]], config: PrepareConfig
+) -> None:
+    workers = config.workers or len(os.sched_getaffinity(0))
+    with _workers(workers) as in_order:
+        for lang, splits in sources.items():
+            _tokenise_language(record, lang, splits, config, in_order)
+    _make_codes(record, config, list(sources))
+    _apply_codes(record, _texts(sources), config.vocab, workers)
+    _make_vocabulary(record, config.vocab, [f"train.{lang}" for lang in sources])
+    logger.info(
+        "%s is ready; binarize it with --srcdict %s", config.destdir, record.path("vocab_mlm")
+    )
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(
+            f"{folder}: another prepare is at work here; wait for it, or give another --destdir"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------- what is read
+
+
+def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
+    """The raw files of every language, by split; under `all` if there is one file that is to be split."""
+    prefs = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
+    given = {split: pref for split, pref in prefs.items() if pref is not None}
+    if (config.input is None) == (config.trainpref is None):
+        raise InputError(
+            "expected either --input (text to be split) or --trainpref, --validpref, --testpref"
+        )
+    if config.input is not None:
+        if given:
+            raise InputError(
+                f"--{next(iter(given))}pref does not go with --input; give one of them"
+            )
+        given = {"all": config.input}
+    elif config.valid_lines or config.test_lines or config.split_by != "line":
+        raise InputError("--split-by, --valid-lines and --test-lines go with --input only")
+    if config.vocab is not None and config.codes is None:
+        raise InputError(
+            "--vocab goes with --codes: a vocabulary fits the codes it was counted with"
+        )
+    languages = sorted(config.langs)
+    for lang, following in itertools.pairwise([*languages, ""]):
+        if lang == following or not re.fullmatch(r"[\w-]+", lang):
+            raise InputError(f"--langs: {lang!r} is there twice, or is no name of a language")
+    sources = {
+        lang: {split: _path(pref, lang) for split, pref in given.items()} for lang in languages
+    }
+    if not sources:
+        raise InputError("--langs is empty; expected languages, as ar,de,en")
+    for path in itertools.chain.from_iterable(splits.values() for splits in sources.values()):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; every language needs its raw text")
+    return sources
+
+
+def _path(pref: str, lang: str) -> Path:
+    return Path(pref.replace("{lang}", lang) if "{lang}" in pref else f"{pref}.{lang}")
+
+
+def _splits(sources: Mapping[str, Path]) -> list[str]:
+    """The splits that come of these sources, in the order in which they are made."""
+    return [split for split in SPLITS if split in sources or "all" in sources]
+
+
+def _read(path: Path) -> Iterator[list[str]]:
+    """The lines of a text, some at a time; they end at LF, CRLF or CR as everywhere in fairseq. Shows progress."""
+    size = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        io.TextIOWrapper(
+            file, encoding="utf-8-sig"
+        ) as text,  # its first word has no byte order mark
+        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        try:
+            while lines := text.readlines(CHUNK_CHARACTERS):
+                bar.update(file.tell() - bar.n)
+                yield lines
+        except UnicodeDecodeError as error:
+            raise InputError(_where_not_utf8(path)) from error
+
+
+def _where_not_utf8(path: Path) -> str:
+    lines, offset = 1, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                lines += len(_LINE_END.findall(line[: error.start]))
+                offset += error.start
+                found = f"byte 0x{line[error.start]:02x} at offset {offset}"
+                return f"{path}:{lines}: {found} is not UTF-8; convert the file (iconv -t UTF-8)"
+            lines += len(_LINE_END.findall(line))
+            offset += len(line)
+    raise AssertionError(f"{path} is UTF-8 after all")
+
+
+# --------------------------------------------------------------------------------------- splitting
+
+
+class HeldOut(NamedTuple):
+    """The units (lines or documents, numbered without blank lines) that do not go to train."""
+
+    valid: frozenset[int]
+    test: frozenset[int]
+
+    def split_of(self, unit: int) -> str:
+        return "test" if unit in self.test else "valid" if unit in self.valid else "train"
+
+
+def _units(chunks: Iterable[list[str]], split_by: str) -> Iterator[list[tuple[int, str]]]:
+    """Every line with the number of its line or document; a blank line has that of the text before it."""
+    unit, starts = -1, True
+    for lines in chunks:
+        numbered = []
+        for line in lines:
+            blank = not line or line.isspace()
+            unit += not blank and (starts or split_by == "line")
+            starts = blank
+            numbered.append((unit, line))
+        yield numbered
+
+
+def choose_held_out(
+    unit_lines: Sequence[int], valid_lines: int, test_lines: int, *, seed: str
+) -> HeldOut:
+    """Takes units in the order of a permutation until valid, and then test, has at least its number of lines.
+
+    `unit_lines`: lines of each unit. The permutation orders units by Python's random() after seeding with `seed`, a
+    sequence that the language promises never to change.
+    Raises InputError if nothing would be left for train.
+    """
+    generator = random.Random(seed)
+    keys = ((generator.random(), unit) for unit in range(len(unit_lines)))
+    order = iter(heapq.nsmallest(valid_lines + test_lines, keys))
+    valid, test = (_take(order, unit_lines, lines) for lines in (valid_lines, test_lines))
+    if len(valid) + len(test) >= len(unit_lines):
+        raise InputError(
+            f"{len(unit_lines)} lines or documents with text, {valid_lines} lines wanted for valid and "
+            f"{test_lines} for test: nothing is left for train; lower --valid-lines and --test-lines"
+        )
+    return HeldOut(valid, test)
+
+
+def _take(
+    order: Iterator[tuple[float, int]], unit_lines: Sequence[int], lines: int
+) -> frozenset[int]:
+    units: list[int] = []
+    while lines > 0 and (unit := next(order, None)) is not None:
+        units.append(unit[1])
+        lines -= unit_lines[unit[1]]
+    return frozenset(units)
+
+
+def _held_out(path: Path, lang: str, config: PrepareConfig) -> HeldOut:
+    unit_lines = array.array("I")  # 4 bytes per line of text is all that is held in memory
+    for numbered in _units(_read(path), config.split_by):
+        for unit, line in numbered:
+            if not line.isspace():
+                unit_lines.extend([0] * (unit + 1 - len(unit_lines)))
+                unit_lines[unit] += 1
+    default = min(HELD_OUT_LINES, max(1, sum(unit_lines) // HELD_OUT_SHARE))
+    valid, test = config.valid_lines or default, config.test_lines or default
+    try:
+        return choose_held_out(unit_lines, valid, test, seed=f"{config.seed} {lang}")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _lines_of(path: Path, split: str, held_out: HeldOut, split_by: str) -> Iterator[list[str]]:
+    for numbered in _units(_read(path), split_by):
+        yield [line for unit, line in numbered if held_out.split_of(unit) == split]
+
+
+# -------------------------------------------------------------------------------------- tokenising
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenisation:
+    """All that decides how a line is tokenised; kept with the data and with the model made of it."""
+
+    tokenizer: str
+    lowercase: bool
+    remove_accents: bool
+    sacremoses: str  # versions: the next one may know other abbreviations or characters
+    unicode: str
+
+
+def tokenisation_of(config: PrepareConfig) -> Tokenisation:
+    return Tokenisation(
+        tokenizer=config.tokenizer,
+        lowercase=config.lowercase,
+        remove_accents=config.remove_accents,
+        sacremoses=importlib.metadata.version("sacremoses"),
+        unicode=unicodedata.unidata_version,
+    )
+
+
+def tokenise_line(text: str, language: str, settings: Tokenisation) -> str:
+    """One line as the model sees it before BPE: words separated by single blanks, every kind of blank made 0x20.
+
+    Source: tokenize.sh and lowercase_and_remove_accent.py of XLM; Chinese, Japanese and Thai are not segmented.
+    """
+    if settings.tokenizer == "moses":
+        normalizer, tokenizer = _moses(language)
+        text = _without_unprintable(normalizer.normalize(text))
+        text = tokenizer.tokenize(text, escape=False, return_str=True)
+    if settings.lowercase:
+        text = text.lower()
+    if settings.remove_accents:
+        marked = unicodedata.normalize("NFD", text)
+        text = "".join(c for c in marked if unicodedata.category(c) != "Mn")
+        text = text.lower() if settings.lowercase else text
+    return " ".join(text.split())
+
+
+@functools.cache
+def _moses(language: str) -> tuple[Any, Any]:
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
+
+    normalizer = MosesPunctNormalizer(lang=language, pre_replace_unicode_punct=True)
+    return normalizer, MosesTokenizer(lang=language)
+
+
+def _without_unprintable(text: str) -> str:
+    """Category C becomes a blank, as in Moses's remove-non-printing-char.perl; sacremoses would join the parts."""
+    if text.isprintable():  # most lines
+        return text
+    return "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+
+
+class TokenisedChunk(NamedTuple):
+    lines: list[str]
+    normalised_blanks: int
+
+
+def tokenise_chunk(lines: list[str], language: str, settings: Tokenisation) -> TokenisedChunk:
+    lines = [line.removesuffix("\n") for line in lines]
+    blanks = sum(len(_BLANK_BUT_SPACE.findall(line)) for line in lines)
+    return TokenisedChunk([tokenise_line(line, language, settings) for line in lines], blanks)
+
+
+InOrder = Callable[
+    [Callable[[list[str]], TokenisedChunk], Iterable[list[str]]], Iterator[TokenisedChunk]
+]
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[InOrder]:
+    """A map() that runs in `count` processes; they start when there is work, and end with this one however it ends."""
+    if count == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
+        yield functools.partial(_in_order, pool, CHUNKS_AHEAD * count)
+
+
+def _start_worker() -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the first one decides
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _in_order(
+    pool: ProcessPoolExecutor,
+    ahead: int,
+    work: Callable[[list[str]], TokenisedChunk],
+    chunks: Iterable[list[str]],
+) -> Iterator[TokenisedChunk]:
+    """`work` on every chunk, results in the chunks' order, at most `ahead` of them in memory."""
+    pending: deque[Future[TokenisedChunk]] = deque()
+    for chunk in chunks:
+        pending.append(pool.submit(work, chunk))
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _tokenise_language(
+    record: "Record",
+    lang: str,
+    sources: Mapping[str, Path],
+    config: PrepareConfig,
+    in_order: InOrder,
+) -> None:
+    tokenised = {split: f"{TOKENISED}/{split}.{lang}" for split in _splits(sources)}
+    if record.has(*tokenised.values()):
+        logger.info("%s: tokenised already", lang)
+        return
+    if config.tokenizer == "moses" and lang in UNSEGMENTED:
+        logger.info("%s: not segmented into words; XLM used %s before", lang, UNSEGMENTED[lang])
+    work = functools.partial(tokenise_chunk, language=lang, settings=tokenisation_of(config))
+    held_out = _held_out(sources["all"], lang, config) if "all" in sources else None
+    made: list[Path] = []
+    for split, name in tokenised.items():
+        if not record.has(name):
+            path = sources.get(split) or sources["all"]
+            lines = _lines_of(path, split, held_out, config.split_by) if held_out else _read(path)
+            elsewhere = _digests(made) if config.duplicates == "remove" else frozenset()
+            counts = _write_kept(record.temporary(name), in_order(work, lines), elsewhere)
+            if counts["kept"] == 0:
+                raise InputError(f"{path}: no line of text for {split}.{lang}: {_shown(counts)}")
+            record.publish(name, counts)
+            logger.info("%s: %s", name, _shown(counts))
+        made.append(record.path(name))
+
+
+def _write_kept(
+    path: Path, chunks: Iterable[TokenisedChunk], elsewhere: frozenset[bytes]
+) -> dict[str, int]:
+    """Writes the lines that have text and are not `elsewhere`; returns counts: lines = kept + blank + duplicate."""
+    counts = dict.fromkeys(("lines", "kept", "blank", "duplicate", "normalised_blanks"), 0)
+    with path.open("wb") as file:
+        for chunk in chunks:
+            counts["lines"] += len(chunk.lines)
+            counts["normalised_blanks"] += chunk.normalised_blanks
+            with_text = [line.encode() + b"\n" for line in chunk.lines if line]
+            counts["blank"] += len(chunk.lines) - len(with_text)
+            kept = [line for line in with_text if not elsewhere or _digest(line) not in elsewhere]
+            counts["duplicate"] += len(with_text) - len(kept)
+            counts["kept"] += len(kept)
+            file.writelines(kept)
+    return counts
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=16).digest()
+
+
+def _digests(paths: Iterable[Path]) -> frozenset[bytes]:
+    digests: set[bytes] = set()
+    for path in paths:
+        with path.open("rb") as file:
+            digests.update(map(_digest, file))
+    return frozenset(digests)
+
+
+def _shown(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items())
+
+
+# ------------------------------------------------------------------------------------------- codes
+
+
+def _make_codes(record: "Record", config: PrepareConfig, languages: Sequence[str]) -> None:
+    if record.has("codes"):
+        logger.info("codes: there already")
+        return
+    if config.codes is not None:
+        shutil.copyfile(config.codes, record.temporary("codes"))
+        record.publish("codes", {"merges": _count_lines(config.codes)})
+        return
+    sample = record.temporary("codes.sample")
+    texts = {lang: record.path(f"{TOKENISED}/train.{lang}") for lang in languages}
+    _write_sample(sample, texts, config)
+    logger.info("codes: learning %d merges on %d bytes", config.bpe_codes, sample.stat().st_size)
+    merges = learn_merges(sample, config.bpe_codes)
+    if not merges:
+        raise InputError(
+            "no pair of characters is twice in the training text; there are no codes to learn"
+        )
+    if len(merges) < config.bpe_codes:
+        logger.info("codes: only %d merges, as no other pair is there twice", len(merges))
+    _write_codes(record, merges, [0] * len(merges))
+    _write_codes(record, merges, _count_merges(record, sample, merges))
+    sample.unlink()
+    record.publish("codes", {"merges": len(merges)})
+
+
+def sample_copies(sizes: Mapping[str, int], alpha: float, sample_bytes: int) -> dict[str, float]:
+    """How often each language's text goes into the sample (0.25: every fourth line), so that shares are ∝ size^alpha.
+
+    The sample has `sample_bytes` in all, but no more than there is text. Source: XLM paper, section 3.1, alpha 0.5.
+    """
+    total = min(sample_bytes, sum(sizes.values()))
+    weights = {lang: size**alpha for lang, size in sizes.items()}
+    share = total / sum(weights.values())
+    return {lang: share * weights[lang] / size for lang, size in sizes.items()}
+
+
+def _write_sample(path: Path, texts: Mapping[str, Path], config: PrepareConfig) -> None:
+    sizes = {lang: text.stat().st_size for lang, text in texts.items()}
+    copies = sample_copies(sizes, config.bpe_alpha, config.bpe_sample_bytes)
+    with path.open("w", encoding="utf-8") as file:
+        for lang, text in texts.items():
+            generator = random.Random(f"{config.seed} {lang} codes")
+            whole, part = divmod(copies[lang], 1)
+            for lines in _read(text):
+                for line in lines:
+                    file.write(line * (int(whole) + (generator.random() < part)))
+
+
+def learn_merges(sample: Path, count: int) -> list[tuple[str, str]]:
+    """At most `count` merges, best first, of symbols as in a codes file. Equal for equal samples.
+
+    Fewer if no other pair is there twice. Equal counts are decided by the order in which symbols came to be.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    marked = ([_mark_word_ends(line) for line in lines] for lines in _read(sample))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+    trainer = trainers.BpeTrainer(
+        vocab_size=_count_characters(sample) + count, min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(marked, trainer)
+    return _for_fastbpe(json.loads(tokenizer.to_str())["model"]["merges"])[:count]
+
+
+def _count_characters(sample: Path) -> int:
+    characters: set[str] = set()
+    for lines in _read(sample):
+        for line in lines:
+            characters.update(_mark_word_ends(line))
+    return len(characters)
+
+
+def _mark_word_ends(line: str) -> str:
+    return " ".join(map(_mark_word_end, line.split()))
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _mark_word_end(word: str) -> str:
+    if _BEYOND_SHIFT.search(
+        word
+    ):  # nothing but private and unassigned characters: nothing to learn
+        return ""
+    return word[:-1] + chr(ord(word[-1]) + WORD_END_SHIFT)
+
+
+def _symbol(marked: str) -> str:
+    last = ord(marked[-1])
+    return marked if last < WORD_END_SHIFT else marked[:-1] + chr(last - WORD_END_SHIFT) + WORD_END
+
+
+def _for_fastbpe(merges: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """The merges that fastBPE can read, which wants no symbol made twice.
+
+    Left out too is what would put a symbol of the dictionary such as `<unk>` into the text, what makes a `</w>` that is
+    none, and what is made of such.
+    """
+    kept: dict[str, tuple[str, str]] = {}
+    for marked_left, marked_right in merges:
+        left, right = _symbol(marked_left), _symbol(marked_right)
+        made = left + right
+        pretends = made.endswith(WORD_END) and _symbol(marked_right) == marked_right
+        special = made.removesuffix(WORD_END) in SPECIAL_SYMBOLS
+        exist = all(part in kept or len(part.removesuffix(WORD_END)) == 1 for part in (left, right))
+        if exist and made not in kept and not pretends and not special:
+            kept[made] = (left, right)
+    return list(kept.values())
+
+
+def _count_merges(record: "Record", sample: Path, merges: Sequence[tuple[str, str]]) -> list[int]:
+    """How often each merge is applied to the sample: the symbols it leaves there, and those that later merges took."""
+    split, counted = record.temporary("codes.bpe"), record.temporary("codes.counts")
+    _core.Bpe(record.temporary("codes")).apply_file(
+        sample, split, threads=len(os.sched_getaffinity(0))
+    )
+    _core.count_words([split], counted)
+    counts: Counter[str] = Counter()
+    with counted.open(encoding="utf-8", newline="\n") as file:
+        for piece, count in (line.split(" ") for line in file):
+            symbol = piece.removesuffix("@@") if piece.endswith("@@") else piece + WORD_END
+            counts[symbol] += int(count)
+    for left, right in reversed(merges):
+        counts[left] += counts[left + right]
+        counts[right] += counts[left + right]
+    split.unlink()
+    counted.unlink()
+    return [counts[left + right] for left, right in merges]
+
+
+def _write_codes(
+    record: "Record", merges: Sequence[tuple[str, str]], counts: Sequence[int]
+) -> None:
+    lines = (f"{left} {right} {n}\n" for (left, right), n in zip(merges, counts, strict=True))
+    record.temporary("codes").write_text("".join(lines), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------ BPE and vocabulary
+
+
+def _apply_codes(record: "Record", names: Sequence[str], vocab: Path | None, workers: int) -> None:
+    missing = [name for name in names if not record.has(name)]
+    if not missing:
+        return
+    bpe = _core.Bpe(record.path("codes"), vocab)
+    total = sum(record.path(f"{TOKENISED}/{name}").stat().st_size for name in missing)
+    with tqdm(total=total, desc="bpe", unit="B", unit_scale=True, disable=None) as bar:
+        for name in missing:
+            text = record.path(f"{TOKENISED}/{name}")
+            bpe.apply_file(text, record.temporary(name), threads=workers)
+            record.publish(name)
+            bar.update(text.stat().st_size)
+    logger.info("bpe: %d files split with %s", len(missing), record.path("codes"))
+
+
+def _make_vocabulary(record: "Record", vocab: Path | None, trains: Sequence[str]) -> None:
+    if record.has("vocab_mlm"):
+        return
+    temporary = record.temporary("vocab_mlm")
+    if vocab is not None:
+        shutil.copyfile(vocab, temporary)
+    else:
+        _core.count_words([record.path(name) for name in trains], temporary)
+    words = _count_lines(temporary)
+    record.publish("vocab_mlm", {"words": words})
+    logger.info("vocab_mlm: %d words", words)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+# ---------------------------------------------------------------------------------------- the record
+
+
+class Record:
+    """D/prepare.json: what D is made from, and its finished files. Saved after every file."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self._folder = folder
+        self._content = content
+
+    def path(self, name: str) -> Path:
+        return self._folder / name
+
+    def temporary(self, name: str) -> Path:
+        return self._folder / f"{name}.partial"
+
+    def has(self, *names: str) -> bool:
+        return all(name in self._content["files"] and self.path(name).exists() for name in names)
+
+    def publish(self, name: str, facts: Mapping[str, int] | None = None) -> None:
+        """Gives a file its final name. It is recorded before: a file that is not in the record is never one of ours."""
+        temporary = self.temporary(name)
+        self._content["files"][name] = {
+            "bytes": temporary.stat().st_size,
+            "sha256": _sha256(temporary),
+            **(facts or {}),
+        }
+        self.save()
+        temporary.replace(self.path(name))
+
+    def save(self) -> None:
+        temporary = self.temporary(RECORD)
+        text = json.dumps(self._content, indent=1, ensure_ascii=False, sort_keys=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.path(RECORD))
+
+
+def _open_record(config: PrepareConfig, sources: Mapping[str, Mapping[str, Path]]) -> Record:
+    """The record of `config.destdir`, new or to go on with.
+
+    Raises InputError if a file in it was made by other settings or from other inputs or edited (--overwrite removes
+    it), or was not made here at all.
+    """
+    folder = config.destdir
+    old = _load_record(folder / RECORD)
+    new = _describe(config, sources, known=old["inputs"])
+    for name in [*_names(sources), *(f"{TOKENISED}/{text}" for text in _texts(sources))]:
+        if name not in old["files"] and (folder / name).exists():
+            raise InputError(
+                f"{folder / name}: is there but was not made here; move it away or give another --destdir"
+            )
+    changes = {} if not old["files"] else _changes(old, new)
+    edited = {n: f"{n} was edited" for n in old["files"] if _is_edited(folder / n, old["files"][n])}
+    stale = _stale(old["files"], changes, edited)
+    if stale and not config.overwrite:
+        reasons = "; ".join([*changes.values(), *edited.values()])
+        raise InputError(
+            f"{folder}: {stale[0]} was made from something else: {reasons}; give another --destdir, or --overwrite "
+            "to redo what depends on it"
+        )
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    new["files"] = {name: facts for name, facts in old["files"].items() if name not in stale}
+    record = Record(folder, new)
+    record.save()
+    return record
+
+
+def _load_record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"inputs": {}, "files": {}}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{path}: not a record of prepare ({error}); give another --destdir"
+        ) from error
+    if content.get("format") != RECORD_FORMAT:
+        raise InputError(f"{path}: not a record of this prepare; give another --destdir")
+    return content
+
+
+def _describe(
+    config: PrepareConfig, sources: Mapping[str, Mapping[str, Path]], *, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the bytes of every file; `known` inputs are not hashed again if they look the same."""
+    inputs = {
+        lang: {
+            split: _identity(path, known.get(lang, {}).get(split)) for split, path in splits.items()
+        }
+        for lang, splits in sources.items()
+    }
+    splitting: dict[str, Any] = {"duplicates": config.duplicates}
+    if config.input is not None:
+        names = ("split_by", "valid_lines", "test_lines", "seed")
+        splitting |= {name: getattr(config, name) for name in names}
+    if config.codes is not None:
+        _core.Bpe(config.codes, config.vocab)  # refused before hours of tokenising
+        codes = {"codes": _sha256(config.codes), "vocab": config.vocab and _sha256(config.vocab)}
+    else:
+        names = ("bpe_codes", "bpe_alpha", "bpe_sample_bytes", "seed")
+        codes = {name: getattr(config, name) for name in names}
+        codes["tokenizers"] = importlib.metadata.version("tokenizers")
+    return {
+        "format": RECORD_FORMAT,
+        "inputs": inputs,
+        "tokenisation": dataclasses.asdict(tokenisation_of(config)),
+        "splitting": splitting,
+        "codes": codes,
+        "files": {},
+    }
+
+
+def _identity(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    status = path.stat()
+    seen = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if known is not None and seen.items() <= known.items():
+        return dict(known)
+    return {**seen, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _texts(sources: Mapping[str, Mapping[str, Path]]) -> list[str]:
+    return [f"{split}.{lang}" for lang, splits in sources.items() for split in _splits(splits)]
+
+
+def _names(sources: Mapping[str, Mapping[str, Path]]) -> list[str]:
+    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted."""
+    return ["codes", "vocab_mlm", *_texts(sources)]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence for every setting or input that differs, by its place in the record."""
+    before, now = dict(_flat(old)), dict(_flat(new))
+    return {
+        place: f"{place} was {before.get(place)}, is now {now.get(place)}"
+        for place in sorted(before.keys() | now.keys())
+        if before.get(place) != now.get(place)
+    }
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and key != "files":
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key not in ("files", "path", "mtime_ns"):  # a copy of the same text is the same input
+            yield f"{prefix}{key}", value
+
+
+def _is_edited(path: Path, facts: Mapping[str, Any]) -> bool:
+    return path.exists() and path.stat().st_size != facts["bytes"]
+
+
+def _stale(files: Iterable[str], changes: Iterable[str], edited: Iterable[str]) -> list[str]:
+    """The files to be made again: tokenised ones if their text or its treatment changed, others if anything did."""
+    changes, edited = list(changes), list(edited)
+    if not changes and not edited:
+        return []
+    languages = {place.split(".")[1] for place in changes if place.startswith("inputs.")}
+    languages |= {name.rpartition(".")[2] for name in edited if name.startswith(TOKENISED)}
+    all_text = any(place.startswith(("tokenisation.", "splitting.")) for place in changes)
+    return [
+        name
+        for name in files
+        if not name.startswith(TOKENISED) or all_text or name.rpartition(".")[2] in languages
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("prepare", main))
