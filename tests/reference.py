@@ -1,12 +1,19 @@
-"""Slow, readable twins of the C++ core, written from the specification; tests hold the core to them."""
+"""Slow, readable twins of what the product does fast, written from the specification."""
 
 import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 Text = TypeVar("Text", bytes, str)
+Array = NDArray[np.floating[Any]]  # float32 stays float32: all factors are Python floats
 
 # ------------------------------------------------------------------------------------------- bpe
 
@@ -78,3 +85,221 @@ def bpe_replay(words: dict[str, int], merges: list[tuple[str, str]]) -> list[tup
             split[word] = tuple(merged)
         history.append((pairs[pair], max(pairs.values(), default=0), applied))
     return history
+
+
+# ------------------------------------------------------------------------------------- text to ids
+
+
+def encode_text(text: str, symbols: list[str]) -> list[list[int]]:
+    """Ids of every line by fairseq's rules: str.split's blanks, text mode's line ends, eos 2 after each line."""
+    ids = {symbol: number for number, symbol in enumerate(symbols)}
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [[ids.get(word, 3) for word in line.split()] + [2] for line in lines]
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def xlm_logits(
+    params: Mapping[str, Tensor], *, heads: int, relu: bool, input_ids: Tensor, languages: Tensor
+) -> Tensor:
+    """Scores of all positions (B, T, V), one row and one head at a time, without dropout.
+
+    Follows fairseq's xlm_base in its order of steps; a row must hold at least one token.
+    """
+    rows = zip(input_ids, languages, strict=True)
+    return torch.stack([_row_logits(params, heads, relu, ids, lang) for ids, lang in rows])
+
+
+def _row_logits(
+    params: Mapping[str, Tensor], heads: int, relu: bool, ids: Tensor, language: Tensor
+) -> Tensor:
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+    def activation(x: Tensor) -> Tensor:
+        return x.clamp(min=0) if relu else 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+    pad = ids == 1
+    x = params["token_embedding.weight"][ids] + params["language_embedding.weight"][language]
+    if "position_embedding.weight" in params:
+        rows = [1 if pad[i] else 1 + int((~pad[: i + 1]).sum()) for i in range(len(ids))]
+        x = x + params["position_embedding.weight"][rows]
+    if "embedding_norm.weight" in params:
+        x = norm(x, "embedding_norm")
+    x = torch.where(pad[:, None], torch.zeros_like(x), x)
+    layer = 0
+    while f"layers.{layer}.ffn.fc1.weight" in params:
+        name = f"layers.{layer}"
+        query, key, value = linear(x, f"{name}.attention.qkv_proj").chunk(3, dim=-1)
+        size = x.shape[-1] // heads
+        contexts = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = query[:, part] @ key[:, part].T / math.sqrt(size)
+            weights = scores.masked_fill(pad[None, :], -math.inf).softmax(-1)
+            contexts.append(weights @ value[:, part])
+        attended = linear(torch.cat(contexts, -1), f"{name}.attention.out_proj")
+        x = norm(x + attended, f"{name}.attention_norm")
+        inner = activation(linear(x, f"{name}.ffn.fc1"))
+        x = norm(x + linear(inner, f"{name}.ffn.fc2"), f"{name}.ffn_norm")
+        layer += 1
+    x = norm(activation(linear(x, "head.transform")), "head.norm")
+    return x @ params["token_embedding.weight"].T + params["head.output_bias"]
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+class AdamMoments(NamedTuple):
+    """Running means of the gradient and of its square."""
+
+    first: Array
+    second: Array
+
+
+def fairseq_adam(
+    param: Array,
+    gradient: Array,
+    moments: AdamMoments,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[Array, AdamMoments]:
+    """Update number `step` (from 1) in fairseq's form: eps joins the root before its correction.
+
+    torch's Adam adds eps to the corrected root instead, sqrt(second / (1 - beta2**step)) + eps.
+    """
+    beta1, beta2 = betas
+    first = beta1 * moments.first + (1 - beta1) * gradient
+    second = beta2 * moments.second + (1 - beta2) * gradient**2
+    step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    decayed = param - lr * weight_decay * param
+    return decayed - step_size * first / (np.sqrt(second) + eps), AdamMoments(first, second)
+
+
+# ---------------------------------------------------------------------------- order, masks, batches
+
+_BITS64 = (1 << 64) - 1
+_WINDOW = 16
+_PAD, _EOS, _MASK, _SPECIALS = 1, 2, 4, 5
+_LANGUAGE_ORDER, _BLOCK_ORDER, _MASKS = 0, 1, 2  # what a seed is used for
+
+
+def random_at(key: int, *path: int) -> int:
+    """SplitMix64: number `index` of a key's stream is the mixed key + golden ratio * (index + 1); and so on down."""
+    for index in path:
+        z = (key + 0x9E3779B97F4A7C15 * (index + 1)) & _BITS64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _BITS64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _BITS64
+        key = z ^ (z >> 31)
+    return key
+
+
+def digits(random: int, *sizes: int) -> list[int]:
+    """random / 2^64 as a number with one digit in each size: a whole number below it."""
+    result = []
+    for size in sizes:
+        digit, random = divmod(random * size, 1 << 64)
+        result.append(digit)
+    return result
+
+
+def permuted(key: int, size: int, index: int) -> int:
+    """A Feistel network on the bits of the next power of two, until it leads inside."""
+    bits = (size - 1).bit_length()
+    low_bits = bits // 2
+    low_size, high_size = 1 << low_bits, 1 << (bits - low_bits)
+    high, low = divmod(index, low_size)
+    for turn in range(0, 24 if bits <= 8 else 6, 2):
+        high ^= random_at((key + turn) & _BITS64, low) % high_size
+        low ^= random_at((key + turn + 1) & _BITS64, high) % low_size
+    result = high * low_size + low
+    return result if result < size else permuted(key, size, result)
+
+
+def draw_without_chance(weights: Sequence[int], visit: int) -> tuple[int, int]:
+    """(language, which of its draws): of n visits, the nearest whole number to n * share goes to the left half."""
+    if len(weights) == 1:
+        return 0, visit
+    middle = len(weights) // 2
+    share = (sum(weights[:middle]) << 64) // sum(weights)
+
+    def left(n: int) -> int:
+        return (n * share + (1 << 63)) >> 64
+
+    if left(visit + 1) > left(visit):
+        return draw_without_chance(weights[:middle], left(visit))
+    language, number = draw_without_chance(weights[middle:], visit - left(visit))
+    return middle + language, number
+
+
+def sample_at(
+    seed: int, weights: Sequence[int], blocks: Sequence[int], number: int
+) -> tuple[int, int, int]:
+    """(language, pass, block) of a sample: its window's languages shuffled, their draws in ascending order."""
+    window, place = divmod(number, _WINDOW)
+    draws = [draw_without_chance(weights, window * _WINDOW + i) for i in range(_WINDOW)]
+    languages = [language for language, _ in draws]
+    for i in range(_WINDOW - 1, 0, -1):
+        (j,) = digits(random_at(seed, _LANGUAGE_ORDER, window, i), i + 1)
+        languages[i], languages[j] = languages[j], languages[i]
+    language = languages[place]
+    draw = sorted(n for other, n in draws if other == language)[languages[:place].count(language)]
+    pass_, index = divmod(draw, blocks[language])
+    key = random_at(seed, _BLOCK_ORDER, language, pass_)
+    return language, pass_, permuted(key, blocks[language], index)
+
+
+def masked_block(
+    key: int, tokens: Sequence[int], ratio: float, vocab_size: int
+) -> tuple[list[int], list[int]]:
+    """What is shown, and the masked positions: the first ceil(ratio * n) of a permutation of all n."""
+    shown = list(tokens)
+    positions = list(range(len(tokens)))
+    count = math.ceil(ratio * len(tokens))
+    for i in range(count):
+        j, tenth, word = digits(random_at(key, i), len(tokens) - i, 10, vocab_size - _SPECIALS)
+        positions[i], positions[i + j] = positions[i + j], positions[i]
+        if tenth < 8:
+            shown[positions[i]] = _MASK
+        elif tenth == 8:
+            shown[positions[i]] = _SPECIALS + word
+    return shown, sorted(positions[:count])
+
+
+def cut_blocks(lines: Sequence[Sequence[int]], size: int, break_mode: str) -> list[list[int]]:
+    """fairseq's TokenBlockDataset, modes None and eos; a line longer than a block loses its end."""
+    if break_mode == "eos":
+        return [list(line[:size]) for line in lines]
+    stream = [token for line in lines for token in line]
+    return [stream[first : first + size] for first in range(0, len(stream), size)]
+
+
+def batch_row(
+    seed: int,
+    sample: tuple[int, int, int],
+    tokens: Sequence[int],
+    *,
+    size: int,
+    ratio: float,
+    vocab_size: int,
+) -> tuple[list[int], list[int], list[int]]:
+    """(input ids, masked positions, targets) of one sample, padded as for a block of `size` tokens."""
+    shown, positions = masked_block(random_at(seed, _MASKS, *sample), tokens, ratio, vocab_size)
+    missing = math.ceil(ratio * size) - len(positions)
+    return (
+        [_EOS, *shown, *[_PAD] * (size - len(tokens))],
+        [1 + p for p in positions] + [0] * missing,
+        [tokens[p] for p in positions] + [_PAD] * missing,
+    )

@@ -12,14 +12,14 @@ import xlm_ds
 PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
-    {"_core", "log"},
+    {"_core", "log", "files"},
     {"flags"},
     {"config", "dictionary"},
     {"prepare", "binarize", "shards"},
     {"dataset"},
     {"order"},
     {"batches"},
-    {"model", "architectures", "schedule"},
+    {"model", "architectures", "schedule", "metrics"},
     {"engine"},
     {"checkpoint"},
     {"evaluate"},

@@ -1,11 +1,18 @@
 """The contract of the C++ core: every entry of csrc/bindings/module.cpp, with shapes, dtypes and errors.
 
 Every function releases the interpreter's lock. A file that cannot be opened raises OSError; wrong content
-raises InputError with one sentence.
+raises InputError with one sentence; an argument that no caller of ours gives, ValueError or IndexError.
+Arrays that are filled belong to the caller: C-contiguous, int64, never converted.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+StrPath: TypeAlias = Path | str
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one sentence, to be shown as it is."""
@@ -16,7 +23,7 @@ class Bpe:
     Immutable: any number of threads may use one.
     """
 
-    def __init__(self, codes_path: Path | str, vocab_path: Path | str | None = None) -> None:
+    def __init__(self, codes_path: StrPath, vocab_path: StrPath | None = None) -> None:
         """Reads codes (lines `left right count`) and a vocabulary (lines `word count`).
 
         With a vocabulary, merges are undone until every piece is in it.
@@ -26,8 +33,165 @@ class Bpe:
     def apply_line(self, line: bytes) -> bytes:
         """`line` with every word split into pieces joined by `@@ `; blanks are copied unchanged. Keeps the lock."""
 
-    def apply_file(self, input_path: Path | str, output_path: Path | str, threads: int = 1) -> None:
+    def apply_file(self, input_path: StrPath, output_path: StrPath, threads: int = 1) -> None:
         """`apply_line` on a whole file, written in place; the bytes do not depend on `threads`."""
 
-def count_words(paths: Sequence[Path | str], output_path: Path | str) -> int:
+def count_words(paths: Sequence[StrPath], output_path: StrPath) -> int:
     """Writes lines `word count` of all files together, most frequent first, then by bytes; returns how many."""
+
+BOS: Final = 0
+PAD: Final = 1
+EOS: Final = 2
+UNK: Final = 3
+MASK: Final = 4
+SPECIALS: Final = 5
+"""How many special ids there are; words have the ids from here on."""
+
+class Dictionary:
+    """Symbols to ids: `symbols[id]`; of a symbol that is there twice the later id counts."""
+
+    def __init__(self, symbols: Sequence[str]) -> None: ...
+    def __len__(self) -> int: ...
+
+class IndexKind:
+    mmap: Final[IndexKind]
+    lazy: Final[IndexKind]
+
+class Progress:
+    """How far a call on another thread is; `cancel` makes it return early, with worthless files."""
+
+    def __init__(self) -> None: ...
+    @property
+    def done_bytes(self) -> int: ...
+    def cancel(self) -> None: ...
+
+class TextCounts:
+    @property
+    def lines(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def unknown(self) -> int: ...
+    @property
+    def blank_lines(self) -> int: ...
+    @property
+    def literal_specials(self) -> int: ...
+    @property
+    def by_id(self) -> NDArray[np.uint64]:
+        """(V,)"""
+
+class PairPaths:
+    """Where binarize_file writes: .bin, .idx, and a file that it removes at the end."""
+
+    def __init__(self, data: StrPath, index: StrPath, temporary: StrPath) -> None: ...
+
+def binarize_file(
+    text_path: StrPath,
+    dictionary: Dictionary,
+    kind: IndexKind,
+    paths: PairPaths,
+    threads: int,
+    progress: Progress,
+    chunk_bytes: int = ...,
+) -> TextCounts:
+    """Writes a pair in place; the bytes do not depend on `threads` or `chunk_bytes`.
+
+    Raises InputError for text that is not UTF-8, with file, line and byte.
+    """
+
+def count_text_words(
+    text_path: StrPath, threads: int, progress: Progress, chunk_bytes: int = ...
+) -> list[tuple[str, int]]:
+    """Every distinct word of a text and how often it occurs, in no particular order."""
+
+class BreakMode:
+    """none: blocks run across lines. eos: one line per block, cut at the block's size."""
+
+    none: Final[BreakMode]
+    eos: Final[BreakMode]
+
+class TokenDataset:
+    """A mapped .bin/.idx pair, seen as blocks of at most block_size tokens. Immutable; opening is O(1)."""
+
+    def __init__(self, prefix: StrPath, *, mode: BreakMode, block_size: int) -> None:
+        """Opens `prefix`.bin and `prefix`.idx. Raises OSError; InputError if they are not a pair of binarized text."""
+
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    def block_length(self, block: int) -> int:
+        """Tokens of a block. Raises IndexError beyond the last; InputError if the .idx is damaged there."""
+
+    def fill_block(self, block: int, *, vocab_size: int, out: NDArray[np.int64]) -> int:
+        """Writes the block's ids to the front of `out` (block_size,) and returns how many they are.
+
+        Raises as block_length; InputError if an id is not below vocab_size.
+        """
+
+    def count_cut(self) -> int:
+        """Lines longer than a block (mode eos; 0 in mode none). O(lines)."""
+
+    def count_ids(self, *, vocab_size: int) -> NDArray[np.uint64]:
+        """How often each id occurs, (vocab_size,). O(tokens). Raises InputError if an id is not below vocab_size."""
+
+class Permutation:
+    """A random permutation of [0, size), 1 <= size <= 2^63, computed in O(1) memory and time; keeps the lock."""
+
+    def __init__(self, *, key: int, size: int) -> None: ...
+    def __call__(self, index: int) -> int:
+        """Where `index` goes. Raises IndexError unless 0 <= index < size."""
+
+class Order:
+    """Sample number -> (language, pass, block). Immutable."""
+
+    def __init__(self, *, seed: int, weights: Sequence[int], blocks: Sequence[int]) -> None:
+        """Per language: its weight from 1 to 2^32 and its number of blocks, at least 1; else ValueError."""
+
+    def fill_samples(
+        self,
+        first: int,
+        *,
+        languages: NDArray[np.int64],
+        passes: NDArray[np.int64],
+        blocks: NDArray[np.int64],
+    ) -> None:
+        """Fills the columns, all (n,), with samples first, first + 1, … below 2^62."""
+
+def masked_count(mask_ratio: float, tokens: int) -> int:
+    """ceil(mask_ratio * tokens): masked positions of a block. Raises InputError unless 0 <= mask_ratio <= 1."""
+
+def fill_batch(
+    datasets: Sequence[TokenDataset | None],
+    *,
+    languages: NDArray[np.int64],
+    passes: NDArray[np.int64],
+    blocks: NDArray[np.int64],
+    seed: int,
+    mask_ratio: float,
+    vocab_size: int,
+    input_ids: NDArray[np.int64],
+    masked_positions: NDArray[np.int64],
+    targets: NDArray[np.int64],
+) -> bool:
+    """Gathers and masks the blocks named by languages, passes, blocks (B,); True if some row is padded.
+
+    With T = block_size + 1 and K = masked_count(mask_ratio, block_size), it fills input_ids (B, T) with eos, the masked
+    block, PAD; masked_positions (B * K,) with indices into the B * T ids, ascending within a row, and where a short row
+    has fewer, with that of the row's eos; targets (B * K,) with what was there, and PAD for those.
+    Raises InputError for a damaged block, an id beyond the dictionary, or masking that cannot be done.
+    """
+
+def count_targets(
+    datasets: Sequence[TokenDataset | None],
+    *,
+    languages: NDArray[np.int64],
+    passes: NDArray[np.int64],
+    blocks: NDArray[np.int64],
+    mask_ratio: float,
+) -> int:
+    """Targets of such a batch that are not filled up. Reads lengths only."""

@@ -353,3 +353,14 @@ class EvaluateConfig:
         default=None,
     )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
+
+
+# --------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """The curves of a run."""
+
+    run: Path = knob("a run's folder (its --save-dir)", positional=True)
+    output: Path | None = knob("PNG to write (default: RUN/curves.png)", default=None)

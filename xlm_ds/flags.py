@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import sys
 import tomllib
 import types
 import typing
@@ -54,11 +55,13 @@ def parse(
     argv: Sequence[str],
     *,
     answered: tuple[Answered, ...] = (),
-    description: str = "",
+    description: str | None = None,
 ) -> Config:
     """`config_class` filled from `argv`, a TOML file named by --config, and the defaults, in this order."""
     parser = _Parser(
-        prog=config_class.__name__.removesuffix("Config").lower(), description=description
+        prog=config_class.__name__.removesuffix("Config").lower(),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="values for flags not given"
@@ -76,6 +79,12 @@ def parse(
             logger.info(entry.answer)
     flags = {name: _from_text(text, knobs[name]) for name, text in given.items()}
     return _build(config_class, {**(_read_toml(knobs, toml) if toml else {}), **flags})
+
+
+def show_help_early(config_class: type[Any], description: str | None) -> None:
+    """Prints the help and exits if it is asked for: called before torch is imported, --help is instant."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parse(config_class, ["--help"], description=description)
 
 
 def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -126,7 +135,7 @@ class _Knob(NamedTuple):
 
 def _sections(config_class: type[Any]) -> dict[str, type[Any]]:
     hints = typing.get_type_hints(config_class)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {k: v for k, v in hints.items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
 
 
 def _own_knobs(config_class: type[Any]) -> Iterator[_Knob]:

@@ -21,6 +21,7 @@ __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_INTERRUPTED",
     "EXIT_OK",
+    "EXIT_PREEMPTED",
     "InputError",
     "add_log_file",
     "logger",
@@ -29,6 +30,7 @@ __all__ = [
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a scheduler should start the run again
 EXIT_INTERRUPTED = 130
 
 logger = logging.getLogger("xlm_ds")

@@ -5,18 +5,42 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <span>
+#include <string>
 #include <system_error>
+#include <vector>
 
+#include "xlm_ds/binarize.hpp"
 #include "xlm_ds/bpe.hpp"
+#include "xlm_ds/dictionary.hpp"
 #include "xlm_ds/error.hpp"
-#include "xlm_ds/index_format.hpp"
+#include "xlm_ds/fill_batch.hpp"
+#include "xlm_ds/mask.hpp"
+#include "xlm_ds/order.hpp"
+#include "xlm_ds/special_ids.hpp"
+#include "xlm_ds/token_dataset.hpp"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
 
 namespace {
+
+using Unlock = py::call_guard<py::gil_scoped_release>;
+using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+
+std::span<std::int64_t> writable(Int64Array& array) {
+  return {array.mutable_data(), static_cast<std::size_t>(array.size())};
+}
+std::span<const std::int64_t> readable(const Int64Array& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+template <typename T>
+py::array_t<T> as_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
 
 /// std::system_error carries an errno: as OSError(errno, message) Python makes FileNotFoundError and its kin of it.
 void translate_system_error(std::exception_ptr error) {
@@ -28,6 +52,138 @@ void translate_system_error(std::exception_ptr error) {
   }
 }
 
+void register_special_ids(py::module_& m) {
+  m.attr("BOS") = xlm_ds::kBos;
+  m.attr("PAD") = xlm_ds::kPad;
+  m.attr("EOS") = xlm_ds::kEos;
+  m.attr("UNK") = xlm_ds::kUnk;
+  m.attr("MASK") = xlm_ds::kMask;
+  m.attr("SPECIALS") = xlm_ds::kSpecials;
+}
+
+void register_bpe(py::module_& m) {
+  py::class_<xlm_ds::Bpe>(m, "Bpe")
+      .def(py::init<const std::filesystem::path&, const std::optional<std::filesystem::path>&>(), "codes_path"_a,
+           "vocab_path"_a = py::none(), Unlock())
+      .def("apply_line", [](const xlm_ds::Bpe& bpe, const py::bytes& line) { return py::bytes(bpe.apply(line)); }, "line"_a)
+      .def("apply_file", &xlm_ds::Bpe::apply_file, "input_path"_a, "output_path"_a, "threads"_a = 1, Unlock());
+  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, Unlock());
+}
+
+void register_binarize(py::module_& m) {
+  using xlm_ds::TextCounts;
+  py::class_<xlm_ds::Dictionary>(m, "Dictionary")
+      .def(py::init<const std::vector<std::string>&>(), "symbols"_a)
+      .def("__len__", &xlm_ds::Dictionary::size);
+  py::enum_<xlm_ds::IndexKind>(m, "IndexKind")
+      .value("mmap", xlm_ds::IndexKind::mmap)
+      .value("lazy", xlm_ds::IndexKind::lazy);
+  py::class_<xlm_ds::Progress>(m, "Progress")
+      .def(py::init<>())
+      .def_property_readonly("done_bytes", &xlm_ds::Progress::done_bytes)
+      .def("cancel", &xlm_ds::Progress::cancel);
+  py::class_<TextCounts>(m, "TextCounts")
+      .def_readonly("lines", &TextCounts::lines)
+      .def_readonly("tokens", &TextCounts::tokens)
+      .def_readonly("unknown", &TextCounts::unknown)
+      .def_readonly("blank_lines", &TextCounts::blank_lines)
+      .def_readonly("literal_specials", &TextCounts::literal_specials)
+      .def_property_readonly("by_id", [](const TextCounts& counts) { return as_array(counts.by_id); });
+  py::class_<xlm_ds::PairPaths>(m, "PairPaths")
+      .def(py::init<std::filesystem::path, std::filesystem::path, std::filesystem::path>(), "data"_a, "index"_a,
+           "temporary"_a);
+  m.def("binarize_file", &xlm_ds::binarize_file, "text_path"_a, "dictionary"_a, "kind"_a, "paths"_a, "threads"_a,
+        "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
+  m.def("count_text_words", &xlm_ds::count_text_words, "text_path"_a, "threads"_a, "progress"_a,
+        "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
+}
+
+void register_datasets(py::module_& m) {
+  using xlm_ds::TokenDataset;
+  py::enum_<xlm_ds::BreakMode>(m, "BreakMode")
+      .value("none", xlm_ds::BreakMode::none)
+      .value("eos", xlm_ds::BreakMode::eos);
+  py::class_<TokenDataset>(m, "TokenDataset")
+      .def(py::init<const std::filesystem::path&, xlm_ds::BreakMode, std::uint64_t>(), "prefix"_a,
+           py::kw_only(), "mode"_a, "block_size"_a, Unlock())
+      .def_property_readonly("sequences", &TokenDataset::sequences)
+      .def_property_readonly("tokens", &TokenDataset::tokens)
+      .def_property_readonly("blocks", &TokenDataset::blocks)
+      .def_property_readonly("block_size", &TokenDataset::block_size)
+      .def("block_length", &TokenDataset::block_length, "block"_a, Unlock())
+      .def("count_cut", &TokenDataset::count_cut, Unlock())
+      .def("fill_block",
+           [](const TokenDataset& dataset, std::uint64_t block, std::int64_t vocab_size,
+              Int64Array out) {
+             const auto ids = writable(out);
+             const py::gil_scoped_release unlocked;
+             return dataset.fill_block(block, vocab_size, ids);
+           },
+           "block"_a, py::kw_only(), "vocab_size"_a, "out"_a.noconvert())
+      .def("count_ids",
+           [](const TokenDataset& dataset, std::int64_t vocab_size) {
+             std::vector<std::uint64_t> counts;
+             {
+               const py::gil_scoped_release unlocked;
+               counts = dataset.count_ids(vocab_size);
+             }
+             return as_array(counts);
+           },
+           py::kw_only(), "vocab_size"_a);
+}
+
+void register_order(py::module_& m) {
+  py::class_<xlm_ds::Permutation>(m, "Permutation")
+      .def(py::init<std::uint64_t, std::uint64_t>(), py::kw_only(), "key"_a, "size"_a)
+      .def("__call__", &xlm_ds::Permutation::operator(), "index"_a);
+  py::class_<xlm_ds::Order>(m, "Order")
+      .def(py::init([](std::uint64_t seed, const std::vector<std::uint64_t>& weights,
+                       const std::vector<std::uint64_t>& blocks) {
+             return xlm_ds::Order(seed, weights, blocks);
+           }),
+           py::kw_only(), "seed"_a, "weights"_a, "blocks"_a)
+      .def("fill_samples",
+           [](const xlm_ds::Order& order, std::uint64_t first, Int64Array languages,
+              Int64Array passes, Int64Array blocks) {
+             const xlm_ds::SampleColumns out{writable(languages), writable(passes),
+                                             writable(blocks)};
+             const py::gil_scoped_release unlocked;
+             order.fill_samples(first, out);
+           },
+           "first"_a, py::kw_only(), "languages"_a.noconvert(), "passes"_a.noconvert(),
+           "blocks"_a.noconvert());
+}
+
+void register_batches(py::module_& m) {
+  using Datasets = std::vector<const xlm_ds::TokenDataset*>;
+  m.def("masked_count", &xlm_ds::masked_count, "mask_ratio"_a, "tokens"_a);
+  m.def(
+      "fill_batch",
+      [](const Datasets& datasets, const Int64Array& languages, const Int64Array& passes,
+         const Int64Array& blocks, std::uint64_t seed, double mask_ratio, std::int64_t vocab_size,
+         Int64Array input_ids, Int64Array masked_positions, Int64Array targets) {
+        const xlm_ds::Rows rows{datasets, readable(languages), readable(passes), readable(blocks)};
+        const xlm_ds::BatchArrays out{writable(input_ids), writable(masked_positions),
+                                      writable(targets)};
+        const xlm_ds::Masking masking{.seed = seed, .ratio = mask_ratio, .vocab_size = vocab_size};
+        const py::gil_scoped_release unlocked;
+        return xlm_ds::fill_batch(rows, masking, out);
+      },
+      "datasets"_a, py::kw_only(), "languages"_a.noconvert(), "passes"_a.noconvert(),
+      "blocks"_a.noconvert(), "seed"_a, "mask_ratio"_a, "vocab_size"_a,
+      "input_ids"_a.noconvert(), "masked_positions"_a.noconvert(), "targets"_a.noconvert());
+  m.def(
+      "count_targets",
+      [](const Datasets& datasets, const Int64Array& languages, const Int64Array& passes,
+         const Int64Array& blocks, double mask_ratio) {
+        const xlm_ds::Rows rows{datasets, readable(languages), readable(passes), readable(blocks)};
+        const py::gil_scoped_release unlocked;
+        return xlm_ds::count_targets(rows, mask_ratio);
+      },
+      "datasets"_a, py::kw_only(), "languages"_a.noconvert(), "passes"_a.noconvert(),
+      "blocks"_a.noconvert(), "mask_ratio"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -35,13 +191,10 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception<xlm_ds::InputError>(m, "InputError", PyExc_ValueError);
   py::register_exception_translator(&translate_system_error);
 
-  using Unlock = py::call_guard<py::gil_scoped_release>;
-
-  // bpe
-  py::class_<xlm_ds::Bpe>(m, "Bpe")
-      .def(py::init<const std::filesystem::path&, const std::optional<std::filesystem::path>&>(), "codes_path"_a,
-           "vocab_path"_a = py::none(), Unlock())
-      .def("apply_line", [](const xlm_ds::Bpe& bpe, const py::bytes& line) { return py::bytes(bpe.apply(line)); }, "line"_a)
-      .def("apply_file", &xlm_ds::Bpe::apply_file, "input_path"_a, "output_path"_a, "threads"_a = 1, Unlock());
-  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, Unlock());
+  register_special_ids(m);
+  register_bpe(m);
+  register_binarize(m);
+  register_datasets(m);
+  register_order(m);
+  register_batches(m);
 }

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <vector>
+
+#include "xlm_ds/index_format.hpp"
+#include "xlm_ds/mapped_file.hpp"
+
+namespace xlm_ds {
+
+/// none: blocks run across sequences. eos: one sequence per block, cut at the block's size.
+enum class BreakMode { none, eos };
+
+/// A .bin/.idx pair, mapped and seen as blocks of at most block_size tokens. fairseq's
+/// TokenBlockDataset, modes None and eos; without its tables: every block is found in O(1), and
+/// opening reads only the header and the last sequence.
+class TokenDataset {
+ public:
+  /// Opens `prefix`.bin and `prefix`.idx. Throws std::system_error if one cannot be opened,
+  /// InputError if they are not a pair of binarized text, std::invalid_argument if block_size is 0.
+  TokenDataset(const std::filesystem::path& prefix, BreakMode mode, std::uint64_t block_size);
+
+  [[nodiscard]] std::uint64_t sequences() const noexcept { return index_.sequences; }
+  [[nodiscard]] std::uint64_t tokens() const noexcept { return index_.tokens; }
+  [[nodiscard]] std::uint64_t blocks() const noexcept;
+  [[nodiscard]] std::size_t block_size() const noexcept { return block_size_; }
+
+  /// Tokens of a block, at most block_size. Throws std::out_of_range beyond the last block;
+  /// InputError if, in mode eos, the .idx places the sequence outside the .bin.
+  [[nodiscard]] std::size_t block_length(std::uint64_t block) const;
+
+  /// Asks the processor to fetch a block that will be filled soon. Throws as block_length.
+  void prefetch_block(std::uint64_t block) const;
+
+  /// Writes a block's ids to the front of `out`, which must hold block_size, and returns how many.
+  /// Throws as block_length; InputError if an id is not below vocab_size.
+  std::size_t fill_block(std::uint64_t block, std::int64_t vocab_size,
+                         std::span<std::int64_t> out) const;
+
+  /// Sequences that lose tokens because they are longer than a block (mode eos; 0 in mode none).
+  /// O(sequences).
+  [[nodiscard]] std::uint64_t count_cut() const;
+
+  /// How often each id below vocab_size occurs in the whole .bin. O(tokens). Throws InputError if
+  /// an id is not below it.
+  [[nodiscard]] std::vector<std::uint64_t> count_ids(std::int64_t vocab_size) const;
+
+ private:
+  struct Range {
+    std::uint64_t first;
+    std::size_t length;
+  };
+  [[nodiscard]] Range range_of(std::uint64_t block) const;
+  void fill_ids(std::uint64_t first, std::int64_t vocab_size, std::span<std::int64_t> out) const;
+
+  std::filesystem::path prefix_;
+  BreakMode mode_;
+  std::size_t block_size_;
+  MappedFile index_file_;
+  MappedFile data_file_;
+  Index index_;
+};
+
+}  // namespace xlm_ds

@@ -1,0 +1,93 @@
+#include "xlm_ds/mask.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "xlm_ds/error.hpp"
+#include "xlm_ds/random.hpp"
+#include "xlm_ds/special_ids.hpp"
+
+namespace xlm_ds {
+namespace {
+
+constexpr std::int64_t kUnchanged = -1;
+constexpr std::size_t kWordBits = 64;
+
+/// What a masked position shows: of ten, eight times the mask, once a random word, once what was
+/// there.
+std::int64_t draw_replacement(Digits& digits, std::uint64_t words) noexcept {
+  const std::uint64_t tenth = digits.take(10);
+  if (tenth < 8) return kMask;
+  return tenth == 8 ? kSpecials + static_cast<std::int64_t>(digits.take(words)) : kUnchanged;
+}
+
+/// How many words there are for random replacements.
+std::uint64_t checked_words(std::int64_t vocab_size) {
+  if (vocab_size <= kSpecials || vocab_size > std::numeric_limits<std::uint32_t>::max()) {
+    throw InputError("a dictionary of " + std::to_string(vocab_size) +
+                     " symbols cannot be used; it must have from " + std::to_string(kSpecials + 1) +
+                     " to 4294967295, the 5 special ones included");
+  }
+  return static_cast<std::uint64_t>(vocab_size - kSpecials);
+}
+
+}  // namespace
+
+std::size_t masked_count(double ratio, std::size_t tokens) {
+  if (!(ratio >= 0 && ratio <= 1)) {
+    throw InputError("a mask ratio of " + std::to_string(ratio) +
+                     " is not a share; it must be from 0 to 1");
+  }
+  return static_cast<std::size_t>(std::ceil(ratio * static_cast<double>(tokens)));
+}
+
+Masker::Masker(const Masking& masking, std::size_t max_tokens)
+    : key_(key_for(masking.seed, Purpose::masks)),
+      words_(checked_words(masking.vocab_size)),
+      identity_(max_tokens),
+      permutation_(max_tokens),
+      choices_(masked_count(masking.ratio, max_tokens)),
+      is_masked_((max_tokens + kWordBits - 1) / kWordBits) {
+  std::iota(identity_.begin(), identity_.end(), std::uint32_t{0});
+}
+
+void Masker::mask(std::uint64_t language, std::uint64_t pass, std::uint64_t block,
+                  std::span<std::int64_t> tokens, std::span<std::int64_t> positions,
+                  std::span<std::int64_t> targets) {
+  const std::uint64_t key = random_at(random_at(random_at(key_, language), pass), block);
+  const std::size_t count = positions.size();
+  // The first `count` steps of Fisher and Yates; one random number decides a position and what it
+  // shows.
+  std::copy_n(identity_.begin(), tokens.size(), permutation_.begin());
+  for (std::size_t i = 0; i < count; ++i) {
+    Digits digits(random_at(key, i));
+    std::swap(permutation_[i], permutation_[i + digits.take(tokens.size() - i)]);
+    choices_[i] = {permutation_[i], draw_replacement(digits, words_)};
+  }
+  // A bitmap sorts the positions without comparing them.
+  std::fill(is_masked_.begin(), is_masked_.end(), std::uint64_t{0});
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t position = choices_[i].position;
+    is_masked_[position / kWordBits] |= std::uint64_t{1} << position % kWordBits;
+  }
+  std::size_t next = 0;
+  for (std::size_t word = 0; word < is_masked_.size(); ++word) {
+    for (std::uint64_t bits = is_masked_[word]; bits != 0; bits &= bits - 1) {
+      const auto bit = static_cast<std::size_t>(std::countr_zero(bits));
+      const std::size_t position = word * kWordBits + bit;
+      positions[next] = static_cast<std::int64_t>(position);
+      targets[next++] = tokens[position];
+    }
+  }
+  for (const auto [position, replacement] : std::span(choices_).first(count)) {
+    if (replacement != kUnchanged) tokens[position] = replacement;
+  }
+}
+
+}  // namespace xlm_ds

@@ -1,0 +1,126 @@
+#include "xlm_ds/fill_batch.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "xlm_ds/error.hpp"
+#include "xlm_ds/mask.hpp"
+#include "xlm_ds/special_ids.hpp"
+#include "xlm_ds/token_dataset.hpp"
+
+namespace {
+
+using xlm_ds::BreakMode;
+using xlm_ds::InputError;
+using xlm_ds::TokenDataset;
+
+/// A pair in a folder of its own, removed at the end.
+class Pair {
+ public:
+  Pair(const std::vector<std::uint32_t>& lengths, const std::vector<std::uint16_t>& ids)
+      : folder_(std::filesystem::temp_directory_path() / (std::to_string(::getpid()) + "-pair")) {
+    std::filesystem::create_directories(folder_);
+    xlm_ds::write_index(folder_ / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16,
+                        std::as_bytes(std::span(lengths)));
+    std::ofstream(folder_ / "train.ar.bin", std::ios::binary)
+        .write(reinterpret_cast<const char*>(ids.data()),
+               static_cast<std::streamsize>(2 * ids.size()));
+  }
+  ~Pair() { std::filesystem::remove_all(folder_); }
+  Pair(const Pair&) = delete;
+  Pair& operator=(const Pair&) = delete;
+  [[nodiscard]] std::filesystem::path prefix() const { return folder_ / "train.ar"; }
+
+ private:
+  std::filesystem::path folder_;
+};
+
+using Ids = std::vector<std::int64_t>;
+
+Ids block_of(const TokenDataset& dataset, std::uint64_t block) {
+  Ids ids(dataset.block_size());
+  ids.resize(dataset.fill_block(block, 100, ids));
+  return ids;
+}
+
+}  // namespace
+
+TEST(blocks_run_across_sequences_or_follow_them) {
+  const Pair pair({4, 1, 3}, {10, 11, 12, 2, 2, 13, 14, 2});
+  const TokenDataset stream(pair.prefix(), BreakMode::none, 3);
+  CHECK(stream.blocks() == 3 && stream.count_cut() == 0);
+  CHECK((block_of(stream, 1) == Ids{2, 2, 13}) && (block_of(stream, 2) == Ids{14, 2}));
+  const TokenDataset lines(pair.prefix(), BreakMode::eos, 3);
+  CHECK(lines.blocks() == 3 && lines.count_cut() == 1);
+  CHECK((block_of(lines, 0) == Ids{10, 11, 12}) && (block_of(lines, 1) == Ids{2}));
+}
+
+TEST(dataset_refuses_what_is_not_there) {
+  const Pair pair({2}, {10, 2});
+  const TokenDataset dataset(pair.prefix(), BreakMode::none, 4);
+  std::vector<std::int64_t> ids(4), few(3);
+  CHECK_THROWS((void)dataset.block_length(1), std::out_of_range);
+  CHECK_THROWS(dataset.fill_block(0, 10, ids), InputError);  // id 10, dictionary of 10
+  CHECK_THROWS(dataset.fill_block(0, 11, few), std::invalid_argument);
+  CHECK_THROWS((void)dataset.count_ids(10), InputError);
+  CHECK_THROWS(TokenDataset(pair.prefix(), BreakMode::none, 0), std::invalid_argument);
+  CHECK_THROWS(TokenDataset(pair.prefix() / "no", BreakMode::none, 4), std::system_error);
+}
+
+TEST(masking_has_the_exact_number_and_keeps_the_rest) {
+  for (const std::size_t length : {0, 1, 2, 64, 65, 255}) {
+    std::vector<std::int64_t> tokens(length);
+    std::iota(tokens.begin(), tokens.end(), 1000);
+    const auto original = tokens;
+    const std::size_t count = xlm_ds::masked_count(0.15, length);
+    std::vector<std::int64_t> positions(count), targets(count);
+    xlm_ds::Masker masker({.seed = 3, .ratio = 0.15, .vocab_size = 900}, 255);
+    masker.mask(1, 2, 3, tokens, positions, targets);
+    CHECK(std::is_sorted(positions.begin(), positions.end()));
+    CHECK(std::set<std::int64_t>(positions.begin(), positions.end()).size() == count);
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto position = static_cast<std::size_t>(positions[i]);
+      CHECK(targets[i] == original[position]);
+      const std::int64_t shown = std::exchange(tokens[position], targets[i]);
+      CHECK(shown == targets[i] || (shown >= xlm_ds::kMask && shown < 900));
+    }
+    CHECK(tokens == original);
+  }
+}
+
+TEST(masking_refuses_shares_and_dictionaries_it_cannot_use) {
+  CHECK(xlm_ds::masked_count(0.15, 255) == 39);
+  CHECK(xlm_ds::masked_count(1, 7) == 7 && xlm_ds::masked_count(0, 7) == 0);
+  CHECK_THROWS((void)xlm_ds::masked_count(1.1, 7), InputError);
+  CHECK_THROWS((void)xlm_ds::masked_count(-0.1, 7), InputError);
+  CHECK_THROWS(xlm_ds::Masker({.vocab_size = 5}, 7), InputError);
+}
+
+TEST(batch_pads_short_rows) {
+  const Pair pair({5}, {10, 11, 12, 13, 2});
+  const TokenDataset dataset(pair.prefix(), BreakMode::none, 4);
+  const std::vector<const TokenDataset*> datasets{nullptr, &dataset};
+  const std::vector<std::int64_t> languages{1, 1}, passes{0, 0}, blocks{0, 1}, nobody{0, 0};
+  std::vector<std::int64_t> ids(10), positions(4), targets(4);
+  const xlm_ds::Masking masking{.seed = 1, .ratio = 0.5, .vocab_size = 20};
+  const xlm_ds::BatchArrays out{ids, positions, targets};
+  CHECK(xlm_ds::fill_batch({datasets, languages, passes, blocks}, masking, out));
+  CHECK(ids[0] == xlm_ds::kEos && ids[5] == xlm_ds::kEos);
+  CHECK(ids[7] == xlm_ds::kPad && ids[9] == xlm_ds::kPad);
+  CHECK(positions[2] == 6 && targets[2] == 2 && positions[3] == 5 && targets[3] == xlm_ds::kPad);
+  CHECK(xlm_ds::count_targets({datasets, languages, passes, blocks}, 0.5) == 3);
+  CHECK_THROWS(xlm_ds::fill_batch({datasets, nobody, passes, blocks}, masking, out),
+               std::out_of_range);
+  const xlm_ds::BatchArrays too_small{ids, positions, std::span(targets).first(3)};
+  CHECK_THROWS(xlm_ds::fill_batch({datasets, languages, passes, blocks}, masking, too_small),
+               std::invalid_argument);
+}

@@ -1,0 +1,56 @@
+"""Small data and one process group for all tests of the training rooms."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+LANGUAGES = ("ar", "en", "hi")
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What fairseq wrote (tests/data/golden/README.md), unpacked."""
+    folder = tmp_path_factory.mktemp("golden")
+    with tarfile.open(DATA / "golden" / "fairseq.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with {train,valid,test}.{ar,en,hi}: a few hundred lines of the demo corpus, as they are."""
+    folder = tmp_path_factory.mktemp("tiny") / "text"
+    folder.mkdir()
+    for split, lines in (("train", 300), ("valid", 40), ("test", 40)):
+        for language in LANGUAGES:
+            text = (DATA / "demo" / f"{split}.{language}").read_text(encoding="utf-8")
+            kept = text.split("\n")[:lines]
+            (folder / f"{split}.{language}").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_corpus: Path) -> Path:
+    """The same, binarized with one dictionary of 600 symbols."""
+    from xlm_ds import binarize
+
+    destination = tiny_corpus.parent / "bin"
+    prefs = [f"--{split}pref={tiny_corpus / split}" for split in ("train", "valid", "test")]
+    arguments = [*prefs, f"--langs={','.join(LANGUAGES)}", f"--destdir={destination}"]
+    assert binarize.main([*arguments, "--nwordssrc=600", "--workers=1"]) == 0
+    return destination
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator["object"]:
+    """This test process as the only rank of a run."""
+    import torch
+
+    from xlm_ds.engine import start_ranks, stop_ranks
+
+    torch.set_num_threads(1)
+    yield start_ranks()
+    stop_ranks()

@@ -1,0 +1,289 @@
+"""The bytes are fairseq's, for any number of threads; what is wrong is named and leaves nothing behind."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import reference
+from xlm_ds import _core, binarize
+from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
+from xlm_ds.files import file_sha256
+from xlm_ds.log import InputError
+
+BLANKS = "\t\x0b\x0c\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
+NOT_BLANK = "\u180e\u200b\u200c\u200d\u2060\ufeff"
+
+
+def pairs_in(folder: Path) -> list[Path]:
+    return sorted(path.with_suffix("") for path in folder.glob("*.idx"))
+
+
+GOLDEN_RUNS = ["small.mmap", "small.lazy", "odd.mmap", "65499.mmap", "65500.mmap"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("run", GOLDEN_RUNS)
+def test_bytes_are_fairseqs(run: str, workers: int, golden: Path, tmp_path: Path) -> None:
+    vocabulary, implementation = run.split(".")
+    compared = 0
+    for pair in pairs_in(golden / "bin" / run):
+        split, language = pair.name.split(".")
+        binarize.main(
+            [
+                f"--srcdict={golden / f'vocab.{vocabulary}'}",
+                f"--{split}pref={golden / 'text' / split}",
+                f"--source-lang={language}",
+                f"--destdir={tmp_path}",
+                f"--workers={workers}",
+                f"--dataset-impl={implementation}",
+            ]
+        )
+        for suffix in (".bin", ".idx"):
+            expected = pair.with_name(pair.name + suffix).read_bytes()
+            assert (tmp_path / (pair.name + suffix)).read_bytes() == expected, pair.name + suffix
+            compared += 1
+    assert compared >= 12
+
+
+def test_log_lines_are_fairseqs(
+    golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its preprocess.log, without the lines of the file it failed on, and with paths as given here."""
+    expected = (golden / "bin" / "small.mmap" / "preprocess.log").read_text(encoding="utf-8")
+    wanted = [line for line in expected.splitlines() if " sents, " in line]
+    monkeypatch.chdir(golden)
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        for line in wanted:
+            split, language = line.split(": ")[0].split("/")[-1].split(".")
+            binarize.main(["--srcdict=vocab.small", f"--{split}pref=text/{split}",
+                           f"--source-lang={language}", f"--destdir={tmp_path}"])  # fmt: skip
+    found = [message for message in caplog.messages if " sents, " in message]
+    assert found == wanted
+    assert len(wanted) > 10
+
+
+def encode(
+    text: bytes, symbols: list[str], folder: Path, threads: int, chunk_bytes: int
+) -> tuple[list[list[int]], _core.TextCounts]:
+    """The sequences that the core writes for `text`."""
+    (folder / "text").write_bytes(text)
+    paths = _core.PairPaths(folder / "x.bin", folder / "x.idx", folder / "x.lengths")
+    counts = _core.binarize_file(
+        folder / "text",
+        _core.Dictionary(symbols),
+        _core.IndexKind.mmap,
+        paths,
+        threads,
+        _core.Progress(),
+        chunk_bytes,
+    )
+    ids = np.fromfile(folder / "x.bin", dtype=np.uint16).tolist()
+    sequences = []
+    begin = 0
+    index = (folder / "x.idx").read_bytes()
+    for length in np.frombuffer(index, dtype="<i4", count=counts.lines, offset=26).tolist():
+        sequences.append(ids[begin : begin + length])
+        begin += length
+    assert begin == len(ids)
+    return sequences, counts
+
+
+SYMBOLS = [*SPECIAL_SYMBOLS, "a", "bb", "é", "한", "🙂", "a", "\u200b"]
+alphabet = st.sampled_from(
+    [*"abé한🙂\n\r", *BLANKS, *NOT_BLANK, "bb", "\r\n", "<unk>", "<s>", "</s>", "\0"]
+)
+
+
+@given(
+    st.lists(alphabet, max_size=60).map("".join),
+    st.sampled_from([1, 2, 7]),
+    st.sampled_from([1, 2, 3, 8, 1 << 20]),
+)
+@example("a\r", 2, 1)
+@example("a\r\na", 2, 2)
+@example("", 1, 1)
+def test_core_equals_its_slow_twin(
+    tmp_path_factory: pytest.TempPathFactory, text: str, threads: int, chunk_bytes: int
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    found, counts = encode(text.encode(), SYMBOLS, folder, threads, chunk_bytes)
+    expected = reference.encode_text(text, SYMBOLS)
+    assert found == expected
+    assert counts.lines == len(expected)
+    assert counts.tokens == sum(map(len, expected))
+    assert counts.blank_lines == sum(sequence == [2] for sequence in expected)
+    flat = [i for sequence in expected for i in sequence]
+    assert counts.by_id.tolist() == np.bincount(flat, minlength=len(SYMBOLS)).tolist()
+    words = text.split()
+    assert counts.unknown == sum(word not in SYMBOLS for word in words)
+    assert counts.literal_specials == sum(word in SPECIAL_SYMBOLS for word in words)
+
+
+def test_all_29_blanks_separate_and_no_others(tmp_path: Path) -> None:
+    blanks = [chr(c) for c in range(0x110000) if chr(c).isspace()]
+    assert len(blanks) == 29
+    for blank in set(blanks) - {"\n", "\r"}:
+        found, _ = encode(f"a{blank}a\n".encode(), SYMBOLS, tmp_path, 1, 1 << 20)
+        assert found == [[10, 10, 2]], hex(ord(blank))
+    for other in NOT_BLANK:
+        found, _ = encode(f"a{other}a\n".encode(), SYMBOLS, tmp_path, 1, 1 << 20)
+        assert found == [[3, 2]], hex(ord(other))
+
+
+@given(st.binary(max_size=40), st.sampled_from([1, 3]), st.sampled_from([1, 4, 1 << 20]))
+@example(b"\xed\xa0\x80", 1, 4)  # a surrogate
+@example(b"\xc0\x80", 1, 4)  # an overlong form
+@example(b"\xf4\x90\x80\x80", 1, 4)  # beyond U+10FFFF
+@example(b"a\nb\xe9", 1, 1)
+def test_bytes_that_are_not_utf8_are_named_as_python_finds_them(
+    tmp_path_factory: pytest.TempPathFactory, text: bytes, threads: int, chunk_bytes: int
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        before = text[: error.start].decode().replace("\r\n", "\n").replace("\r", "\n")
+        with pytest.raises(_core.InputError) as caught:
+            encode(text, SYMBOLS, folder, threads, chunk_bytes)
+        where = f"line {before.count(chr(10)) + 1}, byte {error.start}: 0x{text[error.start]:02x}"
+        assert where in str(caught.value)
+    else:
+        encode(text, SYMBOLS, folder, threads, chunk_bytes)
+
+
+def test_a_large_text_is_the_same_for_any_threads(tmp_path: Path) -> None:
+    """Enough chunks that threads really overtake each other."""
+    generator = random.Random(0)
+    lines = [
+        " ".join(generator.choices(["a", "bb", "é", "x"], k=generator.randrange(20)))
+        for _ in range(20000)
+    ]
+    text = "\n".join(lines).encode()
+    expected, _ = encode(text, SYMBOLS, tmp_path, 1, 1 << 20)
+    for threads, chunk_bytes in ((2, 1000), (7, 333), (3, 1 << 16)):
+        found, _ = encode(text, SYMBOLS, tmp_path, threads, chunk_bytes)
+        assert found == expected
+
+
+# --------------------------------------------------------------------------------- the stage
+
+
+def run_stage(text: Path, destination: Path, *flags: str) -> None:
+    binarize.main([f"--trainpref={text / 'train'}", f"--destdir={destination}", *flags])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "train.en").write_text("a b\n\nb <s> c\n", encoding="utf-8")
+    (folder / "train.fr").write_text("b c c\n", encoding="utf-8")
+    (folder / "vocab").write_text("b 3\nc 3\n", encoding="utf-8")
+    return folder
+
+
+def test_side_files_describe_the_pair(text: Path, tmp_path: Path) -> None:
+    run_stage(text, tmp_path / "out", "--langs=en,fr", f"--srcdict={text / 'vocab'}")
+    written = json.loads((tmp_path / "out" / "train.en.json").read_text(encoding="utf-8"))
+    assert written["language"] == "en"
+    assert (written["lines"], written["tokens"], written["unknown"]) == (3, 8, 1)
+    assert (written["blank"], written["literal_specials"]) == (1, 1)
+    dictionary = Dictionary.load(tmp_path / "out" / "dict.txt")
+    assert written["dictionary_sha256"] == dictionary.sha256
+    for kind in ("bin", "idx"):
+        assert written["sha256"][kind] == file_sha256(tmp_path / "out" / f"train.en.{kind}")
+    counts = np.load(tmp_path / "out" / "train.en.counts.npy")
+    assert counts.dtype == np.uint64
+    assert counts.tolist() == [1, 0, 3, 1, 0, 2, 1]
+    shares = counts[counts > 0] / counts.sum()
+    assert written["unigram_entropy_bits"] == pytest.approx(-(shares * np.log2(shares)).sum())
+
+
+def test_codes_and_tokenisation_travel_with_the_data(text: Path, tmp_path: Path) -> None:
+    (text / "codes").write_text("a b 1\n", encoding="utf-8")
+    run_stage(text, tmp_path / "out", "--langs=en", f"--srcdict={text / 'vocab'}")
+    assert (tmp_path / "out" / "codes").read_text(encoding="utf-8") == "a b 1\n"
+
+
+def test_the_recipes_loop_and_all_at_once_give_the_same_files(text: Path, tmp_path: Path) -> None:
+    srcdict = f"--srcdict={text / 'vocab'}"
+    for language in ("en", "fr"):
+        run_stage(text, tmp_path / "loop", f"--source-lang={language}", srcdict, "--only-source")
+    run_stage(text, tmp_path / "once", "--langs=en,fr", srcdict)
+    names = {p.name for p in (tmp_path / "loop").iterdir()}
+    assert names == {p.name for p in (tmp_path / "once").iterdir()}
+    for name in names - {"preprocess.log"}:
+        assert (tmp_path / "loop" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--source-lang=en"], "or --langs with all languages"),
+        ([], "give --langs"),
+        (["--langs=en", "--source-lang=en"], "give --langs"),
+        (["--langs=en,de"], "train.de: not found"),
+        (["--langs=en", "--validpref=nowhere/valid"], "valid.en: not found"),
+        (["--langs=en", "--testpref=a,b"], "several prefixes"),
+    ],
+)
+def test_bad_requests(text: Path, tmp_path: Path, flags: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        run_stage(text, tmp_path / "out", *flags)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_dictionary_in_the_folder_is_refused(text: Path, tmp_path: Path) -> None:
+    run_stage(text, tmp_path / "out", "--langs=en", f"--srcdict={text / 'vocab'}")
+    before = (tmp_path / "out" / "train.en.bin").read_bytes()
+    (text / "other").write_text("c 3\nb 3\n", encoding="utf-8")
+    with pytest.raises(InputError, match="another dictionary is there already"):
+        run_stage(text, tmp_path / "out", "--langs=en", f"--srcdict={text / 'other'}")
+    assert (tmp_path / "out" / "train.en.bin").read_bytes() == before
+
+
+def test_text_that_is_not_utf8_leaves_no_pair(text: Path, tmp_path: Path) -> None:
+    (text / "train.fr").write_bytes(b"b c\nb \xe9t\xe9\n")
+    with pytest.raises(InputError, match=r"train\.fr, line 2, byte 6: 0xe9 is not UTF-8"):
+        run_stage(text, tmp_path / "out", "--langs=en,fr", f"--srcdict={text / 'vocab'}")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {name for name in names if "fr" in name or name.startswith(".")}
+    assert "train.en.idx" in names
+
+
+def test_a_killed_run_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
+    """kill -9 in the middle of a file; the next run is as if nothing had been."""
+    (tmp_path / "train.en").write_bytes(b"a b c d e f g h\n" * 3_000_000)
+    (tmp_path / "vocab").write_text("a 1\n", encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = [
+        f"--trainpref={tmp_path / 'train'}",
+        "--langs=en",
+        f"--srcdict={tmp_path / 'vocab'}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "xlm_ds.binarize",
+        *arguments,
+        f"--destdir={out}",
+        "--workers=1",
+    ]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+    while not (out / ".train.en.bin.tmp").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not list(out.glob("train.en.*"))
+    assert binarize.main([*arguments, f"--destdir={out}"]) == 0
+    assert not list(out.glob(".*"))
+    assert (out / "train.en.bin").stat().st_size == 2 * 9 * 3_000_000

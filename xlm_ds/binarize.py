@@ -1,0 +1,252 @@
+"""Text to .bin/.idx pairs of token ids: fairseq-preprocess for the cross-lingual task, with the same bytes.
+
+    python -m xlm_ds.binarize --langs ar,de,en --srcdict D/vocab_mlm --only-source \\
+        --trainpref D/train --validpref D/valid --testpref D/test --destdir OUT
+
+writes OUT/dict.txt and for every split and language SPLIT.LG.bin and .idx (docs/formats.md), SPLIT.LG.json (counts,
+checksums) and SPLIT.LG.counts.npy (occurrences of every id). A pair gets its final name when whole, its .idx last.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from xlm_ds import _core
+from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
+from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
+from xlm_ds.files import file_sha256, sync_file
+from xlm_ds.flags import parse
+from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
+
+Result = TypeVar("Result")
+
+# What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
+COMPANIONS = ("codes", "prepare.json")
+POLL_SECONDS = 0.1
+
+
+class Text(NamedTuple):
+    """One file to binarize."""
+
+    split: str
+    language: str
+    path: Path
+
+
+def main(argv: Sequence[str]) -> int:
+    binarize(parse(BinarizeConfig, argv, answered=BINARIZE_ANSWERED, description=__doc__))
+    return EXIT_OK
+
+
+def binarize(config: BinarizeConfig) -> None:
+    """Writes everything `config` asks for. Raises InputError or OSError; what was finished before stays."""
+    texts = texts_of(config)
+    threads = config.workers or len(os.sched_getaffinity(0))
+    dictionary = find_dictionary(config, texts, threads)
+    config.destdir.mkdir(parents=True, exist_ok=True)
+    add_log_file(config.destdir / "preprocess.log")
+    write_dictionary(config, dictionary)
+    core_dictionary = _core.Dictionary(dictionary.symbols)
+    total_bytes = sum(text.path.stat().st_size for text in texts)
+    announced = set()
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for text in texts:
+            if text.language not in announced:
+                logger.info(f"[{text.language}] Dictionary: {len(dictionary)} types")
+                announced.add(text.language)
+            counts = write_pair(text, config, dictionary, core_dictionary, threads, bar)
+            logger.info(f"[{text.language}] {text.path}: {summary(counts)}")
+            if counts.literal_specials:
+                logger.info(
+                    f"{text.path}: {counts.literal_specials} words are spelt like a special symbol "
+                    f"({', '.join(SPECIAL_SYMBOLS)}) and got its id, as with fairseq"
+                )
+    logger.info(f"Wrote preprocessed data to {config.destdir}")
+
+
+def summary(counts: _core.TextCounts) -> str:
+    """fairseq's line; its percentage has three significant digits."""
+    share = f" {100 * counts.unknown / counts.tokens:.3}% replaced" if counts.tokens else ""
+    return f"{counts.lines} sents, {counts.tokens} tokens,{share} (by <unk>)".replace(
+        "tokens, (by", "tokens (by"
+    )
+
+
+# ------------------------------------------------------------------------------- what is asked for
+
+
+def texts_of(config: BinarizeConfig) -> list[Text]:
+    """The files to read, language by language. Raises InputError if one is missing or nothing is asked for."""
+    if bool(config.langs) == bool(config.source_lang):
+        raise InputError("give --langs ar,de,… (all languages at once) or --source-lang LG (one)")
+    languages = config.langs or (str(config.source_lang),)
+    prefs = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
+    given = {split: pref for split, pref in prefs.items() if pref is not None}
+    if not given:
+        raise InputError("nothing to binarize: give --trainpref, --validpref or --testpref")
+    for pref in given.values():
+        if "," in pref:
+            raise InputError(
+                f"{pref}: several prefixes for one split are not supported; join the files"
+            )
+    texts = [
+        Text(split, language, Path(f"{pref}.{language}"))
+        for language in languages
+        for split, pref in given.items()
+    ]
+    for text in texts:
+        if not text.path.is_file():
+            raise InputError(
+                f"{text.path}: not found, although --{text.split}pref and language {text.language} ask for it"
+            )
+    return texts
+
+
+def find_dictionary(config: BinarizeConfig, texts: Sequence[Text], threads: int) -> Dictionary:
+    """The one of --srcdict, or one built from the training text of all languages together."""
+    if config.srcdict is not None:
+        return Dictionary.load(
+            config.srcdict, on_duplicate=config.on_duplicate, max_vocab=config.max_vocab
+        )
+    if not config.langs:
+        raise InputError(
+            "--source-lang without --srcdict would give every language its own ids; give --srcdict, or --langs "
+            "with all languages to build one dictionary from their training text"
+        )
+    training = [text for text in texts if text.split == "train"]
+    if not training:
+        raise InputError(
+            "no --srcdict and no --trainpref: there is nothing to build the dictionary from"
+        )
+    words: Counter[str] = Counter()
+    for text in training:
+        progress = _core.Progress()
+        with interruptible(progress) as run:
+            counted = run(lambda: _core.count_text_words(text.path, threads, progress))  # noqa: B023
+        words.update(dict(counted))
+    nwords = config.nwordssrc if config.max_vocab is None else config.max_vocab
+    return build_dictionary(
+        words,
+        threshold=config.thresholdsrc,
+        nwords=nwords,
+        padding_factor=config.padding_factor,
+    )
+
+
+def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
+    """OUT/dict.txt. Raises InputError if another one is there: its pairs would mean other words."""
+    path = config.destdir / "dict.txt"
+    if path.exists():
+        if Dictionary.load(path).sha256 != dictionary.sha256:
+            raise InputError(
+                f"{path}: another dictionary is there already; binarize into an empty --destdir, "
+                f"or use this one with --srcdict {path}"
+            )
+        return
+    temporary = path.with_name(".dict.txt.tmp")
+    dictionary.save(temporary)
+    temporary.replace(path)
+    if config.srcdict is not None:
+        for name in COMPANIONS:
+            if (config.srcdict.parent / name).is_file():
+                shutil.copyfile(config.srcdict.parent / name, config.destdir / name)
+
+
+# ------------------------------------------------------------------------------------ one pair
+
+
+def write_pair(
+    text: Text,
+    config: BinarizeConfig,
+    dictionary: Dictionary,
+    core_dictionary: _core.Dictionary,
+    threads: int,
+    bar: "tqdm[None]",
+) -> _core.TextCounts:
+    """Binarizes one file under temporary names and renames them when all is on disk."""
+    base = f"{text.split}.{text.language}"
+    final = {
+        kind: config.destdir / f"{base}.{kind}" for kind in ("bin", "counts.npy", "json", "idx")
+    }
+    temporary = {kind: path.with_name(f".{path.name}.tmp") for kind, path in final.items()}
+    lengths = config.destdir / f".{base}.lengths.tmp"
+    kind = _core.IndexKind.mmap if config.dataset_impl == "mmap" else _core.IndexKind.lazy
+    paths = _core.PairPaths(temporary["bin"], temporary["idx"], lengths)
+    progress = _core.Progress()
+    try:
+        with interruptible(progress, bar) as run:
+            counts = run(
+                lambda: _core.binarize_file(
+                    text.path, core_dictionary, kind, paths, threads, progress
+                )
+            )
+        with temporary["counts.npy"].open("wb") as file:
+            np.save(file, counts.by_id)
+        description = {
+            "language": text.language,
+            "split": text.split,
+            "lines": counts.lines,
+            "tokens": counts.tokens,
+            "unknown": counts.unknown,
+            "blank": counts.blank_lines,
+            "literal_specials": counts.literal_specials,
+            "unigram_entropy_bits": entropy_bits(counts.by_id),
+            "dictionary_sha256": dictionary.sha256,
+            "sha256": {kind: file_sha256(temporary[kind]) for kind in ("bin", "idx")},
+        }
+        temporary["json"].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        for path in temporary.values():
+            sync_file(path)
+        # An .idx says that its pair is whole: an old one goes first, the new one comes last.
+        final["idx"].unlink(missing_ok=True)
+        for kind_of_file, path in temporary.items():
+            path.replace(final[kind_of_file])
+    finally:
+        for path in (*temporary.values(), lengths):
+            path.unlink(missing_ok=True)
+    return counts
+
+
+def entropy_bits(counts: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> float:
+    """Entropy of the unigram distribution, eos included; 0 of an empty text."""
+    seen = counts[counts > 0].astype(np.float64)
+    total = float(seen.sum())
+    return float(math.log2(total) - (seen * np.log2(seen)).sum() / total) if total else 0.0
+
+
+@contextmanager
+def interruptible(
+    progress: _core.Progress, bar: "tqdm[None] | None" = None
+) -> Iterator[Callable[[Callable[[], Result]], Result]]:
+    """Runs calls of the core on another thread, so that Ctrl-C ends them at once and the bar moves."""
+
+    def result_of(future: "Future[Result]") -> Result:
+        shown = 0
+        while not future.done():
+            wait([future], timeout=POLL_SECONDS)
+            if bar is not None:
+                bar.update(progress.done_bytes - shown)
+                shown = progress.done_bytes
+        return future.result()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        try:
+            yield lambda call: result_of(thread.submit(call))
+        except KeyboardInterrupt:
+            progress.cancel()
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("binarize", main))

@@ -1,0 +1,199 @@
+"""Binarized text on disk, seen as blocks: what binarize wrote, or fairseq-preprocess.
+
+    datasets = open_split(Path("OUT"), "train", ["ar", "de"], tokens_per_sample=256, break_mode="none",
+                          vocab_size=len(dictionary), dictionary_sha256=dictionary.sha256)
+    datasets[0].blocks, datasets[0].block(7)
+
+The pair is SPLIT.LG.{bin,idx}, or under fairseq-preprocess's name SPLIT.LG-None.LG.{bin,idx}. Beside it may stand
+SPLIT.LG.json and SPLIT.LG.counts.npy (docs/formats.md). Opening is O(1) whatever the size.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xlm_ds import _core
+from xlm_ds.log import InputError
+
+_BREAK_MODES = {"none": _core.BreakMode.none, "eos": _core.BreakMode.eos}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDataset:
+    """One language of one split, memory-mapped and cut into blocks of at most tokens_per_sample - 1 tokens."""
+
+    language: str
+    split: str
+    prefix: Path
+    tokens_per_sample: int
+    vocab_size: int
+    core: _core.TokenDataset
+
+    @property
+    def blocks(self) -> int:
+        return self.core.blocks
+
+    @property
+    def sequences(self) -> int:
+        return self.core.sequences
+
+    @property
+    def tokens(self) -> int:
+        return self.core.tokens
+
+    def block(self, number: int) -> NDArray[np.int64]:
+        """The block's ids, without the eos that a sample begins with."""
+        ids = np.empty(self.core.block_size, np.int64)
+        return ids[: self.core.fill_block(number, vocab_size=self.vocab_size, out=ids)]
+
+    def count_cut(self) -> int:
+        """Lines that lose tokens because they are longer than a block (break mode eos). O(lines)."""
+        return self.core.count_cut()
+
+    def counts(self) -> NDArray[np.uint64]:
+        """How often each id occurs, (V,): read from SPLIT.LG.counts.npy, or counted in O(tokens) where it is missing.
+
+        Raises: InputError if the counts are not of this .bin, or it has an id beyond the dictionary.
+        """
+        path = _beside(self.prefix, ".counts.npy")
+        if not path.exists():
+            return self.core.count_ids(vocab_size=self.vocab_size)
+        try:
+            counts: NDArray[np.uint64] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a numpy array; binarize again") from error
+        if counts.dtype != np.uint64 or counts.shape != (self.vocab_size,):
+            raise InputError(
+                f"{path}: has {counts.dtype} of shape {counts.shape}, expected uint64 of shape ({self.vocab_size},), "
+                "a count for each symbol of the dictionary; binarize again"
+            )
+        if int(counts.sum()) != self.tokens:
+            raise InputError(
+                f"{path}: counts {int(counts.sum())} tokens, but the .bin beside it has {self.tokens}; binarize again"
+            )
+        return counts
+
+
+def open_split(
+    folder: Path,
+    split: str,
+    languages: Sequence[str],
+    *,
+    tokens_per_sample: int,
+    break_mode: str,
+    vocab_size: int,
+    dictionary_sha256: str,
+) -> tuple[TokenDataset, ...]:
+    """Opens a split of every language, in the order given: the language ids.
+
+    Raises: InputError for a language that is missing or has no tokens, a pair that is damaged or not binarized text,
+    or one made with another dictionary than that of `dictionary_sha256` (recorded in SPLIT.LG.json).
+    """
+    datasets = []
+    for language in languages:
+        prefix = _find_pair(folder, split, language)
+        core = _core.TokenDataset(
+            prefix, mode=_BREAK_MODES[break_mode], block_size=tokens_per_sample - 1
+        )
+        if core.tokens == 0:
+            raise InputError(
+                f"{prefix}.bin: holds no tokens; binarize some text of {language}, or leave {language} out"
+            )
+        _check_record(_beside(prefix, ".json"), core.tokens, dictionary_sha256)
+        datasets.append(
+            TokenDataset(
+                language=language,
+                split=split,
+                prefix=prefix,
+                tokens_per_sample=tokens_per_sample,
+                vocab_size=vocab_size,
+                core=core,
+            )
+        )
+    return tuple(datasets)
+
+
+def languages_in(folder: Path, split: str) -> tuple[str, ...]:
+    """The languages of which the folder has this split, sorted."""
+    _check_folder(folder)
+    name = re.compile(rf"{re.escape(split)}\.(?P<language>[^.]+?)(-None\.(?P=language))?\.idx")
+    matches = (name.fullmatch(path.name) for path in folder.iterdir())
+    return tuple(sorted({match["language"] for match in matches if match}))
+
+
+def dictionary_path(folder: Path, languages: Sequence[str]) -> Path:
+    """dict.txt, or fairseq's dict.LG.txt if it is the same for every language.
+
+    Raises: InputError if there is neither, or the languages' dictionaries differ.
+    """
+    _check_folder(folder)
+    joint = folder / "dict.txt"
+    if joint.exists():
+        return joint
+    paths = [folder / f"dict.{language}.txt" for language in languages]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing or not paths:
+        wanted = f", nor {missing[0]}" if missing else ""
+        raise InputError(
+            f"{folder}: there is no dict.txt{wanted}; give the folder that binarize wrote"
+        )
+    for path in paths[1:]:
+        if path.read_bytes() != paths[0].read_bytes():
+            raise InputError(
+                f"{path}: differs from {paths[0].name}; all languages need one dictionary: binarize with one --srcdict"
+            )
+    return paths[0]
+
+
+def _beside(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: there is no such folder; give the one binarize wrote (--destdir)"
+        )
+
+
+def _find_pair(folder: Path, split: str, language: str) -> Path:
+    _check_folder(folder)
+    prefixes = [folder / f"{split}.{language}", folder / f"{split}.{language}-None.{language}"]
+    for prefix in prefixes:
+        has_index, has_data = (_beside(prefix, suffix).exists() for suffix in (".idx", ".bin"))
+        if has_index and has_data:
+            return prefix
+        if has_index or has_data:
+            found, lost = (".idx", ".bin") if has_index else (".bin", ".idx")
+            raise InputError(
+                f"{prefix}{found}: the {lost} that belongs to it is missing; binarize again"
+            )
+    there = languages_in(folder, split)
+    raise InputError(
+        f"{prefixes[0]}.idx: there is no such file; {split} is there for {', '.join(there) or 'no language'}"
+    )
+
+
+def _check_record(path: Path, tokens: int, dictionary_sha256: str) -> None:
+    """Compares what binarize wrote down about a pair, if it did, with what is there."""
+    if not path.exists():
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        recorded_tokens, recorded_sha256 = record["tokens"], record["dictionary_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
+    if recorded_sha256 != dictionary_sha256:
+        raise InputError(
+            f"{path}: the file was made with the dictionary of SHA-256 {recorded_sha256}, but the one given has "
+            f"{dictionary_sha256}; give the dictionary it was made with, or binarize again"
+        )
+    if recorded_tokens != tokens:
+        raise InputError(
+            f"{path}: says {recorded_tokens} tokens, but the .bin beside it has {tokens}; binarize again"
+        )

@@ -1,0 +1,86 @@
+"""Data order as a pure function: sample number -> (language, pass, block).
+
+What enters are the languages' numbers of blocks, alpha and a seed; what leaves are columns of numbers, the same for any
+world size, micro-batch or point of resumption:
+
+    order = build_order([1200, 300], alpha=0.7, seed=0)
+    languages, passes, blocks = order.samples(0, 8)
+
+A language is drawn with p ∝ blocks^alpha (Conneau and Lample, 2019, section 3.1). After every prefix its count is
+within a few samples of its quota (csrc/include/xlm_ds/order.hpp has the bound), and it goes through all its blocks, in
+a new random order, before it meets one again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xlm_ds import _core
+
+# Weights are whole numbers: the shares are then exact, and a last digit in which two machines' pow() differ cannot
+# send them to different samples. The rarest of 100 languages at 1:10^4 keeps an error below 1e-5 of its share.
+_WEIGHT_SCALE = 1 << 32
+
+
+class Samples(NamedTuple):
+    """Columns of the same length (n,), int64."""
+
+    languages: NDArray[np.int64]
+    passes: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """The order of a run. `weights` are the languages' shares, as whole numbers."""
+
+    seed: int
+    blocks: tuple[int, ...]
+    weights: tuple[int, ...]
+    core: _core.Order = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        core = _core.Order(seed=self.seed, weights=self.weights, blocks=self.blocks)
+        object.__setattr__(self, "core", core)
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """The share of each language, (L,): its quota of n samples is n times this."""
+        weights = np.array(self.weights, np.float64)
+        shares: NDArray[np.float64] = weights / weights.sum()
+        return shares
+
+    @property
+    def epoch_samples(self) -> int:
+        """An epoch is as many samples as there are blocks, whatever their languages."""
+        return sum(self.blocks)
+
+    def samples(self, first: int, count: int) -> Samples:
+        """Samples first, first + 1, …; O(count)."""
+        samples = Samples(*(np.empty(count, np.int64) for _ in Samples._fields))
+        self.core.fill_samples(first, **samples._asdict())
+        return samples
+
+
+def build_order(blocks: Sequence[int], *, alpha: float, seed: int) -> Order:
+    """The order over languages with these numbers of blocks (each at least 1)."""
+    return Order(seed=seed, blocks=tuple(blocks), weights=sampling_weights(blocks, alpha))
+
+
+def sampling_weights(blocks: Sequence[int], alpha: float) -> tuple[int, ...]:
+    """Whole numbers in proportion to blocks^alpha; the largest is 2^32, none is below 1."""
+    largest = max(blocks)
+    return tuple(max(1, round((count / largest) ** alpha * _WEIGHT_SCALE)) for count in blocks)
+
+
+def evaluation_samples(language: int, blocks: range, *, draw: int) -> Samples:
+    """Blocks of one language in sequence; the number of the mask draw stands where training has the pass."""
+    count = len(blocks)
+    return Samples(
+        np.full(count, language, np.int64),
+        np.full(count, draw, np.int64),
+        np.arange(blocks.start, blocks.stop, blocks.step, dtype=np.int64),
+    )
