@@ -1,0 +1,189 @@
+"""Learning rates: fairseq's where it is right, and the places where ours differ on purpose."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xlm_ds.config import OptimizationConfig
+from xlm_ds.log import InputError
+from xlm_ds.schedule import PlateauState, check_schedule, lr_at, lr_exhausted, plateau_after
+
+FRESH = PlateauState()
+
+
+def optimization(**changes: Any) -> OptimizationConfig:
+    return OptimizationConfig(**{"lr": 1e-4, "lr_shrink": 0.5, **changes})
+
+
+def plateau_lrs(losses: list[float], config: OptimizationConfig) -> list[float]:
+    """The rate after each of the validation losses."""
+    state, lrs = FRESH, []
+    for update, loss in enumerate(losses, start=1):
+        state = plateau_after(state, loss, config, update=update)
+        lrs.append(lr_at(update, config, state))
+    return lrs
+
+
+def torch_lrs(losses: list[float], config: OptimizationConfig, *, eps: float) -> list[float]:
+    """The same from torch's scheduler, which is what fairseq's is made of."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        factor=config.lr_shrink,
+        patience=config.lr_patience,
+        threshold=config.lr_threshold,
+        eps=eps,
+    )
+    lrs = []
+    for loss in losses:
+        scheduler.step(loss)
+        lrs.append(optimizer.param_groups[0]["lr"])
+    return lrs
+
+
+@settings(deadline=None)  # the first call loads torch's optimizers
+@given(
+    losses=st.lists(st.floats(0.5, 20) | st.sampled_from([3.0, 2.9999, 2.9997, math.nan])),
+    patience=st.integers(0, 3),
+)
+def test_plateau_is_torchs_with_eps_zero(losses: list[float], patience: int) -> None:
+    config = optimization(lr_patience=patience)
+    assert plateau_lrs(losses, config) == torch_lrs(losses, config, eps=0)
+
+
+def test_stop_min_lr_is_reached_where_fairseq_is_stuck_after_13_halvings() -> None:
+    config = optimization(stop_min_lr=1e-9)
+    losses = [5.0] * 40
+    assert torch_lrs(losses, config, eps=1e-8)[-1] == 1e-4 / 2**13 == 1.220703125e-08
+    lrs = plateau_lrs(losses, config)
+    assert lrs[17] == 1e-4 / 2**17 <= 1e-9 < lrs[16]
+    assert lr_exhausted(18, config, PlateauState(shrinks=17))
+    assert not lr_exhausted(18, config, PlateauState(shrinks=16))
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_rate_shrinks_at_the_validation_after_the_forgiven_ones(patience: int) -> None:
+    """Prevents the off-by-one that makes patience 0 forgive one validation."""
+    config = optimization(lr_patience=patience)
+    lrs = plateau_lrs([5.0] * (patience + 2), config)
+    assert lrs == [1e-4] * (patience + 1) + [5e-5]
+
+
+def test_gain_below_the_threshold_is_none_and_gain_above_it_restarts_the_count() -> None:
+    config = optimization(lr_patience=1)
+    state = plateau_after(FRESH, 4.0, config, update=1)
+    assert plateau_after(state, 4.0 * (1 - 0.9e-4), config, update=2).bad_count == 1
+    better = plateau_after(PlateauState(bad_count=1, best=4.0), 3.9, config, update=2)
+    assert better == PlateauState(best=3.9)
+
+
+def test_nan_is_never_the_best_loss() -> None:
+    """A best loss of NaN would make every later loss a bad one."""
+    assert plateau_after(FRESH, math.nan, optimization(), update=1).best is None
+
+
+def test_plateau_waits_for_the_warm_up_to_end() -> None:
+    config = optimization(warmup_updates=10)
+    assert plateau_after(FRESH, 5.0, config, update=10) is FRESH
+    assert plateau_after(FRESH, 5.0, config, update=11).best == 5.0
+
+
+def test_other_schedulers_ignore_validation_losses() -> None:
+    assert plateau_after(FRESH, 5.0, optimization(lr_scheduler="inverse_sqrt"), update=9) is FRESH
+
+
+@given(
+    state=st.builds(
+        PlateauState,
+        shrinks=st.integers(0, 99),
+        bad_count=st.integers(0, 9),
+        best=st.none() | st.floats(0, 99),
+    )
+)
+def test_plateau_state_survives_json(state: PlateauState) -> None:
+    assert PlateauState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
+
+
+def test_resuming_continues_the_bad_count() -> None:
+    """fairseq forgets the count in its checkpoints, so that a resumed run shrinks later."""
+    config = optimization(lr_patience=3)
+    losses = [5.0] * 9
+    uninterrupted, resumed = FRESH, FRESH
+    for update, loss in enumerate(losses, start=1):
+        uninterrupted = plateau_after(uninterrupted, loss, config, update=update)
+        saved = json.dumps(dataclasses.asdict(resumed))
+        resumed = plateau_after(PlateauState(**json.loads(saved)), loss, config, update=update)
+    assert resumed == uninterrupted
+    assert uninterrupted.shrinks == 2
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "inverse_sqrt", "linear"])
+def test_warm_up_is_a_line_from_its_first_rate_to_the_peak(scheduler: str) -> None:
+    config = optimization(
+        lr_scheduler=scheduler, warmup_updates=4, warmup_init_lr=2e-5, max_update=100
+    )
+    lrs = [lr_at(update, config, FRESH) for update in range(5)]
+    assert lrs == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "inverse_sqrt", "linear"])
+def test_zero_rate_of_the_warm_up_does_not_end_the_run(scheduler: str) -> None:
+    config = optimization(
+        lr_scheduler=scheduler, warmup_updates=4, max_update=100, stop_min_lr=1e-9
+    )
+    assert lr_at(0, config, FRESH) == 0
+    assert not any(lr_exhausted(update, config, FRESH) for update in range(50))
+
+
+def test_without_warm_up_the_first_update_has_the_full_rate() -> None:
+    for scheduler in ("reduce_lr_on_plateau", "inverse_sqrt", "linear"):
+        config = optimization(lr_scheduler=scheduler, max_update=100)
+        assert lr_at(0, config, FRESH) == 1e-4
+
+
+def test_inverse_sqrt_is_fairseqs() -> None:
+    config = optimization(lr_scheduler="inverse_sqrt", warmup_updates=4000)
+    for update in (4000, 4001, 16_000, 1_000_000):
+        fairseq_lr = 1e-4 * 4000**0.5 * update**-0.5
+        assert lr_at(update, config, FRESH) == pytest.approx(fairseq_lr, rel=1e-12)
+    assert lr_at(16_000, config, FRESH) == pytest.approx(5e-5)
+
+
+def test_linear_is_constant_and_then_falls_to_zero() -> None:
+    config = optimization(
+        lr_scheduler="linear", warmup_updates=10, max_update=100, decay_updates=40
+    )
+    assert [lr_at(update, config, FRESH) for update in (10, 59, 60)] == [1e-4] * 3
+    falling = [lr_at(update, config, FRESH) for update in (70, 80, 99, 100, 101)]
+    assert falling == pytest.approx([7.5e-5, 5e-5, 2.5e-6, 0, 0])
+
+
+def test_linear_decays_right_after_the_warm_up_unless_told_otherwise() -> None:
+    config = optimization(lr_scheduler="linear", warmup_updates=20, max_update=100)
+    assert [lr_at(update, config, FRESH) for update in (20, 60, 100)] == [1e-4, 5e-5, 0]
+    never = dataclasses.replace(config, decay_updates=0)
+    assert lr_at(100, never, FRESH) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_update": 0}, "--max-update 0"),
+        ({"max_update": 50, "warmup_updates": 50}, "no updates to decay in"),
+        ({"max_update": 50, "warmup_updates": 20, "decay_updates": 31}, "more than the 30 updates"),
+    ],
+)
+def test_linear_without_room_to_decay_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        check_schedule(optimization(lr_scheduler="linear", **changes))
+
+
+def test_recipes_schedule_is_accepted() -> None:
+    check_schedule(optimization(max_update=2_400_000, stop_min_lr=1e-9))
+    check_schedule(optimization(lr_scheduler="linear", max_update=50, decay_updates=50))

@@ -1,0 +1,244 @@
+"""The cross-lingual encoder: a batch of masked token ids enters, the loss of every masked token leaves.
+
+The network is fairseq's `xlm_base`: learned positions, language embeddings, post-norm layers, and a
+head whose output matrix is the token embedding. The head runs on masked rows only, and nothing here
+looks at the contents of a tensor on the host, so that a GPU is never made to wait.
+
+    model = XlmEncoder(shape)                                 # numbers: see ModelShape
+    init_parameters(model, torch.Generator().manual_seed(0))
+    losses = model(batch)                                     # (B*K,) nats, 0 where the target is PAD
+    losses.sum().backward()
+
+Parameter names are a file format (checkpoints store them); changing one needs a page in
+docs/decisions/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlm_ds.dictionary import PAD
+
+if TYPE_CHECKING:
+    from xlm_ds.batches import MaskedBatch
+
+FIRST_POSITION_ROW = PAD + 1  # fairseq's position table has unused rows 0 and PAD before the first
+LAYER_NORM_EPS = 1e-5
+INIT_STD = 0.02  # of every matrix and table, as in BERT (Devlin et al. 2018, and its code)
+
+ActivationName = Literal["gelu", "relu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Every number the network is made from."""
+
+    vocab_size: int
+    max_positions: int
+    num_segment: int  # rows of the language table
+    layers: int
+    embed_dim: int
+    ffn_embed_dim: int
+    attention_heads: int
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    activation_fn: ActivationName
+    token_positions: bool  # whether there is a position table
+    normalize_embeddings: bool  # whether the sum of the embeddings is layer-normalised
+
+
+class SelfAttention(nn.Module):
+    """Every position of a row attends to every position of that row that is not padding."""
+
+    def __init__(self, embed_dim: int, *, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim)  # rows: queries, keys, values
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, hidden: Tensor, attend: Tensor | None) -> Tensor:
+        """Maps (B, T, d) to (B, T, d); `attend` (B, 1, 1, T) is False at keys to leave out."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d / heads)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attend,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two projections with an activation between them, on every position by itself."""
+
+    def __init__(
+        self, embed_dim: int, *, inner_dim: int, activation: ActivationName, dropout: float
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, inner_dim)
+        self.activation = build_activation(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(inner_dim, embed_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.dropout(self.activation(self.fc1(hidden))))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each added to its input and then normalised (post-norm)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.attention = SelfAttention(
+            shape.embed_dim, heads=shape.attention_heads, dropout=shape.attention_dropout
+        )
+        self.attention_norm = nn.LayerNorm(shape.embed_dim, eps=LAYER_NORM_EPS)
+        self.ffn = FeedForward(
+            shape.embed_dim,
+            inner_dim=shape.ffn_embed_dim,
+            activation=shape.activation_fn,
+            dropout=shape.activation_dropout,
+        )
+        self.ffn_norm = nn.LayerNorm(shape.embed_dim, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, hidden: Tensor, attend: Tensor | None) -> Tensor:
+        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, attend)))
+        out: Tensor = self.ffn_norm(hidden + self.dropout(self.ffn(hidden)))
+        return out
+
+
+class MaskedLmHead(nn.Module):
+    """Turns final hidden states into a score for every word of the vocabulary."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.transform = nn.Linear(shape.embed_dim, shape.embed_dim)
+        self.activation = build_activation(shape.activation_fn)
+        self.norm = nn.LayerNorm(shape.embed_dim, eps=LAYER_NORM_EPS)
+        self.output_bias = nn.Parameter(torch.zeros(shape.vocab_size))
+
+    def forward(self, hidden: Tensor, token_embedding: Tensor) -> Tensor:
+        """Maps (N, d) and the tied (V, d) to fp32 logits (N, V)."""
+        hidden = self.norm(self.activation(self.transform(hidden)))
+        # The bias is added in fp32: near a log-probability of -10, bf16 steps are 1/16 wide.
+        return F.linear(hidden, token_embedding).float() + self.output_bias
+
+
+class XlmEncoder(nn.Module):
+    """A bidirectional transformer that predicts masked tokens of any of its languages.
+
+    Parameters hold torch's own initial values until `init_parameters` has run.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        dim = shape.embed_dim
+        self.token_embedding = nn.Embedding(shape.vocab_size, dim, padding_idx=PAD)
+        self.language_embedding = nn.Embedding(shape.num_segment, dim)
+        self.position_embedding = (
+            nn.Embedding(shape.max_positions + FIRST_POSITION_ROW, dim, padding_idx=PAD)
+            if shape.token_positions
+            else None
+        )
+        self.embedding_norm = (
+            nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if shape.normalize_embeddings else nn.Identity()
+        )
+        self.dropout = nn.Dropout(shape.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(shape.layers))
+        self.head = MaskedLmHead(shape)
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        """Returns the negative log-likelihood of every target: (B*K,) fp32 nats, 0 where it is PAD."""
+        return F.cross_entropy(
+            self.logits(batch), batch.targets, ignore_index=PAD, reduction="none"
+        )
+
+    def logits(self, batch: MaskedBatch) -> Tensor:
+        """Returns the scores of every word at every masked position: (B*K, V) fp32."""
+        hidden = self.encode(batch.input_ids, batch.languages, has_padding=batch.has_padding)
+        masked = hidden.flatten(0, 1).index_select(0, batch.masked_positions)  # (B*K, d)
+        # The head borrows the weight: ZeRO-3 must be told, or reading it here finds it partitioned.
+        logits: Tensor = self.head(masked, self.token_embedding.weight)
+        return logits
+
+    def encode(self, input_ids: Tensor, languages: Tensor, *, has_padding: bool = True) -> Tensor:
+        """Returns the final hidden states (B, T, d) of ids (B, T) in languages (B,).
+
+        `has_padding=False` promises that no id is PAD; attention is then unmasked, which is faster.
+        States at padding mean nothing and influence no others.
+        """
+        not_pad = input_ids.ne(PAD) if has_padding else None
+        hidden: Tensor = self.token_embedding(input_ids)
+        hidden = hidden + self.language_embedding(languages)[:, None]
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(position_rows(input_ids, not_pad))
+        hidden = self.dropout(self.embedding_norm(hidden))
+        attend = None
+        if not_pad is not None:
+            hidden = hidden * not_pad[:, :, None]
+            attend = not_pad[:, None, None, :]
+        for layer in self.layers:
+            hidden = layer(hidden, attend)
+        return hidden
+
+
+def position_rows(input_ids: Tensor, not_pad: Tensor | None) -> Tensor:
+    """Returns the rows of the position table for ids (B, T): (B, T), or (T,) without padding.
+
+    Tokens are numbered from FIRST_POSITION_ROW, padding not counted; padding itself has row PAD.
+    """
+    if not_pad is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device) + FIRST_POSITION_ROW
+    return not_pad.cumsum(dim=1) * not_pad + PAD
+
+
+def build_activation(name: ActivationName) -> nn.Module:
+    """Returns gelu in its exact (erf) form, or relu."""
+    return nn.GELU() if name == "gelu" else nn.ReLU()
+
+
+@torch.no_grad()
+def init_parameters(model: XlmEncoder, generator: torch.Generator) -> None:
+    """Fills every parameter, as fairseq's `apply_bert_init` does: the same for the same generator.
+
+    Matrices and tables are N(0, INIT_STD), their padding rows and all biases 0, norms 1 and 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, INIT_STD, generator=generator)
+            module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0.0, INIT_STD, generator=generator)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, MaskedLmHead):
+            module.output_bias.zero_()
+
+
+def parameter_count(shape: ModelShape) -> int:
+    """Returns the number of parameters of a model of this shape, without building it."""
+    dim, inner = shape.embed_dim, shape.ffn_embed_dim
+    norm = 2 * dim
+    tables = (shape.vocab_size + shape.num_segment) * dim
+    if shape.token_positions:
+        tables += (shape.max_positions + FIRST_POSITION_ROW) * dim
+    if shape.normalize_embeddings:
+        tables += norm
+    attention = 4 * (dim * dim + dim)
+    ffn = 2 * dim * inner + inner + dim
+    head = dim * dim + dim + norm + shape.vocab_size
+    return tables + shape.layers * (attention + ffn + 2 * norm) + head

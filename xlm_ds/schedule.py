@@ -1,0 +1,112 @@
+"""Learning rates as pure functions of the number of updates made.
+
+The training loop asks for the rate before every update; validation losses move the plateau state and
+nothing else. That state is all there is to save: three JSON values.
+
+    check_schedule(config.optimization)
+    plateau = PlateauState()                                  # resuming: PlateauState(**saved)
+    lr = lr_at(update, config.optimization, plateau)          # before every update
+    plateau = plateau_after(plateau, valid_loss, config.optimization, update=update)
+    if lr_exhausted(update, config.optimization, plateau): ...  # the run has ended
+
+`update` counts the updates already made, as fairseq's num_updates does: 0 before the first one.
+"""
+
+import math
+from dataclasses import dataclass
+
+from xlm_ds.config import OptimizationConfig
+from xlm_ds.log import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlateauState:
+    """What reduce_lr_on_plateau remembers; `dataclasses.asdict` of it is JSON."""
+
+    shrinks: int = 0  # the rate is lr * lr_shrink**shrinks
+    bad_count: int = 0  # validations in a row without gain since the last gain or shrink
+    best: float | None = None  # lowest validation loss so far
+
+
+def check_schedule(config: OptimizationConfig) -> None:
+    """Raises InputError if no learning rate can be computed from these numbers."""
+    if config.lr_scheduler != "linear":
+        return
+    room = config.max_update - config.warmup_updates
+    if room <= 0:
+        raise InputError(
+            f"--lr-scheduler linear with --max-update {config.max_update} and --warmup-updates "
+            f"{config.warmup_updates} has no updates to decay in; --max-update must be the larger"
+        )
+    if config.decay_updates is not None and config.decay_updates > room:
+        raise InputError(
+            f"--decay-updates {config.decay_updates} is more than the {room} updates between the "
+            "end of the warm-up and --max-update; lower it, or leave it out to use them all"
+        )
+
+
+def lr_at(update: int, config: OptimizationConfig, plateau: PlateauState) -> float:
+    """Returns the learning rate of the next update, `update` of them having been made."""
+    if is_warming_up(update, config):
+        return _warmup_lr(update, config)
+    match config.lr_scheduler:
+        case "reduce_lr_on_plateau":
+            return config.lr * config.lr_shrink**plateau.shrinks
+        case "inverse_sqrt":
+            return _inverse_sqrt_lr(update, config)
+        case "linear":
+            return _linear_lr(update, config)
+        case name:
+            raise AssertionError(f"config.py offers a scheduler unknown here: {name}")
+
+
+def plateau_after(
+    state: PlateauState, valid_loss: float, config: OptimizationConfig, *, update: int
+) -> PlateauState:
+    """Returns the state after a validation; the same while warming up or with another scheduler.
+
+    A loss is better if it is below the best by more than the relative threshold. The rate shrinks
+    at the (lr_patience + 1)-th validation in a row that is not better. NaN is never better.
+    """
+    if config.lr_scheduler != "reduce_lr_on_plateau" or is_warming_up(update, config):
+        return state
+    bar = math.inf if state.best is None else state.best * (1 - config.lr_threshold)
+    if valid_loss < bar:
+        return PlateauState(shrinks=state.shrinks, bad_count=0, best=valid_loss)
+    if state.bad_count < config.lr_patience:
+        return PlateauState(shrinks=state.shrinks, bad_count=state.bad_count + 1, best=state.best)
+    # Every shrink counts, however small. fairseq, through torch, skips those of less than 1e-8:
+    # halving 1e-4 it is stuck at 1.2e-8 for ever, and --stop-min-lr 1e-9 is never reached.
+    return PlateauState(shrinks=state.shrinks + 1, bad_count=0, best=state.best)
+
+
+def lr_exhausted(update: int, config: OptimizationConfig, plateau: PlateauState) -> bool:
+    """Whether the rate has come down to stop_min_lr; a rate that is still warming up never has."""
+    return not is_warming_up(update, config) and (
+        lr_at(update, config, plateau) <= config.stop_min_lr
+    )
+
+
+def is_warming_up(update: int, config: OptimizationConfig) -> bool:
+    """Whether no update has been made at the peak rate yet."""
+    return config.warmup_updates > 0 and update <= config.warmup_updates
+
+
+def _warmup_lr(update: int, config: OptimizationConfig) -> float:
+    done = update / config.warmup_updates
+    return config.warmup_init_lr + done * (config.lr - config.warmup_init_lr)
+
+
+def _inverse_sqrt_lr(update: int, config: OptimizationConfig) -> float:
+    """The peak at the end of the warm-up, from there on in proportion to 1/sqrt(update)."""
+    peak_update = max(config.warmup_updates, 1)
+    return config.lr * math.sqrt(peak_update / max(update, peak_update))
+
+
+def _linear_lr(update: int, config: OptimizationConfig) -> float:
+    """The peak, then over the last decay_updates of max_update a straight line down to 0."""
+    left = max(config.max_update - update, 0)
+    decay_updates = config.decay_updates
+    if decay_updates is None:
+        decay_updates = config.max_update - config.warmup_updates
+    return config.lr if left >= decay_updates else config.lr * left / decay_updates
