@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import bpe_apply
 
+from reference import bpe_apply
 from xlm_ds import _core
 from xlm_ds.log import InputError
 

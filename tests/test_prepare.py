@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import bpe_replay
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from reference import bpe_replay
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig
 from xlm_ds.flags import parse

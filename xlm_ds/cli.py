@@ -1,16 +1,17 @@
 """`xlm-ds STAGE …`: finds the stage's module and hands it the rest of the command line."""
 
-import importlib
+import runpy
 import sys
 
 from xlm_ds import __version__
-from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, run_stage
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK
 
 STAGES = {
     "prepare": "raw text -> tokenised and BPE'd splits, codes, vocabulary",
     "binarize": "splits -> .bin/.idx pairs and dict.txt",
     "train": "binarized data -> checkpoints",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
+    "report": "a run's metrics -> a picture of its curves",
 }
 
 
@@ -25,7 +26,8 @@ def main() -> int:
     if stage not in STAGES:
         sys.stderr.write(f"xlm-ds: error: unknown stage {stage}; there are {', '.join(STAGES)}\n")
         return EXIT_BAD_INPUT
-    return run_stage(stage, importlib.import_module(f"xlm_ds.{stage}").main)
+    runpy.run_module(f"xlm_ds.{stage}", run_name="__main__")  # exits with the stage's code
+    return EXIT_OK
 
 
 def _usage() -> str:

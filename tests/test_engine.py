@@ -1,0 +1,188 @@
+"""One owner per number, and DeepSpeed's step equal to plain AdamW at every stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from xlm_ds.batches import MaskedBatch
+
+from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds.config import ModelConfig, OptimizationConfig
+from xlm_ds.engine import (
+    CONFIG_DIRECTORY,
+    Engine,
+    Ranks,
+    read_deepspeed_config,
+    resolve_deepspeed_config,
+)
+from xlm_ds.log import InputError
+from xlm_ds.model import XlmEncoder
+
+CPU = torch.device("cpu")
+SHIPPED = sorted(CONFIG_DIRECTORY.glob("*.json"))
+OPTIMIZATION = OptimizationConfig(lr=1e-2, adam_betas=(0.9, 0.98), weight_decay=0.01, clip_norm=0.5)
+VOCABULARY, TOKENS, ROWS = 101, 16, 4
+
+
+def small_model() -> XlmEncoder:
+    config = ModelConfig(
+        encoder_layers=2,
+        encoder_embed_dim=32,
+        encoder_ffn_embed_dim=64,
+        encoder_attention_heads=4,
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
+    shape = shape_from_config(config, vocab_size=VOCABULARY, languages=3, tokens_per_sample=TOKENS)
+    return build_model(shape, seed=1)
+
+
+def random_batch(seed: int) -> MaskedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, VOCABULARY, (ROWS, TOKENS), generator=generator)
+    input_ids[:, 0] = 2
+    positions = [
+        torch.randperm(TOKENS - 1, generator=generator)[:3].sort().values + 1 + row * TOKENS
+        for row in range(ROWS)
+    ]
+    return MaskedBatch(
+        input_ids=input_ids,
+        languages=torch.randint(0, 3, (ROWS,), generator=generator),
+        masked_positions=torch.cat(positions),
+        targets=torch.randint(5, VOCABULARY, (3 * ROWS,), generator=generator),
+        has_padding=False,
+    )
+
+
+def settings_of(name: str, stage: int, accumulation: int = 1) -> dict[str, object]:
+    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", CPU)
+    template["zero_optimization"]["stage"] = stage
+    return resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=accumulation)
+
+
+def engine_losses(engine: Engine, updates: range) -> list[float]:
+    losses = []
+    for seed in updates:
+        loss = engine(random_batch(seed)).sum() / (3 * ROWS)
+        engine.backward(loss)
+        engine.step(OPTIMIZATION.lr)
+        losses.append(loss.item())
+    return losses
+
+
+def plain_adamw(updates: int) -> tuple[XlmEncoder, list[float]]:
+    model = small_model()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZATION.lr,
+        betas=OPTIMIZATION.adam_betas,
+        weight_decay=OPTIMIZATION.weight_decay,
+    )
+    losses = []
+    for seed in range(updates):
+        loss = model(random_batch(seed)).sum() / (3 * ROWS)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZATION.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_five_updates_equal_plain_adamw(stage: int, ranks: Ranks) -> None:
+    """DeepSpeed has trained silently wrong more than once (its issues 8224, 7839, 7985)."""
+    model, expected = plain_adamw(5)
+    engine = Engine(small_model(), settings_of("zero1_fp32", stage), ranks)
+    assert engine_losses(engine, range(5)) == pytest.approx(expected, abs=1e-5)
+    weights = {name: state["weight"] for name, state in engine.state()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("zero1_bf16", 1), ("zero2_bf16", 2), ("zero3_bf16", 3)]
+)
+def test_bf16_follows_fp32(name: str, stage: int, ranks: Ranks) -> None:
+    _, expected = plain_adamw(5)
+    engine = Engine(small_model(), settings_of(name, stage), ranks)
+    assert engine_losses(engine, range(5)) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accumulated_micro_batches_equal_one_batch(stage: int, ranks: Ranks) -> None:
+    """Two micro-batches scaled by accumulation / targets give the gradient of both at once."""
+    halves = [random_batch(seed) for seed in (1, 2)]
+    engine = Engine(small_model(), settings_of("zero1_fp32", stage, accumulation=2), ranks)
+    for batch in halves:
+        engine.backward(engine(batch).sum() * (2 / (6 * ROWS)))
+        engine.step(OPTIMIZATION.lr)
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
+    (sum(model(batch).sum() for batch in halves) / (6 * ROWS)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZATION.clip_norm)
+    optimizer.step()
+    weights = {name: state["weight"] for name, state in engine.state()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("saved", ["zero1_bf16", "zero3_bf16", "zero1_fp32"])
+def test_state_continues_bit_equal_where_nothing_changes(saved: str, ranks: Ranks) -> None:
+    stage = int(saved[4])
+    engine = Engine(small_model(), settings_of(saved, stage), ranks)
+    engine_losses(engine, range(3))
+    state = dict(engine.state())
+    model = small_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name]["weight"])
+    resumed = Engine(model, settings_of(saved, stage), ranks)
+    resumed.load_state(state, update=3, warm_up_batch=random_batch(99))
+    assert engine_losses(resumed, range(3, 6)) == engine_losses(engine, range(3, 6))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_configurations_leave_the_flags_their_numbers(path: Path) -> None:
+    template = json.loads(path.read_text(encoding="utf-8"))
+    resolved = resolve_deepspeed_config(template, OPTIMIZATION, rows=8, accumulation=2)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["train_micro_batch_size_per_gpu"] == 8
+    assert resolved["optimizer"]["params"]["lr"] == OPTIMIZATION.lr
+    assert resolved["zero_optimization"]["stage"] >= 1, "stage 0 in bf16 loses its first update"
+    assert resolved["timers"]["throughput"]["enabled"] is False
+
+
+def test_something_is_shipped() -> None:
+    assert len(SHIPPED) >= 5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "--lr"),
+        ({"gradient_clipping": 1.0}, "--clip-norm"),
+        ({"train_batch_size": 64}, "--max-tokens"),
+        ({"gradient_accumulation_steps": 4}, "--update-freq"),
+    ],
+)
+def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as caught:
+        resolve_deepspeed_config(change, OPTIMIZATION, rows=8, accumulation=1, where="my.json")
+    assert "my.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"scheduler": {"type": "WarmupLR"}}', "--lr-scheduler"),
+        ('{"fp16": {"enabled": true}}', "needs a GPU"),
+        ("{", "not a JSON file"),
+        ("[]", "is a JSON object"),
+    ],
+)
+def test_an_unusable_json_is_refused(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "ds.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=expected):
+        read_deepspeed_config(tmp_path / "ds.json", CPU)

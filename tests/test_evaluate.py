@@ -1,0 +1,209 @@
+"""Every token is measured, however the work is divided, and is set beside a true unigram level."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from xlm_ds.batches import MaskedBatch, Masking
+from xlm_ds.dataset import TokenDataset, open_split
+
+from test_train import SHAPE
+from xlm_ds import checkpoint, evaluate, train
+from xlm_ds.config import EvaluateConfig, TrainConfig
+from xlm_ds.dictionary import PAD, Dictionary
+from xlm_ds.engine import Ranks
+from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
+from xlm_ds.flags import parse
+from xlm_ds.log import InputError
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def dictionary(tiny_data: Path) -> Dictionary:
+    return Dictionary.load(tiny_data / "dict.txt")
+
+
+def open_english(tiny_data: Path, dictionary: Dictionary, split: str) -> TokenDataset:
+    (dataset,) = open_split(
+        tiny_data,
+        split,
+        ["en"],
+        tokens_per_sample=32,
+        break_mode="none",
+        vocab_size=len(dictionary),
+        dictionary_sha256=dictionary.sha256,
+    )
+    return dataset
+
+
+def masking_of(dictionary: Dictionary) -> Masking:
+    return Masking(seed=0, mask_ratio=0.15, vocab_size=len(dictionary))
+
+
+def score_with(
+    logits: Any, dataset: TokenDataset, dictionary: Dictionary, unigram: Tensor
+) -> Score:
+    return score(
+        SimpleNamespace(logits=logits),  # type: ignore[arg-type]
+        dataset,
+        0,
+        masking_of(dictionary),
+        unigram_log_probabilities=unigram,
+        draws=2,
+        rows=5,
+        ranks=ALONE,
+    )
+
+
+def test_the_unigram_model_scores_the_unigram_level(
+    tiny_data: Path, dictionary: Dictionary
+) -> None:
+    unigram = smoothed_log_probabilities(open_english(tiny_data, dictionary, "train"))
+    dataset = open_english(tiny_data, dictionary, "test")
+    found = score_with(
+        lambda batch: unigram.expand(len(batch.targets), -1), dataset, dictionary, unigram
+    )
+    assert found.perplexity == pytest.approx(found.unigram_perplexity, rel=1e-5)
+    assert found.below_unigram == pytest.approx(0, abs=1e-3)
+    assert 1 < found.perplexity < len(dictionary)
+
+
+def test_the_perfect_model_scores_one(tiny_data: Path, dictionary: Dictionary) -> None:
+    def perfect(batch: MaskedBatch) -> Tensor:
+        return 100.0 * torch.nn.functional.one_hot(batch.targets, len(dictionary))
+
+    unigram = torch.zeros(len(dictionary))
+    found = score_with(perfect, open_english(tiny_data, dictionary, "test"), dictionary, unigram)
+    assert found.perplexity == pytest.approx(1)
+    assert found.accuracy == pytest.approx(100)
+
+
+def test_smoothing_adds_one_to_every_symbol(tiny_data: Path, dictionary: Dictionary) -> None:
+    dataset = open_english(tiny_data, dictionary, "train")
+    probabilities = smoothed_log_probabilities(dataset).double().exp()
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
+    unseen = int((dataset.counts() == 0).nonzero()[0][0])
+    expected = 1 / (int(dataset.counts().sum()) + len(dictionary))
+    assert float(probabilities[unseen]) == pytest.approx(expected, rel=1e-4)
+
+
+class OneOfTwo(Ranks):
+    """A rank whose colleague's sum is added by the test."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_every_token_is_measured_once_however_it_is_divided(
+    rows: int, tiny_data: Path, dictionary: Dictionary
+) -> None:
+    dataset = open_english(tiny_data, dictionary, "valid")
+
+    def measure(batch: MaskedBatch) -> Tensor:
+        real = batch.targets != PAD
+        return torch.stack([real.sum(), (batch.targets * real).sum()]).double()
+
+    def total(ranks: Ranks, rows: int) -> Tensor:
+        return sum_over_split(
+            measure, dataset, 0, masking_of(dictionary), draw=0, rows=rows, ranks=ranks
+        )
+
+    expected = total(ALONE, 7)
+    cpu = torch.device("cpu")
+    halves = [total(OneOfTwo(rank, 2, cpu, None), rows) for rank in (0, 1)]
+    assert torch.equal(total(ALONE, rows), expected)
+    assert torch.equal(halves[0] + halves[1], expected)
+    # Every block of n tokens has ceil(0.15 n) targets: 31 -> 5.
+    full, rest = divmod(dataset.tokens, 31)
+    assert expected[0] == full * 5 + math.ceil(rest * 0.15)
+
+
+def test_ranks_make_the_same_number_of_calls(tiny_data: Path, dictionary: Dictionary) -> None:
+    """ZeRO 3 gathers parameters in every call: a rank that called less often would hang the others."""
+    dataset = open_english(tiny_data, dictionary, "valid")
+    calls = []
+    for rank in range(dataset.blocks + 1):  # more ranks than blocks: the last has none
+        ranks = OneOfTwo(rank, dataset.blocks + 1, torch.device("cpu"), None)
+        made: list[int] = []
+
+        def measure(batch: MaskedBatch, made: list[int] = made) -> Tensor:
+            made.append(1)
+            return (batch.targets != PAD).sum().double()[None]
+
+        sum_over_split(measure, dataset, 0, masking_of(dictionary), draw=0, rows=2, ranks=ranks)
+        calls.append(len(made))
+    assert set(calls) == {1}
+
+
+def test_overall_counts_every_token_the_same() -> None:
+    scores = [
+        Score("a", 100, math.log2(8), 8.0, 50.0, 16.0),
+        Score("b", 300, math.log2(2), 2.0, 10.0, 4.0),
+    ]
+    whole = overall(scores)
+    assert whole.masked_tokens == 400
+    assert whole.loss == pytest.approx((3 * 100 + 1 * 300) / 400)
+    assert whole.perplexity == pytest.approx(2**1.5)
+    assert whole.accuracy == pytest.approx(20)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    save_dir = tmp_path_factory.mktemp("trained")
+    argv = [str(tiny_data), f"--save-dir={save_dir}", *SHAPE, "--max-update=2"]
+    train.train(parse(TrainConfig, argv), ranks, SimpleNamespace(requested=0))  # type: ignore[arg-type]
+    return save_dir / checkpoint.LAST
+
+
+def evaluated(trained: Path, tiny_data: Path, *flags: str) -> list[Score]:
+    config = parse(EvaluateConfig, [str(trained), str(tiny_data), *flags])
+    return evaluate.evaluate(config, ALONE)
+
+
+def test_the_batch_size_changes_nothing(trained: Path, tiny_data: Path) -> None:
+    few = evaluated(trained, tiny_data, "--max-tokens=64")
+    many = evaluated(trained, tiny_data, "--max-tokens=4096")
+    for a, b in zip(few, many, strict=True):
+        assert a.language == b.language
+        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-5)
+        assert a.unigram_perplexity == pytest.approx(b.unigram_perplexity, rel=1e-9)
+
+
+def test_one_language_alone_scores_as_among_all(trained: Path, tiny_data: Path) -> None:
+    """The language's id is the model's, not its place in this command."""
+    among = {s.language: s.perplexity for s in evaluated(trained, tiny_data)}
+    (alone, _) = evaluated(trained, tiny_data, "--monolingual-langs=hi")
+    assert alone.perplexity == pytest.approx(among["hi"], rel=1e-5)
+
+
+def test_the_json_has_the_tables_figures(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = parse(EvaluateConfig, [str(trained), str(tiny_data)])
+    scores = evaluate.evaluate(config, ALONE)
+    evaluate.write_json(tmp_path / "scores.json", config, scores)
+    written = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert [s["perplexity"] for s in written["scores"]] == [s.perplexity for s in scores]
+    assert f"{scores[0].perplexity:.1f}" in evaluate.table(scores)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--monolingual-langs=de"], "the model knows ar, en, hi"),
+        (["--max-tokens=16"], "one sample must fit"),
+    ],
+)
+def test_bad_input(trained: Path, tiny_data: Path, flags: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        evaluated(trained, tiny_data, *flags)
+
+
+def test_a_folder_that_is_no_checkpoint(tiny_data: Path) -> None:
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
+        evaluated(tiny_data, tiny_data)

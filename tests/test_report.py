@@ -1,0 +1,39 @@
+"""The curves are drawn from the run's own lines, also those of a run that was resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xlm_ds import report
+from xlm_ds.log import InputError
+
+
+def write_run(folder: Path, records: list[dict[str, object]]) -> Path:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def record(kind: str, update: int, loss: float) -> dict[str, object]:
+    return {"kind": kind, "update": update, "loss_per_language": {"ar": loss}, "lr": 1e-3}
+
+
+def test_a_png_is_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path, [record("train", 1, 9.0), record("train", 2, 8.0), record("valid", 2, 8.5)])
+    assert report.main([str(tmp_path)]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_later_line_of_a_resumed_update_counts(tmp_path: Path) -> None:
+    write_run(tmp_path, [record("train", 1, 9.0), record("train", 2, 5.0), record("train", 2, 8.0)])
+    losses = [r["loss_per_language"]["ar"] for r in report.read_metrics(tmp_path)]
+    assert losses == [9.0, 8.0]
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not found"):
+        report.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 1"):
+        report.read_metrics(tmp_path)

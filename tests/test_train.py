@@ -1,0 +1,236 @@
+"""The training loop's laws: what comes when, same samples however they are divided, resuming as if never stopped."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xlm_ds import checkpoint, train
+from xlm_ds.config import OptimizationConfig, RunConfig, TrainConfig
+from xlm_ds.engine import CONFIG_DIRECTORY, Ranks
+from xlm_ds.flags import parse
+from xlm_ds.log import InputError
+from xlm_ds.train import Geometry, batch_geometry, what_is_due
+
+SHAPE = [
+    "--encoder-layers=2",
+    "--encoder-embed-dim=32",
+    "--encoder-ffn-embed-dim=64",
+    "--encoder-attention-heads=4",
+    "--tokens-per-sample=32",
+    "--max-tokens=128",
+    "--lr=1e-3",
+    "--log-interval=1",
+]
+
+
+class NeverStop:
+    requested = 0
+
+
+@pytest.fixture
+def run(tiny_data: Path, tmp_path: Path, ranks: Ranks) -> Any:
+    """Trains in this process; returns the losses written to metrics.jsonl, by update."""
+
+    def start(name: str, *flags: str) -> dict[int, float]:
+        argv = [str(tiny_data), f"--save-dir={tmp_path / name}", *SHAPE, *flags]
+        config = parse(TrainConfig, argv)
+        config.run.save_dir.mkdir(exist_ok=True)
+        assert train.train(config, ranks, NeverStop()) == 0  # type: ignore[arg-type]
+        return losses_in(tmp_path / name)
+
+    return start
+
+
+def losses_in(save_dir: Path, kind: str = "train") -> dict[int, float]:
+    lines = (save_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["update"]: r["loss"] for r in records if r["kind"] == kind}
+
+
+def last_weights(save_dir: Path) -> dict[str, torch.Tensor]:
+    folder = save_dir / checkpoint.LAST
+    return checkpoint.load_tensors(folder, checkpoint.read_manifest(folder), "weight")
+
+
+def test_it_learns(run: Any) -> None:
+    flags = ["--max-update=30", "--lr=3e-3", "--lr-scheduler=linear", "--warmup-updates=5"]
+    losses = run("a", *flags, "--max-tokens=512", "--init-output-bias=zeros")
+    assert losses[1] == pytest.approx(math.log2(600), abs=0.5)
+    assert losses[30] < losses[1] - 1
+    assert len(losses) == 30
+
+
+def test_resuming_is_bit_equal_to_never_stopping(run: Any, tmp_path: Path) -> None:
+    """With dropout on: its seeds, the order, the masks, Adam and the schedule all come back."""
+    whole = run("whole", "--max-update=6", "--warmup-updates=4")
+    run("parts", "--max-update=3", "--warmup-updates=4")
+    parts = run("parts", "--max-update=6", "--warmup-updates=4")
+    assert parts == whole
+    a, b = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_started_again_does_nothing(run: Any, tmp_path: Path) -> None:
+    first = run("a", "--max-update=2")
+    folder = (tmp_path / "a" / checkpoint.LAST).resolve()
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert run("a", "--max-update=2") == first
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_stages_give_the_same_fp32_losses(run: Any, tmp_path: Path) -> None:
+    template = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    losses = {}
+    for stage in (1, 2, 3):
+        template["zero_optimization"]["stage"] = stage
+        (tmp_path / f"z{stage}.json").write_text(json.dumps(template), encoding="utf-8")
+        flags = ["--max-update=4", f"--deepspeed_config={tmp_path}/z{stage}.json"]
+        losses[stage] = run(f"z{stage}", *flags)
+    for stage in (2, 3):
+        assert losses[stage] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_saved_at_stage_1_continues_at_stage_3(run: Any, tmp_path: Path) -> None:
+    whole = run("whole", "--max-update=6", "--dropout=0", "--attention-dropout=0")
+    template = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    template["zero_optimization"]["stage"] = 3
+    (tmp_path / "z3.json").write_text(json.dumps(template), encoding="utf-8")
+    run("moved", "--max-update=3", "--dropout=0", "--attention-dropout=0")
+    flags = ["--dropout=0", "--attention-dropout=0", f"--deepspeed_config={tmp_path / 'z3.json'}"]
+    moved = run("moved", "--max-update=6", *flags)
+    assert moved == pytest.approx(whole, abs=1e-3)
+
+
+def test_micro_batches_do_not_change_the_update(run: Any) -> None:
+    """The same global batch in one micro-batch or in four: same samples, same masked-token mean."""
+    flags = ["--max-update=3", "--dropout=0", "--attention-dropout=0", "--global-batch-tokens=256"]
+    assert run("a", *flags, "--max-tokens=256") == pytest.approx(
+        run("b", *flags, "--max-tokens=64"), abs=2e-4
+    )
+
+
+def test_the_run_folder_has_all_it_promises(run: Any, tmp_path: Path) -> None:
+    run("a", "--max-update=2")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"config.toml", "metrics.jsonl", "train.log", "tensorboard"} <= names
+    assert {checkpoint.LAST, checkpoint.BEST, "checkpoint_1_2"} <= names
+    config = parse(TrainConfig, ["--config", str(tmp_path / "a" / "config.toml")])
+    assert config.data.monolingual_langs == ("ar", "en", "hi")
+    assert set(losses_in(tmp_path / "a", "valid")) == {2}
+
+
+def test_cadence_of_checkpoints(run: Any, tmp_path: Path) -> None:
+    run("a", "--max-update=6", "--save-interval-updates=2", "--keep-interval-updates=1")
+    links = {p.name: p.readlink().name for p in (tmp_path / "a").iterdir() if p.is_symlink()}
+    folders = {p.name for p in (tmp_path / "a").glob("checkpoint_1_*")}
+    assert links[checkpoint.LAST] == "checkpoint_1_6"
+    assert folders == {"checkpoint_1_6"}
+
+
+def test_another_dictionary_is_refused(run: Any, tmp_path: Path) -> None:
+    run("a", "--max-update=1")
+    manifest_path = tmp_path / "a" / checkpoint.LAST / "manifest.json"
+    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest["dictionary_sha256"] = "0" * 64
+    manifest_path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(InputError, match="is not the dictionary"):
+        run("a", "--max-update=2")
+
+
+def test_another_architecture_is_refused(run: Any) -> None:
+    run("a", "--max-update=1")
+    with pytest.raises(InputError, match="another architecture"):
+        run("a", "--max-update=2", "--encoder-embed-dim=64")
+
+
+def test_other_languages_are_refused(run: Any) -> None:
+    run("a", "--max-update=1")
+    with pytest.raises(InputError, match="the order gives the language ids"):
+        run("a", "--max-update=2", "--monolingual-langs=en,ar,hi")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--tokens-per-sample=256"], "--max-tokens 128 is below --tokens-per-sample 256"),
+        (["--max-positions=16"], "beyond the position table"),
+        (["--num-segment=2"], "smaller than the number of languages"),
+        (["--monolingual-langs=ar,xx"], "xx"),
+        (["--monolingual-langs=ar,ar"], "named twice"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(run: Any, flags: list[str], expected: str) -> None:
+    with pytest.raises((InputError, OSError)) as caught:
+        run("a", "--max-update=1", *flags)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    config = parse(TrainConfig, [str(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match="no such folder"):
+        train.open_corpus(config.data)
+
+
+# ------------------------------------------------------------------------------- pure decisions
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "expected"),
+    [
+        ({"max_tokens": 2048}, 1, Geometry(8, 1, 1)),
+        ({"max_tokens": 2048, "update_freq": 4}, 2, Geometry(8, 4, 2)),
+        ({"max_tokens": 2048, "global_batch_tokens": 65536}, 2, Geometry(8, 16, 2)),
+        ({"max_tokens": 2048, "global_batch_tokens": 10 * 256}, 1, Geometry(5, 2, 1)),
+        ({"max_tokens": 4096, "global_batch_tokens": 1024}, 1, Geometry(4, 1, 1)),
+    ],
+)
+def test_geometry(flags: dict[str, Any], world: int, expected: Geometry) -> None:
+    assert batch_geometry(OptimizationConfig(**flags), 256, world) == expected
+
+
+@pytest.mark.parametrize("tokens", [1000, 256, 768])
+def test_a_batch_that_cannot_be_divided_names_one_that_can(tokens: int) -> None:
+    with pytest.raises(InputError, match=r"nearest that can is \d+") as caught:
+        batch_geometry(OptimizationConfig(global_batch_tokens=tokens), 256, 2)
+    nearest = int(str(caught.value).rsplit(" ", 1)[1])
+    batch_geometry(OptimizationConfig(global_batch_tokens=nearest), 256, 2)
+
+
+def due(update: int, before: int, after: int, **flags: Any) -> train.Due:
+    run = dataclasses.replace(RunConfig(), **flags)
+    return what_is_due(run, update, before, after, last=False, stopping=False)
+
+
+def test_epoch_end_validates_and_saves() -> None:
+    assert due(7, 0, 1) == train.Due(log=True, validate=True, save=True, epoch_name=True)
+    assert due(7, 0, 1, no_epoch_checkpoints=True).epoch_name is False
+    assert due(7, 0, 0) == train.Due(log=False, validate=False, save=False, epoch_name=False)
+
+
+def test_intervals() -> None:
+    assert due(100, 0, 0).log
+    assert due(50, 0, 0, validate_interval_updates=25).validate
+    assert due(50, 0, 0, save_interval_updates=25).save
+    assert not due(50, 0, 1, save_interval=2, validate_interval=2).save
+    assert due(50, 1, 2, save_interval=2, validate_interval=2).save
+
+
+def test_a_stop_saves_without_validating() -> None:
+    decided = what_is_due(RunConfig(), 3, 0, 0, last=False, stopping=True)
+    assert (decided.save, decided.validate) == (True, False)
+
+
+def test_dropout_seeds_differ_wherever_the_run_is() -> None:
+    draws = set()
+    for place in ((0, 1, 0, 0), (0, 2, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (1, 1, 0, 0)):
+        train.seed_dropout(*place)
+        draws.add(float(torch.rand(1)))
+    assert len(draws) == 5
+    train.seed_dropout(0, 1, 0, 0)
+    assert float(torch.rand(1)) in draws

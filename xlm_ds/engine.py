@@ -1,0 +1,260 @@
+"""The model in a DeepSpeed engine, and the only room that knows DeepSpeed.
+
+    ranks = start_ranks()                                     # one process, or as the launcher says
+    settings = resolve_deepspeed_config(read_deepspeed_config(path, ranks), optimization, rows=8, ...)
+    engine = Engine(model, settings, ranks)
+    losses = engine(batch)                                    # nats per masked token
+    engine.backward(losses.sum() * scale)
+    engine.step(lr)
+
+Facts about DeepSpeed 0.19.8 were measured 2026-11-22 on a CPU machine unless said otherwise.
+"""
+
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xlm_ds.batches import MaskedBatch
+from xlm_ds.config import OptimizationConfig
+from xlm_ds.log import InputError
+from xlm_ds.model import XlmEncoder
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed prints a warning
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its own deprecations are not ours to act on
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+CONFIG_DIRECTORY = Path(__file__).parent.parent / "ds_configs"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated: a warning at every step.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+
+
+# ------------------------------------------------------------------------------------------ ranks
+
+
+class Ranks(NamedTuple):
+    """This process among all of the run. `control` carries small messages between them on the CPU."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    def any(self, flag: int) -> int:
+        """The largest `flag` of all ranks, on all ranks."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(flag)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return int(value)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a CPU tensor, on all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+def start_ranks() -> Ranks:
+    """Joins the processes that the launcher started; without a launcher, a run of one process.
+
+    DeepSpeed looks for MPI unless all five variables are set (LOCAL_RANK too).
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+        os.environ["MASTER_PORT"] = str(_free_port())
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # Else the first start compiles this op (75 s on two cores); only inference's all-reduce uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    world = dist.get_world_size()
+    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if world > 1 else None
+    return Ranks(dist.get_rank(), world, device, control)
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+# ------------------------------------------------------------------------------ DeepSpeed's JSON
+
+
+def default_deepspeed_config(device: torch.device) -> Path:
+    return CONFIG_DIRECTORY / ("zero1_bf16.json" if device.type == "cuda" else "zero1_fp32.json")
+
+
+def read_deepspeed_config(path: Path, device: torch.device) -> dict[str, Any]:
+    """A DeepSpeed JSON. Raises InputError if it is not one, or needs what this device has not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a DeepSpeed configuration is a JSON object")
+    if content.get("fp16", {}).get("enabled") and device.type == "cpu":
+        raise InputError(f"{path}: fp16 needs a GPU; on a CPU take zero1_fp32.json or a bf16 one")
+    if "scheduler" in content:
+        raise InputError(
+            f"{path}: a scheduler block is not supported; --lr-scheduler owns the schedule"
+        )
+    return content
+
+
+def resolve_deepspeed_config(
+    template: Mapping[str, Any],
+    optimization: OptimizationConfig,
+    *,
+    rows: int,
+    accumulation: int,
+    where: str = "the DeepSpeed configuration",
+) -> dict[str, Any]:
+    """`template` with the run's own numbers filled in where it says "auto" or nothing.
+
+    `rows`: samples per rank and micro-batch. Raises InputError if the template sets a number that a flag owns.
+    """
+    owned = {
+        "train_micro_batch_size_per_gpu": (rows, "--max-tokens"),
+        "gradient_accumulation_steps": (accumulation, "--update-freq"),
+        "train_batch_size": (None, "--max-tokens and --update-freq"),
+        "gradient_clipping": (optimization.clip_norm, "--clip-norm"),
+    }
+    adam = {
+        "lr": (optimization.lr, "--lr"),
+        "betas": (list(optimization.adam_betas), "--adam-betas"),
+        "eps": (optimization.adam_eps, "--adam-eps"),
+        "weight_decay": (optimization.weight_decay, "--weight-decay"),
+    }
+    optimizer = dict(template.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}}))
+    optimizer["params"] = _filled(optimizer.get("params", {}), adam, where, "optimizer.params.")
+    return {**_filled(template, owned, where, ""), "optimizer": optimizer}
+
+
+def _filled(
+    template: Mapping[str, Any],
+    owned: Mapping[str, tuple[Any, str]],
+    where: str,
+    prefix: str,
+) -> dict[str, Any]:
+    result = dict(template)
+    for key, (value, flag) in owned.items():
+        found = result.pop(key, "auto")
+        if found != "auto":
+            raise InputError(
+                f'{where}: {prefix}{key} = {found} is owned by {flag}; write "auto" there and use the flag'
+            )
+        if value is not None:
+            result[key] = value
+    return result
+
+
+# ----------------------------------------------------------------------------------------- engine
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage."""
+
+    def __init__(self, model: XlmEncoder, settings: Mapping[str, Any], ranks: Ranks) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        # ZeRO 3 gathers a module's own parameters; the tied embedding is not the head's own.
+        deepspeed.zero.register_external_parameter(model.head, model.token_embedding.weight)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=list(model.parameters()), config=dict(settings)
+            )
+        self.ranks = ranks
+
+    def __call__(self, batch: MaskedBatch) -> Tensor:
+        """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
+        losses: Tensor = self._engine(batch)
+        return losses
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is divided by the accumulation and averaged over the ranks by DeepSpeed."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """Counts a micro-step; on the last of an update, applies the gradient with this learning rate."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """L2 norm of the last applied gradient before clipping. Reads the device: for log lines only."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every parameter's fp32 weight and Adam moments, whole, on the CPU; all ranks must iterate."""
+        for parameter, name in self._names.items():
+            tensors = {"weight": safe_get_full_fp32_param(parameter)}
+            for key in MOMENTS:
+                tensors[key] = safe_get_full_optimizer_state(parameter, key)
+            yield name, {key: value.detach().cpu().clone() for key, value in tensors.items()}
+
+    def load_state(
+        self, state: Mapping[str, Mapping[str, Tensor]], *, update: int, warm_up_batch: MaskedBatch
+    ) -> None:
+        """The inverse of `state`, for any stage and world size; the model must hold the weights already.
+
+        The moments exist only after a first step, so one is made at learning rate 0, which moves nothing; then
+        masters, moments and Adam's step count are set. (Setting the masters alone leaves the bf16 copies stale for
+        one update: loss 4.59 instead of 3.50.)
+        """
+        for _ in range(self._engine.gradient_accumulation_steps()):
+            self.backward(self(warm_up_batch).sum())
+            self.step(0.0)
+        for parameter, name in self._names.items():
+            safe_set_full_fp32_param(parameter, state[name]["weight"].to(parameter.device))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[name][key].to(parameter.device), key)
+        self._set_adam_step(update)
+
+    def _set_adam_step(self, update: int) -> None:
+        adam = self._engine.optimizer.optimizer
+        for values in adam.state.values():
+            if isinstance(values.get("step"), Tensor):
+                values["step"].fill_(update)
+            else:
+                values["step"] = update
+        for group in adam.param_groups:
+            if "step" in group:  # DeepSpeed's FusedAdam counts per group
+                group["step"] = update

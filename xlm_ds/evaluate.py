@@ -1,0 +1,276 @@
+"""Perplexity and accuracy of a checkpoint, per language and overall, beside the unigram level.
+
+    python -m xlm_ds.evaluate checkpoints/mlm/checkpoint_best OUT --split test
+
+Every language is evaluated in full, under several fixed draws of the masks, so the figures do not depend on the batch
+size or on the number of ranks. The unigram level is what one gets on the same masked tokens from nothing but
+add-one-smoothed counts of that language's training text: a model above it has learnt nothing about context.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from xlm_ds.config import EvaluateConfig, TrainConfig
+from xlm_ds.flags import from_dict, parse, show_help_early
+from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
+
+if __name__ == "__main__":
+    show_help_early(EvaluateConfig, description=__doc__)  # before torch is imported
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds.batches import MaskedBatch, Masking, build_batch, evaluation_batches, rank_slice
+from xlm_ds.checkpoint import load_weights, read_manifest
+from xlm_ds.dataset import TokenDataset, open_split
+from xlm_ds.dictionary import PAD, Dictionary
+from xlm_ds.engine import Ranks, start_ranks, stop_ranks
+from xlm_ds.metrics import BITS_PER_NAT
+from xlm_ds.model import XlmEncoder
+from xlm_ds.order import evaluation_samples
+
+
+class Score(NamedTuple):
+    """One language's figures on a split."""
+
+    language: str
+    masked_tokens: int  # per mask draw
+    loss: float  # bits per masked token
+    perplexity: float
+    accuracy: float  # percent
+    unigram_perplexity: float
+
+    @property
+    def below_unigram(self) -> float:
+        """Percent by which the perplexity is below the unigram level (negative: above it)."""
+        return 100 * (1 - self.perplexity / self.unigram_perplexity)
+
+
+def sum_over_split(
+    measure: Callable[[MaskedBatch], Tensor],
+    dataset: TokenDataset,
+    language: int,
+    masking: Masking,
+    *,
+    draw: int,
+    rows: int,
+    ranks: Ranks,
+) -> Tensor:
+    """The sum of `measure(batch)` (float64, CPU) over all of a language's blocks, the same on every rank.
+
+    Every rank makes the same number of calls, as ZeRO 3 needs: one that has run out of blocks repeats a block without
+    targets.
+    """
+    first, count = rank_slice(0, dataset.blocks, rank=ranks.rank, world_size=ranks.world_size)
+    _, most = rank_slice(0, dataset.blocks, rank=0, world_size=ranks.world_size)
+    batches = evaluation_batches(
+        dataset, language, masking, draw=draw, rows=rows, blocks=range(first, first + count)
+    )
+    total: Tensor | None = None
+    with torch.no_grad():
+        for _ in range(-(-most // rows)):
+            batch = next(batches, None) or _without_targets(dataset, language, masking)
+            figures = measure(on_device(batch, ranks.device))
+            total = figures if total is None else total + figures
+    if total is None:
+        raise InputError(f"{dataset.prefix}: no tokens to evaluate")
+    return ranks.sum(total)
+
+
+def _without_targets(dataset: TokenDataset, language: int, masking: Masking) -> MaskedBatch:
+    samples = evaluation_samples(language, range(1), draw=0)
+    batch = build_batch([None] * language + [dataset], samples, masking)
+    return batch._replace(targets=torch.full_like(batch.targets, PAD))
+
+
+def on_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
+    if device.type == "cpu":
+        return batch
+    return MaskedBatch(
+        input_ids=batch.input_ids.to(device, non_blocking=True),
+        languages=batch.languages.to(device, non_blocking=True),
+        masked_positions=batch.masked_positions.to(device, non_blocking=True),
+        targets=batch.targets.to(device, non_blocking=True),
+        has_padding=batch.has_padding,
+    )
+
+
+def score(
+    model: XlmEncoder,
+    dataset: TokenDataset,
+    language: int,
+    masking: Masking,
+    *,
+    unigram_log_probabilities: Tensor,
+    draws: int,
+    rows: int,
+    ranks: Ranks,
+) -> Score:
+    """One language's figures, averaged over the mask draws 0, 1, … draws - 1."""
+
+    def measure(batch: MaskedBatch) -> Tensor:
+        """(4,): nats, targets, correct, nats of the unigram model."""
+        logits = model.logits(batch).float()
+        real = batch.targets != PAD
+        nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
+        correct = (logits.argmax(dim=-1) == batch.targets) & real
+        unigram = -unigram_log_probabilities[batch.targets] * real
+        return torch.stack([x.double().sum() for x in (nats, real, correct, unigram)]).cpu()
+
+    total = torch.zeros(4, dtype=torch.float64)
+    for draw in range(draws):
+        total += sum_over_split(
+            measure, dataset, language, masking, draw=draw, rows=rows, ranks=ranks
+        )
+    return _score_of(dataset.language, total, draws)
+
+
+def overall(scores: Sequence[Score]) -> Score:
+    """All languages together, every masked token counting the same."""
+    tokens = sum(s.masked_tokens for s in scores)
+    mean_log = sum(math.log(s.perplexity) * s.masked_tokens for s in scores) / tokens
+    unigram = sum(math.log(s.unigram_perplexity) * s.masked_tokens for s in scores) / tokens
+    accuracy = sum(s.accuracy * s.masked_tokens for s in scores) / tokens
+    return Score(
+        "all", tokens, mean_log * BITS_PER_NAT, math.exp(mean_log), accuracy, math.exp(unigram)
+    )
+
+
+def _score_of(language: str, sums: Tensor, draws: int) -> Score:
+    nats, targets, correct, unigram = sums.tolist()
+    return Score(
+        language,
+        round(targets / draws),
+        nats / targets * BITS_PER_NAT,
+        math.exp(nats / targets),
+        100 * correct / targets,
+        math.exp(unigram / targets),
+    )
+
+
+def smoothed_log_probabilities(dataset: TokenDataset) -> Tensor:
+    """(V,) float32: log of the add-one-smoothed unigram distribution of a language's training text."""
+    counts = torch.from_numpy(dataset.counts().astype("float64")) + 1
+    return torch.log(counts / counts.sum()).float()
+
+
+def load_model(folder: Path, vocab_size: int) -> tuple[XlmEncoder, TrainConfig]:
+    """The network of a checkpoint with its weights, and the configuration it was trained with."""
+    manifest = read_manifest(folder)
+    trained = from_dict(TrainConfig, manifest["configuration"])
+    shape = shape_from_config(
+        trained.model,
+        vocab_size=vocab_size,
+        languages=len(manifest["languages"]),
+        tokens_per_sample=trained.data.tokens_per_sample,
+    )
+    model = build_model(shape, seed=0)
+    load_weights(model, folder, manifest)
+    return model.eval(), trained
+
+
+def table(scores: Sequence[Score]) -> str:
+    """The scores as fixed-width text."""
+    head = f"{'language':>8} {'masked':>8} {'bits':>7} {'ppl':>9} {'acc %':>6} {'unigram':>9} {'below %':>8}"
+    lines = [
+        f"{s.language:>8} {s.masked_tokens:>8} {s.loss:>7.3f} {s.perplexity:>9.1f} {s.accuracy:>6.2f} "
+        f"{s.unigram_perplexity:>9.1f} {s.below_unigram:>8.1f}"
+        for s in scores
+    ]
+    return "\n".join([head, *lines])
+
+
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
+    """The scores of every language asked for, then "all"."""
+    folder = config.checkpoint.resolve()
+    manifest = read_manifest(folder)
+    dictionary = Dictionary.load(folder / "dict.txt")
+    model, trained = load_model(folder, len(dictionary))
+    model.to(ranks.device)
+    known = tuple(manifest["languages"])
+    languages = config.monolingual_langs or known
+    for language in languages:
+        if language not in known:
+            raise InputError(f"--monolingual-langs {language}: the model knows {', '.join(known)}")
+
+    def open_language_split(split: str) -> tuple[TokenDataset, ...]:
+        return open_split(
+            config.data,
+            split,
+            languages,
+            tokens_per_sample=trained.data.tokens_per_sample,
+            break_mode=trained.data.sample_break_mode,
+            vocab_size=len(dictionary),
+            dictionary_sha256=dictionary.sha256,
+        )
+
+    rows = _rows(config.max_tokens, trained.data.tokens_per_sample)
+    masking = Masking(
+        seed=config.seed, mask_ratio=trained.data.mask_ratio, vocab_size=len(dictionary)
+    )
+    scores = []
+    for dataset, training in zip(
+        open_language_split(config.split), open_language_split("train"), strict=True
+    ):
+        scores.append(
+            score(
+                model,
+                dataset,
+                known.index(dataset.language),
+                masking,
+                unigram_log_probabilities=smoothed_log_probabilities(training).to(ranks.device),
+                draws=config.mask_draws,
+                rows=rows,
+                ranks=ranks,
+            )
+        )
+        logger.info(f"{dataset.language}: perplexity {scores[-1].perplexity:.1f}")
+    return [*scores, overall(scores)]
+
+
+def _rows(max_tokens: int, tokens_per_sample: int) -> int:
+    if max_tokens < tokens_per_sample:
+        raise InputError(
+            f"--max-tokens {max_tokens} is below the model's --tokens-per-sample {tokens_per_sample}; "
+            "one sample must fit"
+        )
+    return max_tokens // tokens_per_sample
+
+
+def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> None:
+    content = {
+        "checkpoint": str(config.checkpoint),
+        "data": str(config.data),
+        "split": config.split,
+        "mask_draws": config.mask_draws,
+        "seed": config.seed,
+        "scores": [{**s._asdict(), "below_unigram": s.below_unigram} for s in scores],
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(EvaluateConfig, argv, description=__doc__)
+    ranks = start_ranks()
+    try:
+        scores = evaluate(config, ranks)
+        if ranks.rank == 0:
+            sys.stdout.write(table(scores) + "\n")
+            folder = config.checkpoint
+            default = folder.with_name(f"{folder.name}-{config.split}.json")
+            write_json(config.output or default, config, scores)
+    finally:
+        stop_ranks()
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("evaluate", main))

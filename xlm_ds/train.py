@@ -1,0 +1,511 @@
+"""Pretrains a cross-lingual masked language model.
+
+    python -m xlm_ds.train OUT --monolingual-langs ar,de,en,hi,fr --max-update 1000
+    deepspeed --hostfile H --module xlm_ds.train OUT …
+
+OUT is what binarize wrote. The run's folder (--save-dir) gets checkpoints, config.toml, train.log, metrics.jsonl and
+TensorBoard files; the same command started again goes on from checkpoint_last.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from xlm_ds.config import (
+    TRAIN_ANSWERED,
+    DataConfig,
+    OptimizationConfig,
+    RunConfig,
+    TrainConfig,
+)
+from xlm_ds.flags import from_dict, parse, show_help_early, to_dict, to_toml
+from xlm_ds.log import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    InputError,
+    add_log_file,
+    logger,
+    run_stage,
+)
+
+if __name__ == "__main__":
+    show_help_early(TrainConfig, description=__doc__)  # before torch is imported
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xlm_ds import checkpoint
+from xlm_ds.architectures import (
+    build_model,
+    init_output_bias,
+    shape_from_config,
+    unigram_log_probabilities,
+)
+from xlm_ds.batches import MaskedBatch, Masking, build_batch, count_targets
+from xlm_ds.checkpoint import Progress
+from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
+from xlm_ds.dictionary import PAD, Dictionary
+from xlm_ds.engine import (
+    Engine,
+    Ranks,
+    default_deepspeed_config,
+    read_deepspeed_config,
+    resolve_deepspeed_config,
+    start_ranks,
+    stop_ranks,
+)
+from xlm_ds.evaluate import on_device, sum_over_split
+from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
+from xlm_ds.order import Order, build_order
+from xlm_ds.schedule import PlateauState, check_schedule, lr_at, lr_exhausted, plateau_after
+
+COMPANIONS = ("dict.txt", "codes", "prepare.json")
+
+
+class Corpus(NamedTuple):
+    """Everything the run reads."""
+
+    dictionary: Dictionary
+    train: tuple[TokenDataset, ...]  # by language id
+    valid: tuple[TokenDataset, ...]
+    order: Order
+    masking: Masking
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(dataset.language for dataset in self.train)
+
+
+class Geometry(NamedTuple):
+    """How the samples of one update are divided."""
+
+    rows: int  # per rank and micro-batch
+    accumulation: int  # micro-batches per rank
+    world_size: int
+
+    @property
+    def batch(self) -> int:
+        return self.rows * self.accumulation * self.world_size
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+
+def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
+    """Trains until --max-update, --max-epoch, --stop-min-lr or a signal; returns the exit code."""
+    optimization, data, run = config.optimization, config.data, config.run
+    corpus = open_corpus(data)
+    config = with_languages(config, corpus.languages)
+    geometry = batch_geometry(optimization, data.tokens_per_sample, ranks.world_size)
+    engine, progress = build_engine(config, corpus, geometry, ranks)
+    log = start_log(config, corpus, geometry, ranks, progress)
+    meter, stopwatch = LossMeter(len(corpus.languages), ranks.device), Stopwatch()
+    plateau = PlateauState(**progress.plateau)
+    epoch_samples = corpus.order.epoch_samples
+    started = time.monotonic() - progress.seconds
+
+    while not finished(config, progress, plateau, epoch_samples):
+        lr = lr_at(progress.update, optimization, plateau)
+        engine.train()
+        targets = count_targets(
+            corpus.train, corpus.order.samples(progress.samples, geometry.batch), data.mask_ratio
+        )
+        for micro in range(geometry.accumulation):
+            seed_dropout(data.seed, progress.update, micro, ranks.rank)
+            batch = micro_batch(corpus, geometry, progress.samples, micro, ranks)
+            losses = engine(batch)
+            # The gradient is the mean over all masked tokens of the batch: DeepSpeed divides by both factors.
+            engine.backward(losses.sum() * (geometry.accumulation * ranks.world_size / targets))
+            engine.step(lr)
+            meter.add(batch, losses)
+        epoch_before = progress.samples // epoch_samples
+        progress = dataclasses.replace(
+            progress,
+            update=progress.update + 1,
+            samples=progress.samples + geometry.batch,
+            seconds=time.monotonic() - started,
+        )
+        stopwatch.count(geometry.batch * data.tokens_per_sample)
+        log.advance()
+        stopping = ranks.any(stop.requested)
+        epoch = progress.samples // epoch_samples
+        last = finished(config, progress, plateau, epoch_samples)
+        due = what_is_due(
+            config.run, progress.update, epoch_before, epoch, last=last, stopping=bool(stopping)
+        )
+
+        if due.log:
+            sums = ranks.sum(meter.take())
+            figures = loss_figures(sums, corpus.languages)
+            if not math.isfinite(figures["loss"]):
+                raise InputError(
+                    f"the loss is not finite at update {progress.update}; lower --lr or set --clip-norm and "
+                    f"start again: the run goes on from the last checkpoint in {run.save_dir}"
+                )
+            log.write("train", progress.update, {
+                **figures,
+                "lr": float(f"{lr:.6g}"),
+                "gradient_norm": round(engine.gradient_norm(), 4),
+                "tokens_per_second": round(stopwatch.take(), 1),
+                "epoch": round(progress.samples / epoch_samples, 3),
+                "seconds_left": seconds_left(config, progress),
+            })  # fmt: skip
+        if due.validate:
+            valid_loss = validate(engine, corpus, geometry, ranks, log, progress.update)
+            plateau = plateau_after(plateau, valid_loss, optimization, update=progress.update)
+            best = progress.best_valid_loss is None or valid_loss <= progress.best_valid_loss
+            progress = dataclasses.replace(
+                progress,
+                plateau=dataclasses.asdict(plateau),
+                best_valid_loss=valid_loss if best else progress.best_valid_loss,
+            )
+        if due.save:
+            names = [checkpoint.LAST]
+            names += [checkpoint.BEST] if due.validate and best else []
+            names += [f"checkpoint{epoch}"] if due.epoch_name else []
+            save(config, corpus, engine, progress, names, epoch_samples)
+        if stopping:
+            return stopped(stopping, config, progress)
+    log.close()
+    logger.info(f"done: {progress.update} updates, {progress.samples} samples, in {run.save_dir}")
+    return EXIT_OK
+
+
+def finished(
+    config: TrainConfig, progress: Progress, plateau: PlateauState, epoch_samples: int
+) -> bool:
+    """Whether one of the run's ends has come."""
+    optimization = config.optimization
+    return (
+        (0 < optimization.max_update <= progress.update)
+        or (0 < optimization.max_epoch <= progress.samples // epoch_samples)
+        or lr_exhausted(progress.update, optimization, plateau)
+    )
+
+
+class Due(NamedTuple):
+    """What comes after an update."""
+
+    log: bool
+    validate: bool
+    save: bool
+    epoch_name: bool  # the checkpoint is also named checkpointN
+
+
+def what_is_due(
+    run: RunConfig, update: int, epoch_before: int, epoch: int, *, last: bool, stopping: bool
+) -> Due:
+    """`epoch`: whole epochs done after this update, `epoch_before` before it."""
+    epoch_end = epoch > epoch_before
+    validate = (
+        last
+        or (epoch_end and epoch % run.validate_interval == 0)
+        or _every(run.validate_interval_updates, update)
+    ) and not stopping
+    save_epoch = epoch_end and epoch % run.save_interval == 0
+    save = validate or save_epoch or _every(run.save_interval_updates, update) or stopping
+    return Due(
+        log=_every(run.log_interval, update)
+        or save,  # a save is never made of a loss not looked at
+        validate=validate,
+        save=save,
+        epoch_name=save_epoch and not run.no_epoch_checkpoints,
+    )
+
+
+def _every(interval: int, update: int) -> bool:
+    return interval > 0 and update % interval == 0
+
+
+# -------------------------------------------------------------------------------------- its parts
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens dictionary, training and validation data and lays out the order. Reads no tokens."""
+    if not config.data.is_dir():
+        raise InputError(f"{config.data}: no such folder; give what binarize wrote (its --destdir)")
+    languages = config.monolingual_langs or languages_in(config.data, "train")
+    if len(set(languages)) != len(languages):
+        raise InputError(f"--monolingual-langs {','.join(languages)}: a language is named twice")
+    dictionary = Dictionary.load(dictionary_path(config.data, languages))
+    train, valid = (
+        open_split(
+            config.data,
+            split,
+            languages,
+            tokens_per_sample=config.tokens_per_sample,
+            break_mode=config.sample_break_mode,
+            vocab_size=len(dictionary),
+            dictionary_sha256=dictionary.sha256,
+        )
+        for split in ("train", "valid")
+    )
+    order = build_order([d.blocks for d in train], alpha=config.sampling_alpha, seed=config.seed)
+    masking = Masking(seed=config.seed, mask_ratio=config.mask_ratio, vocab_size=len(dictionary))
+    return Corpus(dictionary, train, valid, order, masking)
+
+
+def with_languages(config: TrainConfig, languages: tuple[str, ...]) -> TrainConfig:
+    """The configuration with the languages that were found where none were named."""
+    data = dataclasses.replace(config.data, monolingual_langs=languages)
+    return dataclasses.replace(config, data=data)
+
+
+def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_size: int) -> Geometry:
+    """Raises InputError if no sample fits, or if --global-batch-tokens cannot be divided among the ranks."""
+    rows = config.max_tokens // tokens_per_sample
+    if rows == 0:
+        raise InputError(
+            f"--max-tokens {config.max_tokens} is below --tokens-per-sample {tokens_per_sample}; "
+            "one sample must fit"
+        )
+    if config.global_batch_tokens is None:
+        return Geometry(rows, config.update_freq, world_size)
+    samples, rest = divmod(config.global_batch_tokens, tokens_per_sample)
+    if rest or samples == 0 or samples % world_size:
+        unit = tokens_per_sample * world_size
+        nearest = max(round(config.global_batch_tokens / unit), 1) * unit
+        raise InputError(
+            f"--global-batch-tokens {config.global_batch_tokens} cannot be divided into samples of "
+            f"{tokens_per_sample} tokens for {world_size} ranks; the nearest that can is {nearest}"
+        )
+    per_rank = samples // world_size
+    rows = next(r for r in range(min(rows, per_rank), 0, -1) if per_rank % r == 0)
+    return Geometry(rows, per_rank // rows, world_size)
+
+
+def build_engine(
+    config: TrainConfig, corpus: Corpus, geometry: Geometry, ranks: Ranks
+) -> tuple[Engine, Progress]:
+    """The model in its engine, from the start or from the checkpoint that the run goes on from."""
+    check_schedule(config.optimization)
+    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device)
+    settings = resolve_deepspeed_config(
+        read_deepspeed_config(path, ranks.device),
+        config.optimization,
+        rows=geometry.rows,
+        accumulation=geometry.accumulation,
+        where=str(path),
+    )
+    shape = shape_from_config(
+        config.model,
+        vocab_size=len(corpus.dictionary),
+        languages=len(corpus.languages),
+        tokens_per_sample=config.data.tokens_per_sample,
+    )
+    model = build_model(shape, seed=config.data.seed)
+    found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
+    if found is None:
+        if config.model.init_output_bias == "unigram":
+            counts = np.stack([dataset.counts() for dataset in corpus.train])
+            probabilities = corpus.order.probabilities
+            init_output_bias(
+                model, unigram_log_probabilities(counts, language_probabilities=probabilities)
+            )
+        return Engine(model, settings, ranks), Progress()
+    manifest = checkpoint.read_manifest(found)
+    check_same_data(config, corpus, manifest, found)
+    checkpoint.load_weights(model, found, manifest)
+    engine = Engine(model, settings, ranks)
+    progress = checkpoint.read_progress(manifest)
+    engine.load_state(
+        checkpoint.load_state(found, manifest),
+        update=progress.update,
+        warm_up_batch=micro_batch(corpus, geometry, 0, 0, ranks),
+    )
+    logger.info(f"going on from {found}: update {progress.update}, {progress.samples} samples")
+    return engine, progress
+
+
+def check_same_data(
+    config: TrainConfig, corpus: Corpus, manifest: dict[str, Any], folder: Path
+) -> None:
+    """Refuses a dictionary or languages that are not the checkpoint's; says what else changed in the data's order."""
+    if manifest["dictionary_sha256"] != corpus.dictionary.sha256:
+        raise InputError(
+            f"{config.data.data}/dict.txt is not the dictionary {folder} was trained with; "
+            "binarize with the dict.txt in that folder as --srcdict"
+        )
+    if tuple(manifest["languages"]) != corpus.languages:
+        raise InputError(
+            f"--monolingual-langs {','.join(corpus.languages)}: {folder} was trained with "
+            f"{','.join(manifest['languages'])}, and the order gives the language ids"
+        )
+    before = dataclasses.asdict(from_dict(TrainConfig, manifest["configuration"]).data)
+    now = dataclasses.asdict(config.data)
+    for name in sorted(now.keys() - {"data", "monolingual_langs"}):
+        if before[name] != now[name]:
+            logger.info(f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}: "
+                        "the samples from here on are others than they would have been")  # fmt: skip
+
+
+def start_log(
+    config: TrainConfig, corpus: Corpus, geometry: Geometry, ranks: Ranks, progress: Progress
+) -> RunLog:
+    """Opens the run's files, writes the resolved configuration and says what will happen."""
+    run, optimization = config.run, config.optimization
+    active = ranks.rank == 0
+    log = RunLog(
+        run.save_dir,
+        run.tensorboard_logdir or run.save_dir / "tensorboard",
+        active=active,
+        updates=optimization.max_update,
+        start=progress.update,
+    )
+    if active:
+        add_log_file(run.save_dir / "train.log")
+        (run.save_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    tokens = geometry.batch * config.data.tokens_per_sample
+    epoch = corpus.order.epoch_samples
+    shares = zip(corpus.train, corpus.order.probabilities, strict=True)
+    drawn = ", ".join(f"{d.language} {d.blocks} blocks drawn {p:.1%}" for d, p in shares)
+    logger.info(f"{len(corpus.dictionary)} symbols; {drawn}")
+    logger.info(
+        f"batch: {geometry.batch} samples = {tokens} tokens an update ({geometry.rows} rows x "
+        f"{geometry.accumulation} micro-batches x {ranks.world_size} ranks); an epoch is {epoch} samples, "
+        f"{math.ceil(epoch / geometry.batch)} updates"
+    )
+    return log
+
+
+def micro_batch(
+    corpus: Corpus, geometry: Geometry, first: int, micro: int, ranks: Ranks
+) -> MaskedBatch:
+    """A micro-batch of this rank's part, a contiguous slice of the update that begins at sample `first`."""
+    per_rank = geometry.rows * geometry.accumulation
+    start = first + ranks.rank * per_rank + micro * geometry.rows
+    samples = corpus.order.samples(start, geometry.rows)
+    return on_device(build_batch(corpus.train, samples, corpus.masking), ranks.device)
+
+
+def seed_dropout(seed: int, update: int, micro: int, rank: int) -> None:
+    """Dropout depends on where in the run it is and on nothing before, so no generator's state is saved."""
+    key = hashlib.blake2b(f"{seed}/{update}/{micro}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(key, "little"))
+
+
+def validate(
+    engine: Engine,
+    corpus: Corpus,
+    geometry: Geometry,
+    ranks: Ranks,
+    log: RunLog,
+    update: int,
+) -> float:
+    """Loss in bits per masked token over all languages in full, under fixed masks."""
+
+    def measure(batch: MaskedBatch) -> Tensor:
+        """(2,): nats, targets."""
+        real = batch.targets != PAD
+        return torch.stack([x.double().sum() for x in (engine(batch), real)]).cpu()
+
+    engine.train(False)
+    sums = torch.stack(
+        [
+            sum_over_split(
+                measure, dataset, language, corpus.masking, draw=0, rows=geometry.rows, ranks=ranks
+            )
+            for language, dataset in enumerate(corpus.valid)
+        ],
+        dim=1,
+    )
+    figures = loss_figures(sums, corpus.languages)
+    log.write("valid", update, figures)
+    return float(figures["loss"])
+
+
+def save(
+    config: TrainConfig,
+    corpus: Corpus,
+    engine: Engine,
+    progress: Progress,
+    names: Sequence[str],
+    epoch_samples: int,
+) -> None:
+    """Writes a checkpoint, points its names at it and deletes those that nothing keeps. All ranks must call it."""
+    run = config.run
+    epoch = 1 + (progress.samples - 1) // epoch_samples
+    folder = run.save_dir / checkpoint.folder_name(epoch, progress.update)
+    description = {
+        "configuration": to_dict(config),
+        "languages": list(corpus.languages),
+        "vocab_size": len(corpus.dictionary),
+        "dictionary_sha256": corpus.dictionary.sha256,
+        "epoch_samples": epoch_samples,
+    }
+    present = [path for name in COMPANIONS if (path := config.data.data / name).exists()]
+    checkpoint.save_checkpoint(folder, engine, progress, description, present)
+    if engine.ranks.rank == 0:
+        for name in names:
+            checkpoint.point(run.save_dir / name, folder)
+        interval, keep = run.save_interval_updates, run.keep_interval_updates
+        first = 0 if keep < 0 else progress.update - interval * keep + 1
+        kept = range(first, progress.update + 1) if interval else ()
+        checkpoint.prune(
+            run.save_dir,
+            keep_last_epochs=run.keep_last_epochs,
+            kept_updates=[u for u in kept if u % interval == 0],
+        )
+        logger.info(f"saved {folder} as {', '.join(names)}")
+
+
+def seconds_left(config: TrainConfig, progress: Progress) -> int | None:
+    if config.optimization.max_update == 0:
+        return None
+    left = config.optimization.max_update - progress.update
+    return round(left * progress.seconds / progress.update)
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM; a second SIGINT ends the process at once.
+
+    A launcher that is interrupted sends SIGTERM after the terminal's SIGINT: that is not a second wish.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+        signal.signal(signal.SIGINT, self._remember)
+        signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.requested == signal.SIGINT and number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED)
+        self.requested = self.requested or number
+
+
+def stopped(number: int, config: TrainConfig, progress: Progress) -> int:
+    logger.info(
+        f"stopped after update {progress.update} and saved; the same command goes on from "
+        f"{config.run.save_dir / checkpoint.LAST}"
+    )
+    return EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
+    stop = StopSignal()
+    ranks = start_ranks()
+    if ranks.rank == 0:
+        config.run.save_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.discard_leftovers(config.run.save_dir)
+    ranks.wait()
+    code = train(config, ranks, stop)
+    stop_ranks()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("train", main))
