@@ -176,6 +176,29 @@ def test_kill_9_and_resume_on_two_ranks(tiny_data: Path, tmp_path: Path) -> None
     whole_and_killed(tmp_path, tiny_data, launcher(tmp_path, 2))
 
 
+@pytest.mark.slow
+def test_full_width_with_95000_symbols(tiny_corpus: Path, tmp_path: Path) -> None:
+    """xlm_base as it is: 174 million parameters, three real updates of the recipe's 2,048 tokens."""
+    vocabulary = tmp_path / "vocab"
+    texts = [(tiny_corpus / f"train.{lg}").read_text(encoding="utf-8") for lg in LANGUAGES]
+    words = list(Counter(word for text in texts for word in text.split()))
+    words += [f"filler{i}" for i in range(94_995 - len(words))]
+    vocabulary.write_text("".join(f"{word} 1\n" for word in words), encoding="utf-8")
+    out, run = tmp_path / "out", tmp_path / "run"
+    prefs = [f"--{split}pref={tiny_corpus / split}" for split in ("train", "valid")]
+    langs = ",".join(LANGUAGES)
+    succeed(*MODULE, "xlm_ds.binarize", f"--srcdict={vocabulary}", *prefs, f"--langs={langs}",
+            f"--destdir={out}")  # fmt: skip
+    flags = ["--max-update=3", "--lr=1e-3", "--clip-norm=1", "--log-interval=1"]
+    succeed(*MODULE, "xlm_ds.train", out, f"--save-dir={run}", *flags)
+    losses = losses_in(run)
+    assert losses[3] < losses[1]
+    manifest = checkpoint.read_manifest(run / checkpoint.LAST)
+    weights = checkpoint.load_tensors(run / checkpoint.LAST, manifest, "weight")
+    # Spec of xlm_base at V = 95,000, less the unused pooler and two of five rows of the language table.
+    assert sum(w.numel() for w in weights.values()) == 175_322_904 - (1024**2 + 1024) - 2 * 1024
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)], ids=["ctrl-c", "sigterm"]
 )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from xlm_ds.batches import MaskedBatch
 
 from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig, OptimizationConfig
 from xlm_ds.engine import (
     CONFIG_DIRECTORY,

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from xlm_ds.batches import MaskedBatch, Masking
-from xlm_ds.dataset import TokenDataset, open_split
 
 from test_train import SHAPE
 from xlm_ds import checkpoint, evaluate, train
+from xlm_ds.batches import MaskedBatch, Masking
 from xlm_ds.config import EvaluateConfig, TrainConfig
+from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split

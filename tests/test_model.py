@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from xlm_ds.batches import MaskedBatch
 
 from reference import AdamMoments, fairseq_adam, xlm_logits
 from xlm_ds.architectures import (
@@ -21,6 +20,7 @@ from xlm_ds.architectures import (
     shape_from_config,
     unigram_log_probabilities,
 )
+from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig
 from xlm_ds.dictionary import PAD
 from xlm_ds.log import InputError
