@@ -221,7 +221,7 @@ def permuted(key: int, size: int, index: int) -> int:
     low_bits = bits // 2
     low_size, high_size = 1 << low_bits, 1 << (bits - low_bits)
     high, low = divmod(index, low_size)
-    for turn in range(0, 24 if bits <= 8 else 6, 2):
+    for turn in range(0, 24 if bits <= 8 else 8, 2):
         high ^= random_at((key + turn) & _BITS64, low) % high_size
         low ^= random_at((key + turn + 1) & _BITS64, high) % low_size
     result = high * low_size + low

@@ -55,6 +55,19 @@ def test_permutations_are_uniform_over_keys(size: int, points: int) -> None:
     assert abs(chi_square - (cells - 1)) < 6 * math.sqrt(2 * (cells - 1))
 
 
+def test_distances_between_two_places_are_uniform_over_keys() -> None:
+    """Of the tests tried, the one that sees too few rounds first: size 512, half of it apart."""
+    size, keys = 512, 100_000
+    permutations = (
+        _core.Permutation(key=reference.random_at(9, k), size=size) for k in range(keys)
+    )
+    seen = Counter((p(size // 2) - p(0)) % size for p in permutations)
+    expected = keys / (size - 1)
+    chi_square = sum((seen[d] - expected) ** 2 for d in range(1, size)) / expected
+    assert abs(chi_square - (size - 2)) < 6 * math.sqrt(2 * (size - 2))
+    assert seen[0] == 0
+
+
 def test_neighbours_do_not_stay_together() -> None:
     """An order that keeps a constant stride (affine permutations do) shows consecutive text together."""
     size = 10_000
