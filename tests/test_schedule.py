@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from xlm_ds.config import OptimizationConfig
 from xlm_ds.log import InputError
-from xlm_ds.schedule import PlateauState, check_schedule, lr_at, lr_exhausted, plateau_after
+from xlm_ds.schedule import (
+    PlateauState,
+    check_schedule,
+    describe_schedule,
+    lr_at,
+    lr_exhausted,
+    plateau_after,
+)
 
 FRESH = PlateauState()
 
@@ -187,3 +194,12 @@ def test_linear_without_room_to_decay_is_refused(changes: dict[str, Any], senten
 def test_recipes_schedule_is_accepted() -> None:
     check_schedule(optimization(max_update=2_400_000, stop_min_lr=1e-9))
     check_schedule(optimization(lr_scheduler="linear", max_update=50, decay_updates=50))
+
+
+def test_the_schedule_is_described_in_one_sentence() -> None:
+    recipe = optimization(lr_scheduler="reduce_lr_on_plateau", stop_min_lr=1e-9)
+    assert describe_schedule(recipe) == (
+        "learning rate 0.0001, times 0.5 at every validation without progress, the run ends at 1e-09"
+    )
+    linear = optimization(lr_scheduler="linear", warmup_updates=60, decay_updates=160)
+    assert "from 0 over 60 updates, to 0 over the last 160 updates" in describe_schedule(linear)

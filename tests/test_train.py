@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def test_micro_batches_do_not_change_the_update(run: Any) -> None:
 def test_the_run_folder_has_all_it_promises(run: Any, tmp_path: Path) -> None:
     run("a", "--max-update=2")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert {"config.toml", "metrics.jsonl", "train.log", "tensorboard"} <= names
+    assert {"config.toml", "deepspeed.json", "metrics.jsonl", "train.log", "tensorboard"} <= names
     assert {checkpoint.LAST, checkpoint.BEST, "checkpoint_1_2"} <= names
     config = parse(TrainConfig, ["--config", str(tmp_path / "a" / "config.toml")])
     assert config.data.monolingual_langs == ("ar", "en", "hi")
@@ -224,6 +226,23 @@ def test_intervals() -> None:
 def test_a_stop_saves_without_validating() -> None:
     decided = what_is_due(RunConfig(), 3, 0, 0, last=False, stopping=True)
     assert (decided.save, decided.validate) == (True, False)
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM after SIGINT is the launcher's, not a second wish."""
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    try:
+        stop = train.StopSignal()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.requested, ended) == (signal.SIGINT, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def test_dropout_seeds_differ_wherever_the_run_is() -> None:

@@ -45,6 +45,25 @@ def check_schedule(config: OptimizationConfig) -> None:
         )
 
 
+def describe_schedule(config: OptimizationConfig) -> str:
+    """Returns one sentence that says what the learning rate will do."""
+    parts = [f"learning rate {config.lr:g}"]
+    if config.warmup_updates:
+        parts.append(f"from {config.warmup_init_lr:g} over {config.warmup_updates} updates")
+    match config.lr_scheduler:
+        case "reduce_lr_on_plateau":
+            times = f"times {config.lr_shrink:g} at every validation without progress"
+            parts.append(times + (f" after {config.lr_patience}" if config.lr_patience else ""))
+        case "inverse_sqrt":
+            parts.append("then in proportion to 1/sqrt(update)")
+        case "linear":
+            decay = config.decay_updates
+            parts.append(f"to 0 over the last {'' if decay is None else f'{decay} '}updates")
+    if config.stop_min_lr >= 0:
+        parts.append(f"the run ends at {config.stop_min_lr:g}")
+    return ", ".join(parts)
+
+
 def lr_at(update: int, config: OptimizationConfig, plateau: PlateauState) -> float:
     """Returns the learning rate of the next update, `update` of them having been made."""
     if is_warming_up(update, config):

@@ -9,6 +9,7 @@ TensorBoard files; the same command started again goes on from checkpoint_last.
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import signal
@@ -66,8 +67,16 @@ from xlm_ds.engine import (
 )
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
+from xlm_ds.model import parameter_count
 from xlm_ds.order import Order, build_order
-from xlm_ds.schedule import PlateauState, check_schedule, lr_at, lr_exhausted, plateau_after
+from xlm_ds.schedule import (
+    PlateauState,
+    check_schedule,
+    describe_schedule,
+    lr_at,
+    lr_exhausted,
+    plateau_after,
+)
 
 COMPANIONS = ("dict.txt", "codes", "prepare.json")
 
@@ -303,6 +312,9 @@ def build_engine(
         languages=len(corpus.languages),
         tokens_per_sample=config.data.tokens_per_sample,
     )
+    logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
+    if ranks.rank == 0:
+        (config.run.save_dir / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n")
     model = build_model(shape, seed=config.data.seed)
     found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
     if found is None:
@@ -370,6 +382,7 @@ def start_log(
     shares = zip(corpus.train, corpus.order.probabilities, strict=True)
     drawn = ", ".join(f"{d.language} {d.blocks} blocks drawn {p:.1%}" for d, p in shares)
     logger.info(f"{len(corpus.dictionary)} symbols; {drawn}")
+    logger.info(describe_schedule(optimization))
     logger.info(
         f"batch: {geometry.batch} samples = {tokens} tokens an update ({geometry.rows} rows x "
         f"{geometry.accumulation} micro-batches x {ranks.world_size} ranks); an epoch is {epoch} samples, "
