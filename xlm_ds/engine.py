@@ -41,7 +41,12 @@ with warnings.catch_warnings():
         safe_set_full_optimizer_state,
     )
 
-CONFIG_DIRECTORY = Path(__file__).parent.parent / "ds_configs"
+_INSTALLED_CONFIGS = Path(__file__).parent / "ds_configs"
+CONFIG_DIRECTORY = (
+    _INSTALLED_CONFIGS
+    if _INSTALLED_CONFIGS.is_dir()
+    else Path(__file__).parent.parent / "ds_configs"
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
