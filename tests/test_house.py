@@ -12,9 +12,10 @@ import xlm_ds
 PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
-    {"_core", "log", "files"},
-    {"flags"},
+    {"_core", "log"},
+    {"flags", "files"},
     {"config", "dictionary"},
+    {"tokenisation", "merges"},
     {"prepare", "binarize", "shards"},
     {"dataset"},
     {"order"},
@@ -28,7 +29,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_TORCH = [room for level in FLOORS[:6] for room in level]
+WITHOUT_TORCH = [room for level in FLOORS[:7] for room in level]
 ROOMS = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
 

@@ -19,19 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from reference import bpe_replay
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig
+from xlm_ds.files import CHUNK_CHARACTERS
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
-from xlm_ds.prepare import (
-    CHUNK_CHARACTERS,
-    Record,
-    Tokenisation,
-    choose_held_out,
-    learn_merges,
-    main,
-    prepare,
-    sample_copies,
-    tokenise_line,
-)
+from xlm_ds.merges import learn_merges, sample_copies
+from xlm_ds.prepare import Record, choose_held_out, main, prepare
+from xlm_ds.tokenisation import Tokenisation, tokenise_line
 
 GOLDEN = Path(__file__).parent / "data" / "bpe"
 LANGS = ["de", "hi"]

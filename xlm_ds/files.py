@@ -1,8 +1,18 @@
-"""What is said of a file as a whole: its checksum, and that it is on the disk."""
+"""Files as a whole: text read line by line with progress, checksums, and that they are on the disk."""
 
 import hashlib
+import io
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from tqdm import tqdm
+
+from xlm_ds.log import InputError
+
+CHUNK_CHARACTERS = 1 << 17  # of text read at a time
+_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 def file_sha256(path: Path) -> str:
@@ -17,3 +27,35 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_lines(path: Path) -> Iterator[list[str]]:
+    """The lines of a text, some at a time; they end at LF, CRLF or CR as everywhere in fairseq. Shows progress."""
+    size = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig") as text,  # a byte order mark is no word
+        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        try:
+            while lines := text.readlines(CHUNK_CHARACTERS):
+                bar.update(file.tell() - bar.n)
+                yield lines
+        except UnicodeDecodeError as error:
+            raise InputError(_where_not_utf8(path)) from error
+
+
+def _where_not_utf8(path: Path) -> str:
+    lines, offset = 1, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                lines += len(_LINE_END.findall(line[: error.start]))
+                offset += error.start
+                found = f"byte 0x{line[error.start]:02x} at offset {offset}"
+                return f"{path}:{lines}: {found} is not UTF-8; convert the file (iconv -t UTF-8)"
+            lines += len(_LINE_END.findall(line))
+            offset += len(line)
+    raise AssertionError(f"{path} is UTF-8 after all")

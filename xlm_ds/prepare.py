@@ -17,7 +17,6 @@ import functools
 import hashlib
 import heapq
 import importlib.metadata
-import io
 import itertools
 import json
 import multiprocessing
@@ -28,11 +27,9 @@ import shutil
 import signal
 import sys
 import threading
-import unicodedata
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +37,11 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig
+from xlm_ds.files import file_sha256, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
+from xlm_ds.merges import count_merges, learn_merges, sample_copies
+from xlm_ds.tokenisation import UNSEGMENTED, Tokenisation, tokenisation_of, tokenise_line
 
 # Valid is made after test and train after both, as each leaves out the lines of those before it.
 SPLITS = ("test", "valid", "train")
@@ -51,23 +51,9 @@ TOKENISED = "tokenised"
 
 HELD_OUT_LINES = 5000  # per split and language: get-data-wiki.sh of XLM
 HELD_OUT_SHARE = 20  # of a small corpus, at most one line in this many
-CHUNK_CHARACTERS = 1 << 17  # of text that a process tokenises at a time
 CHUNKS_AHEAD = 4  # per process: read but not yet written, so that memory is bounded
 
-# XLM ran a segmenter of its own for these (tokenize.sh); Moses does not split them into words.
-UNSEGMENTED = {"zh": "the Stanford segmenter", "ja": "KyTea", "th": "pythainlp"}
-
-WORD_END = "</w>"
-SPECIAL_SYMBOLS = frozenset({"<s>", "<pad>", "</s>", "<unk>", "<mask>"})  # of the dictionary
-
-# The last character of a word is told from the same one inside a word by moving it up four planes of Unicode; planes 4
-# to 7 are empty. tokenizers' own way (end_of_word_suffix) hands out the ids of last characters in the order of a hash
-# table that differs from run to run, and equal counts are decided by id: other codes every time (0.23.3, 2026-11).
-WORD_END_SHIFT = 0x40000
-_BEYOND_SHIFT = re.compile(f"[{chr(WORD_END_SHIFT)}-{chr(sys.maxunicode)}]")
-
 _BLANK_BUT_SPACE = re.compile(r"[^\S ]")
-_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -172,40 +158,6 @@ def _splits(sources: Mapping[str, Path]) -> list[str]:
     return [split for split in SPLITS if split in sources or "all" in sources]
 
 
-def _read(path: Path) -> Iterator[list[str]]:
-    """The lines of a text, some at a time; they end at LF, CRLF or CR as everywhere in fairseq. Shows progress."""
-    size = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        io.TextIOWrapper(
-            file, encoding="utf-8-sig"
-        ) as text,  # its first word has no byte order mark
-        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        try:
-            while lines := text.readlines(CHUNK_CHARACTERS):
-                bar.update(file.tell() - bar.n)
-                yield lines
-        except UnicodeDecodeError as error:
-            raise InputError(_where_not_utf8(path)) from error
-
-
-def _where_not_utf8(path: Path) -> str:
-    lines, offset = 1, 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                lines += len(_LINE_END.findall(line[: error.start]))
-                offset += error.start
-                found = f"byte 0x{line[error.start]:02x} at offset {offset}"
-                return f"{path}:{lines}: {found} is not UTF-8; convert the file (iconv -t UTF-8)"
-            lines += len(_LINE_END.findall(line))
-            offset += len(line)
-    raise AssertionError(f"{path} is UTF-8 after all")
-
-
 # --------------------------------------------------------------------------------------- splitting
 
 
@@ -265,7 +217,7 @@ def _take(
 
 def _held_out(path: Path, lang: str, config: PrepareConfig) -> HeldOut:
     unit_lines = array.array("I")  # 4 bytes per line of text is all that is held in memory
-    for numbered in _units(_read(path), config.split_by):
+    for numbered in _units(read_lines(path), config.split_by):
         for unit, line in numbered:
             if not line.isspace():
                 unit_lines.extend([0] * (unit + 1 - len(unit_lines)))
@@ -279,65 +231,11 @@ def _held_out(path: Path, lang: str, config: PrepareConfig) -> HeldOut:
 
 
 def _lines_of(path: Path, split: str, held_out: HeldOut, split_by: str) -> Iterator[list[str]]:
-    for numbered in _units(_read(path), split_by):
+    for numbered in _units(read_lines(path), split_by):
         yield [line for unit, line in numbered if held_out.split_of(unit) == split]
 
 
 # -------------------------------------------------------------------------------------- tokenising
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokenisation:
-    """All that decides how a line is tokenised; kept with the data and with the model made of it."""
-
-    tokenizer: str
-    lowercase: bool
-    remove_accents: bool
-    sacremoses: str  # versions: the next one may know other abbreviations or characters
-    unicode: str
-
-
-def tokenisation_of(config: PrepareConfig) -> Tokenisation:
-    return Tokenisation(
-        tokenizer=config.tokenizer,
-        lowercase=config.lowercase,
-        remove_accents=config.remove_accents,
-        sacremoses=importlib.metadata.version("sacremoses"),
-        unicode=unicodedata.unidata_version,
-    )
-
-
-def tokenise_line(text: str, language: str, settings: Tokenisation) -> str:
-    """One line as the model sees it before BPE: words separated by single blanks, every kind of blank made 0x20.
-
-    Source: tokenize.sh and lowercase_and_remove_accent.py of XLM; Chinese, Japanese and Thai are not segmented.
-    """
-    if settings.tokenizer == "moses":
-        normalizer, tokenizer = _moses(language)
-        text = _without_unprintable(normalizer.normalize(text))
-        text = tokenizer.tokenize(text, escape=False, return_str=True)
-    if settings.lowercase:
-        text = text.lower()
-    if settings.remove_accents:
-        marked = unicodedata.normalize("NFD", text)
-        text = "".join(c for c in marked if unicodedata.category(c) != "Mn")
-        text = text.lower() if settings.lowercase else text
-    return " ".join(text.split())
-
-
-@functools.cache
-def _moses(language: str) -> tuple[Any, Any]:
-    from sacremoses import MosesPunctNormalizer, MosesTokenizer
-
-    normalizer = MosesPunctNormalizer(lang=language, pre_replace_unicode_punct=True)
-    return normalizer, MosesTokenizer(lang=language)
-
-
-def _without_unprintable(text: str) -> str:
-    """Category C becomes a blank, as in Moses's remove-non-printing-char.perl; sacremoses would join the parts."""
-    if text.isprintable():  # most lines
-        return text
-    return "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
 
 
 class TokenisedChunk(NamedTuple):
@@ -416,7 +314,9 @@ def _tokenise_language(
     for split, name in tokenised.items():
         if not record.has(name):
             path = sources.get(split) or sources["all"]
-            lines = _lines_of(path, split, held_out, config.split_by) if held_out else _read(path)
+            lines = (
+                _lines_of(path, split, held_out, config.split_by) if held_out else read_lines(path)
+            )
             elsewhere = _digests(made) if config.duplicates == "remove" else frozenset()
             counts = _write_kept(record.temporary(name), in_order(work, lines), elsewhere)
             if counts["kept"] == 0:
@@ -483,20 +383,12 @@ def _make_codes(record: "Record", config: PrepareConfig, languages: Sequence[str
     if len(merges) < config.bpe_codes:
         logger.info("codes: only %d merges, as no other pair is there twice", len(merges))
     _write_codes(record, merges, [0] * len(merges))
-    _write_codes(record, merges, _count_merges(record, sample, merges))
+    counts = count_merges(
+        record.temporary("codes"), sample, merges, scratch=record.temporary("codes")
+    )
+    _write_codes(record, merges, counts)
     sample.unlink()
     record.publish("codes", {"merges": len(merges)})
-
-
-def sample_copies(sizes: Mapping[str, int], alpha: float, sample_bytes: int) -> dict[str, float]:
-    """How often each language's text goes into the sample (0.25: every fourth line), so that shares are ∝ size^alpha.
-
-    The sample has `sample_bytes` in all, but no more than there is text. Source: XLM paper, section 3.1, alpha 0.5.
-    """
-    total = min(sample_bytes, sum(sizes.values()))
-    weights = {lang: size**alpha for lang, size in sizes.items()}
-    share = total / sum(weights.values())
-    return {lang: share * weights[lang] / size for lang, size in sizes.items()}
 
 
 def _write_sample(path: Path, texts: Mapping[str, Path], config: PrepareConfig) -> None:
@@ -506,90 +398,9 @@ def _write_sample(path: Path, texts: Mapping[str, Path], config: PrepareConfig) 
         for lang, text in texts.items():
             generator = random.Random(f"{config.seed} {lang} codes")
             whole, part = divmod(copies[lang], 1)
-            for lines in _read(text):
+            for lines in read_lines(text):
                 for line in lines:
                     file.write(line * (int(whole) + (generator.random() < part)))
-
-
-def learn_merges(sample: Path, count: int) -> list[tuple[str, str]]:
-    """At most `count` merges, best first, of symbols as in a codes file. Equal for equal samples.
-
-    Fewer if no other pair is there twice. Equal counts are decided by the order in which symbols came to be.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    marked = ([_mark_word_ends(line) for line in lines] for lines in _read(sample))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
-    trainer = trainers.BpeTrainer(
-        vocab_size=_count_characters(sample) + count, min_frequency=2, show_progress=False
-    )
-    tokenizer.train_from_iterator(marked, trainer)
-    return _for_fastbpe(json.loads(tokenizer.to_str())["model"]["merges"])[:count]
-
-
-def _count_characters(sample: Path) -> int:
-    characters: set[str] = set()
-    for lines in _read(sample):
-        for line in lines:
-            characters.update(_mark_word_ends(line))
-    return len(characters)
-
-
-def _mark_word_ends(line: str) -> str:
-    return " ".join(map(_mark_word_end, line.split()))
-
-
-@functools.lru_cache(maxsize=1 << 18)
-def _mark_word_end(word: str) -> str:
-    if _BEYOND_SHIFT.search(
-        word
-    ):  # nothing but private and unassigned characters: nothing to learn
-        return ""
-    return word[:-1] + chr(ord(word[-1]) + WORD_END_SHIFT)
-
-
-def _symbol(marked: str) -> str:
-    last = ord(marked[-1])
-    return marked if last < WORD_END_SHIFT else marked[:-1] + chr(last - WORD_END_SHIFT) + WORD_END
-
-
-def _for_fastbpe(merges: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
-    """The merges that fastBPE can read, which wants no symbol made twice.
-
-    Left out too is what would put a symbol of the dictionary such as `<unk>` into the text, what makes a `</w>` that is
-    none, and what is made of such.
-    """
-    kept: dict[str, tuple[str, str]] = {}
-    for marked_left, marked_right in merges:
-        left, right = _symbol(marked_left), _symbol(marked_right)
-        made = left + right
-        pretends = made.endswith(WORD_END) and _symbol(marked_right) == marked_right
-        special = made.removesuffix(WORD_END) in SPECIAL_SYMBOLS
-        exist = all(part in kept or len(part.removesuffix(WORD_END)) == 1 for part in (left, right))
-        if exist and made not in kept and not pretends and not special:
-            kept[made] = (left, right)
-    return list(kept.values())
-
-
-def _count_merges(record: "Record", sample: Path, merges: Sequence[tuple[str, str]]) -> list[int]:
-    """How often each merge is applied to the sample: the symbols it leaves there, and those that later merges took."""
-    split, counted = record.temporary("codes.bpe"), record.temporary("codes.counts")
-    _core.Bpe(record.temporary("codes")).apply_file(
-        sample, split, threads=len(os.sched_getaffinity(0))
-    )
-    _core.count_words([split], counted)
-    counts: Counter[str] = Counter()
-    with counted.open(encoding="utf-8", newline="\n") as file:
-        for piece, count in (line.split(" ") for line in file):
-            symbol = piece.removesuffix("@@") if piece.endswith("@@") else piece + WORD_END
-            counts[symbol] += int(count)
-    for left, right in reversed(merges):
-        counts[left] += counts[left + right]
-        counts[right] += counts[left + right]
-    split.unlink()
-    counted.unlink()
-    return [counts[left + right] for left, right in merges]
 
 
 def _write_codes(
@@ -659,7 +470,7 @@ class Record:
         temporary = self.temporary(name)
         self._content["files"][name] = {
             "bytes": temporary.stat().st_size,
-            "sha256": _sha256(temporary),
+            "sha256": file_sha256(temporary),
             **(facts or {}),
         }
         self.save()
@@ -733,7 +544,10 @@ def _describe(
         splitting |= {name: getattr(config, name) for name in names}
     if config.codes is not None:
         _core.Bpe(config.codes, config.vocab)  # refused before hours of tokenising
-        codes = {"codes": _sha256(config.codes), "vocab": config.vocab and _sha256(config.vocab)}
+        codes = {
+            "codes": file_sha256(config.codes),
+            "vocab": config.vocab and file_sha256(config.vocab),
+        }
     else:
         names = ("bpe_codes", "bpe_alpha", "bpe_sample_bytes", "seed")
         codes = {name: getattr(config, name) for name in names}
@@ -753,12 +567,7 @@ def _identity(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     seen = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     if known is not None and seen.items() <= known.items():
         return dict(known)
-    return {**seen, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {**seen, "sha256": file_sha256(path)}
 
 
 def _texts(sources: Mapping[str, Mapping[str, Path]]) -> list[str]:
