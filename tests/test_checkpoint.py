@@ -100,10 +100,20 @@ def test_a_failed_save_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_the_same_update_again_keeps_the_first(saved: Path, engine: Engine) -> None:
-    before = (saved / "manifest.json").stat().st_mtime_ns
-    checkpoint.save_checkpoint(saved, engine, Progress(update=2), {})
-    assert (saved / "manifest.json").stat().st_mtime_ns == before
+def test_saving_the_same_update_again_replaces_it(saved: Path, engine: Engine) -> None:
+    """A run that goes on from an older checkpoint with other flags comes by the same updates."""
+    checkpoint.save_checkpoint(saved, engine, Progress(update=2, samples=99), {})
+    assert checkpoint.read_progress(checkpoint.read_manifest(saved)).samples == 99
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_save_killed_while_replacing_loses_nothing(saved: Path, engine: Engine) -> None:
+    del engine
+    saved.rename(saved.with_name(f".{saved.name}.old"))
+    (saved.parent / ".checkpoint_1_4.tmp").mkdir()
+    checkpoint.discard_leftovers(saved.parent)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    checkpoint.load_state(saved, checkpoint.read_manifest(saved))
 
 
 def make_folders(save_dir: Path, *updates: int) -> None:
@@ -117,7 +127,7 @@ def test_names_move_and_the_unnamed_go(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint_1_{update}"
         checkpoint.point(tmp_path / checkpoint.LAST, folder)
     checkpoint.point(tmp_path / checkpoint.BEST, tmp_path / "checkpoint_1_10")
-    checkpoint.prune(tmp_path, keep_last_epochs=-1, kept_updates=[])
+    checkpoint.prune(tmp_path, keep_last_epochs=-1, keep_update=lambda _: False)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint_1_10", "checkpoint_1_30", checkpoint.LAST, checkpoint.BEST}
     assert (tmp_path / checkpoint.LAST).resolve().name == "checkpoint_1_30"
@@ -127,7 +137,7 @@ def test_keep_last_epochs_and_intervals(tmp_path: Path) -> None:
     make_folders(tmp_path, 10, 20, 30, 40)
     for epoch, update in ((1, 10), (2, 20), (3, 30)):
         checkpoint.point(tmp_path / f"checkpoint{epoch}", tmp_path / f"checkpoint_1_{update}")
-    checkpoint.prune(tmp_path, keep_last_epochs=1, kept_updates=[40])
+    checkpoint.prune(tmp_path, keep_last_epochs=1, keep_update=lambda update: update == 40)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint3", "checkpoint_1_30", "checkpoint_1_40"}
 

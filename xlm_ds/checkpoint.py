@@ -11,13 +11,12 @@ A folder is written under a temporary name, synced and renamed, so that a killed
 Nothing is pickled.
 """
 
-import contextlib
 import dataclasses
 import json
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,10 @@ def save_checkpoint(
     description: Mapping[str, Any],
     companions: Iterable[Path] = (),
 ) -> None:
-    """Writes `folder`; all ranks must call it, rank 0 writes. An existing checkpoint there stays as it is.
+    """Writes `folder`, in place of one that may be there; all ranks must call it, rank 0 writes.
 
     `description` goes into the manifest; `companions` are files copied into the folder (dictionary, codes).
     """
-    if engine.ranks.any(int(folder.exists())):
-        return  # this update was saved already
     tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
     for name, state in engine.state():
         if engine.ranks.rank == 0:
@@ -104,11 +101,24 @@ def _write_folder(
         for path in temporary.iterdir():
             sync_file(path)
         sync_file(temporary)
-        temporary.rename(folder)
-        sync_file(folder.parent)
+        _put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """A folder cannot be replaced by rename: an old one steps aside, where `discard_leftovers` finds it again."""
+    aside = _aside(folder)
+    if folder.exists():
+        folder.rename(aside)
+    temporary.rename(folder)
+    sync_file(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def environment() -> dict[str, str]:
@@ -136,8 +146,8 @@ def point(name: Path, folder: Path) -> None:
     temporary.replace(name)
 
 
-def prune(save_dir: Path, *, keep_last_epochs: int, kept_updates: Iterable[int]) -> None:
-    """Deletes checkpoints that nothing keeps: neither a name, nor being one of `kept_updates`.
+def prune(save_dir: Path, *, keep_last_epochs: int, keep_update: Callable[[int], bool]) -> None:
+    """Deletes checkpoints that nothing keeps: neither a name nor `keep_update` of their update.
 
     `keep_last_epochs`: how many names checkpointN stay (-1: all). A damaged name is left alone.
     """
@@ -145,10 +155,9 @@ def prune(save_dir: Path, *, keep_last_epochs: int, kept_updates: Iterable[int])
     for epoch in epochs[: max(len(epochs) - keep_last_epochs, 0)] if keep_last_epochs >= 0 else []:
         (save_dir / f"checkpoint{epoch}").unlink()
     named = {p.readlink().name for p in save_dir.glob("checkpoint*") if p.is_symlink()}
-    kept = set(kept_updates)
     for path in save_dir.iterdir():
         match = _FOLDER.fullmatch(path.name)
-        if match and path.name not in named and int(match[2]) not in kept:
+        if match and path.name not in named and not keep_update(int(match[2])):
             # Renamed first: a folder that is being deleted must never look like a checkpoint.
             doomed = path.rename(path.with_name(f".{path.name}.deleted"))
             shutil.rmtree(doomed)
@@ -228,7 +237,12 @@ def load_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def discard_leftovers(save_dir: Path) -> None:
-    """Removes what killed saves left under temporary names."""
+    """Removes what killed saves left under temporary names, and puts back what one had moved aside."""
+    for folder in (p.with_name(p.name[1:].removesuffix(".old")) for p in save_dir.glob(".*.old")):
+        if not folder.exists():
+            _aside(folder).rename(folder)
     for path in save_dir.glob(".checkpoint*"):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)

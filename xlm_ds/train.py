@@ -462,12 +462,11 @@ def save(
         for name in names:
             checkpoint.point(run.save_dir / name, folder)
         interval, keep = run.save_interval_updates, run.keep_interval_updates
-        first = 0 if keep < 0 else progress.update - interval * keep + 1
-        kept = range(first, progress.update + 1) if interval else ()
+        first_kept = 0 if keep < 0 else progress.update - interval * keep + 1
         checkpoint.prune(
             run.save_dir,
             keep_last_epochs=run.keep_last_epochs,
-            kept_updates=[u for u in kept if u % interval == 0],
+            keep_update=lambda update: _every(interval, update) and update >= first_kept,
         )
         logger.info(f"saved {folder} as {', '.join(names)}")
 
