@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,32 @@ def test_a_large_text_is_the_same_for_any_threads(tmp_path: Path) -> None:
         assert found == expected
 
 
+RESIDENT_GROWTH = """
+import resource, sys
+from pathlib import Path
+from xlm_ds import _core
+folder = Path(sys.argv[1])
+dictionary = _core.Dictionary(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a"])
+paths = _core.PairPaths(folder / "x.bin", folder / "x.idx", folder / "x.lengths")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_core.binarize_file(folder / "text", dictionary, _core.IndexKind.mmap, paths, 2, _core.Progress())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("line", [b"a b\n", b"a b "])
+def test_memory_does_not_grow_with_the_text_or_a_line(line: bytes, tmp_path: Path) -> None:
+    """Also for a file that is one line: chunks are cut between words, and nothing is mapped."""
+    repeats = 16_000_000
+    (tmp_path / "text").write_bytes(line * repeats)
+    command = [sys.executable, "-c", RESIDENT_GROWTH, str(tmp_path)]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 16_000_000
+    lines = repeats if line.endswith(b"\n") else 1
+    assert (tmp_path / "x.bin").stat().st_size == 2 * (2 * repeats + lines)
+
+
 # --------------------------------------------------------------------------------- the stage
 
 
@@ -258,6 +285,21 @@ def test_text_that_is_not_utf8_leaves_no_pair(text: Path, tmp_path: Path) -> Non
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not {name for name in names if "fr" in name or name.startswith(".")}
     assert "train.en.idx" in names
+
+
+def test_ctrl_c_ends_the_run_and_leaves_no_pair(tmp_path: Path) -> None:
+    (tmp_path / "train.en").write_bytes(b"a b c d e f g h\n" * 10_000_000)
+    (tmp_path / "vocab").write_text("a 1\n", encoding="utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "xlm_ds.binarize", "--langs=en", f"--destdir={out}"]
+    files = [f"--trainpref={tmp_path / 'train'}", f"--srcdict={tmp_path / 'vocab'}"]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([*command, *files], cwd=root, stdout=subprocess.DEVNULL)
+    while not (out / ".train.en.bin.tmp").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert {path.name for path in out.iterdir()} == {"dict.txt", "preprocess.log"}
 
 
 def test_a_killed_run_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:

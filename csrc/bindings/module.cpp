@@ -20,6 +20,7 @@
 #include "xlm_ds/fill_batch.hpp"
 #include "xlm_ds/mask.hpp"
 #include "xlm_ds/order.hpp"
+#include "xlm_ds/progress.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/token_dataset.hpp"
 
@@ -73,7 +74,7 @@ void register_bpe(py::module_& m) {
 void register_binarize(py::module_& m) {
   using xlm_ds::TextCounts;
   py::class_<xlm_ds::Dictionary>(m, "Dictionary")
-      .def(py::init<const std::vector<std::string>&>(), "symbols"_a)
+      .def(py::init<std::vector<std::string>>(), "symbols"_a)
       .def("__len__", &xlm_ds::Dictionary::size);
   py::enum_<xlm_ds::IndexKind>(m, "IndexKind")
       .value("mmap", xlm_ds::IndexKind::mmap)

@@ -1,19 +1,17 @@
 #include "xlm_ds/binarize.hpp"
 
 #include <algorithm>
-#include <cerrno>
-#include <condition_variable>
+#include <array>
 #include <cstring>
-#include <exception>
-#include <fcntl.h>
-#include <functional>
-#include <mutex>
+#include <span>
 #include <string_view>
-#include <system_error>
-#include <thread>
-#include <unistd.h>
+#include <utility>
 
+#include "xlm_ds/byte_table.hpp"
+#include "xlm_ds/chunk_reader.hpp"
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/file.hpp"
+#include "xlm_ds/in_order.hpp"
 #include "xlm_ds/mapped_file.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/words.hpp"
@@ -23,284 +21,223 @@ namespace {
 
 constexpr std::string_view kUnkSymbol = "<unk>";
 
-/// A file written at given places by several threads.
-class OutputFile {
- public:
-  explicit OutputFile(const std::filesystem::path& path)
-      : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
-    if (fd_ < 0) fail();
-  }
-  ~OutputFile() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  OutputFile(const OutputFile&) = delete;
-  OutputFile& operator=(const OutputFile&) = delete;
-
-  void write_at(std::uint64_t offset, const void* bytes, std::size_t count) const {
-    const auto* from = static_cast<const char*>(bytes);
-    while (count > 0) {
-      const auto written = ::pwrite(fd_, from, count, static_cast<off_t>(offset));
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) fail();
-      from += written;
-      offset += static_cast<std::uint64_t>(written);
-      count -= static_cast<std::size_t>(written);
-    }
-  }
-
-  void close() {
-    if (::close(std::exchange(fd_, -1)) != 0) fail();
-  }
-
- private:
-  [[noreturn]] void fail() const {
-    throw std::system_error(errno, std::generic_category(), "cannot write " + path_.string());
-  }
-  std::filesystem::path path_;
-  int fd_;
-};
-
-/// Hands out the chunks of a text in order and lets their results through in the same order, whichever thread is done first:
-/// offsets, and the first error, are those of a single thread.
-class ChunkQueue {
- public:
-  ChunkQueue(std::string_view text, std::size_t chunk_bytes) : text_(text), chunk_bytes_(std::max<std::size_t>(chunk_bytes, 1)) {}
-
-  struct Chunk {
-    std::size_t number;
-    std::string_view text;  // whole lines; empty if a line is longer than a chunk
-  };
-
-  /// False when there is nothing left, or something went wrong.
-  [[nodiscard]] bool next(Chunk& chunk) {
-    std::size_t number = 0;
-    {
-      const std::scoped_lock lock(mutex_);
-      if (failed_ || next_ * chunk_bytes_ >= text_.size()) return false;
-      number = next_++;
-    }
-    const std::size_t begin = line_start_from(text_, number * chunk_bytes_);
-    const std::size_t end = line_start_from(text_, std::min((number + 1) * chunk_bytes_, text_.size()));
-    chunk = {number, text_.substr(begin, end - begin)};
-    return true;
-  }
-
-  /// Waits for the chunks before `number`, then runs `action` (short; one at a time). False if an earlier chunk failed.
-  [[nodiscard]] bool in_order(std::size_t number, const std::function<void()>& action) {
-    std::unique_lock lock(mutex_);
-    turn_.wait(lock, [&] { return failed_ || passed_ == number; });
-    if (failed_) return false;
-    try {
-      action();
-    } catch (...) {
-      failed_ = std::current_exception();
-    }
-    ++passed_;
-    turn_.notify_all();
-    return !failed_;
-  }
-
-  /// For an error that is not a chunk's (a full disk): the first one stays.
-  void fail(std::exception_ptr error) {
-    const std::scoped_lock lock(mutex_);
-    if (!failed_) failed_ = std::move(error);
-    turn_.notify_all();
-  }
-
-  void rethrow() const {
-    if (failed_) std::rethrow_exception(failed_);
-  }
-
- private:
-  std::string_view text_;
-  std::size_t chunk_bytes_;
-  std::mutex mutex_;
-  std::condition_variable turn_;
-  std::size_t next_ = 0, passed_ = 0;
-  std::exception_ptr failed_;
-};
-
-std::string_view text_of(const MappedFile& file) {
-  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
-}
-
-std::uint64_t lines_in(std::string_view text) {
-  std::uint64_t lines = 0;
-  for_each_word(text, [](std::string_view) {}, [&] { ++lines; });
-  return lines;
-}
-
-[[noreturn]] void refuse_bytes(const std::filesystem::path& path, std::string_view text, std::string_view chunk,
-                               std::size_t bad, std::uint64_t lines_before) {
+/// Reads the text again up to the bad byte: counting lines on the way would slow every good text.
+[[noreturn]] void refuse_byte(const std::filesystem::path& path, std::uint64_t offset, char found) {
   constexpr std::string_view kDigits = "0123456789abcdef";
-  const auto byte = static_cast<unsigned char>(chunk[bad]);
-  const auto offset = static_cast<std::size_t>(chunk.data() - text.data()) + bad;
-  const auto before = chunk.substr(0, bad);
-  const auto line = lines_before + lines_in(before) + (line_start_from(text, offset) == offset ? 1 : 0);
-  throw InputError(path.string() + ", line " + std::to_string(line) + ", byte " + std::to_string(offset) + ": 0x" +
-                   kDigits[byte >> 4U] + kDigits[byte & 15U] + " is not UTF-8; convert the file to UTF-8");
-}
-
-/// Runs `work(queue)` on `threads` threads and rethrows the first error of theirs.
-void run_threads(std::size_t threads, ChunkQueue& queue, const std::function<void(std::size_t)>& work) {
-  const auto guarded = [&](std::size_t thread) {
-    try {
-      work(thread);
-    } catch (...) {
-      queue.fail(std::current_exception());
-    }
-  };
-  {
-    std::vector<std::jthread> others;
-    for (std::size_t thread = 1; thread < threads; ++thread) others.emplace_back(guarded, thread);
-    guarded(0);
+  const auto byte = static_cast<unsigned char>(found);
+  ChunkReader reader(path, kBinarizeChunkBytes);
+  std::uint64_t line = 1;
+  for (Chunk chunk; reader.next(chunk) && chunk.offset < offset;) {
+    line += count_line_ends(chunk.text.substr(0, offset - chunk.offset));
   }
-  queue.rethrow();
+  throw InputError(path.string() + ", line " + std::to_string(line) + ", byte " +
+                   std::to_string(offset) + ": 0x" + kDigits[byte >> 4U] + kDigits[byte & 15U] +
+                   " is not UTF-8; convert the file to UTF-8");
 }
 
-/// One chunk's ids as they are stored, and the lengths of its lines.
-template <typename Stored>
-struct Encoded {
-  std::vector<Stored> ids;
-  std::vector<std::uint32_t> lengths;
+void check_utf8(const std::filesystem::path& path, const Chunk& chunk) {
+  const std::size_t bad = first_invalid_utf8(chunk.text);
+  if (bad != chunk.text.size()) refuse_byte(path, chunk.offset + bad, chunk.text[bad]);
+}
+
+/// Calls take(words) for every block of the chunk's words and line ends.
+template <typename Take>
+void for_each_block(const Chunk& chunk, Take take) {
+  std::array<std::string_view, kWordsPerBlock> words;
+  WordSplitter splitter(chunk.text);
+  while (const std::size_t count = splitter.next(words)) {
+    take(std::span<const std::string_view>(words).first(count));
+  }
+}
+
+/// Appends id + bias as Element, little-endian.
+template <typename Element, std::uint32_t bias>
+void append_ids(std::span<const std::uint32_t> ids, std::vector<std::byte>& bytes) {
+  const std::size_t before = bytes.size();
+  bytes.resize(before + ids.size() * sizeof(Element));
+  std::byte* to = bytes.data() + before;
+  for (const std::uint32_t id : ids) {
+    const auto element = static_cast<Element>(id + bias);
+    std::memcpy(to, &element, sizeof(element));
+    to += sizeof(element);
+  }
+}
+
+using AppendIds = void (*)(std::span<const std::uint32_t>, std::vector<std::byte>&);
+
+AppendIds append_ids_of(IndexKind kind, Dtype dtype) {
+  if (kind == IndexKind::lazy) return append_ids<std::int32_t, 1>;
+  return dtype == Dtype::uint16 ? append_ids<std::uint16_t, 0> : append_ids<std::uint32_t, 0>;
+}
+
+/// What has been written so far; changed only by the chunk whose turn it is.
+struct Written {
+  OutputFile data;
+  OutputFile line_lengths;  // native u32; in a file, as there may be more lines than memory
+  std::uint64_t data_bytes = 0;
+  std::uint64_t open_line_tokens = 0;  // of the line that goes on in the next chunk
+  std::uint64_t lines = 0;
+  std::uint64_t blank_lines = 0;
 };
 
-/// Encodes whole lines into `out` and adds them to `counts`. `bias` is what is added to an id on disk.
-template <typename Stored>
-void encode(std::string_view text, const Dictionary& dictionary, std::uint32_t bias, Encoded<Stored>& out, TextCounts& counts) {
-  out.ids.clear();
-  out.lengths.clear();
-  std::size_t line_begin = 0;
-  const auto put = [&](std::uint32_t id) {
-    ++counts.by_id[id];
-    out.ids.push_back(static_cast<Stored>(id + bias));
-  };
-  const auto word = [&](std::string_view bytes) {
-    const auto id = dictionary.find(bytes);
-    if (id == Dictionary::kUnknown) {
-      ++counts.unknown;
-      put(kUnk);
-    } else {
-      counts.literal_specials += id < kSpecials ? 1 : 0;
-      put(id);
+/// Turns chunks into ids; one per thread.
+class ChunkEncoder {
+ public:
+  ChunkEncoder(const std::filesystem::path& text_path, const Dictionary& dictionary,
+               AppendIds append_ids, Written& written)
+      : text_path_(&text_path),
+        dictionary_(&dictionary),
+        append_ids_(append_ids),
+        written_(&written),
+        id_counts_(dictionary.size()) {}
+
+  void read(const Chunk& chunk) {
+    check_utf8(*text_path_, chunk);
+    bytes_.clear();
+    line_lengths_.clear();
+    open_line_tokens_ = 0;
+    for_each_block(chunk, [this](auto words) { encode(words); });
+  }
+
+  /// Joins the chunk to those before it: its first line may have begun there.
+  void in_turn() {
+    data_offset_ = std::exchange(written_->data_bytes, written_->data_bytes + bytes_.size());
+    lengths_offset_ = written_->lines * sizeof(std::uint32_t);
+    if (line_lengths_.empty()) {
+      written_->open_line_tokens += open_line_tokens_;
+      return;
     }
-  };
-  const auto line_end = [&] {
-    counts.blank_lines += out.ids.size() == line_begin ? 1 : 0;
-    put(kEos);
-    out.lengths.push_back(narrow_or_throw<std::uint32_t>(out.ids.size() - line_begin, "tokens in one line"));
-    line_begin = out.ids.size();
-  };
-  for_each_word(text, word, line_end);
-  counts.lines += out.lengths.size();
-  counts.tokens += out.ids.size();
-}
+    line_lengths_.front() = checked_length(written_->open_line_tokens + line_lengths_.front());
+    written_->open_line_tokens = open_line_tokens_;
+    written_->lines += line_lengths_.size();
+    written_->blank_lines += static_cast<std::uint64_t>(std::ranges::count(line_lengths_, 1U));
+  }
 
-void add(TextCounts& sum, const TextCounts& part) {
-  sum.lines += part.lines;
-  sum.tokens += part.tokens;
-  sum.unknown += part.unknown;
-  sum.blank_lines += part.blank_lines;
-  sum.literal_specials += part.literal_specials;
-  for (std::size_t id = 0; id < sum.by_id.size(); ++id) sum.by_id[id] += part.by_id[id];
-}
+  void after_turn() const {
+    written_->data.write_at(data_offset_, bytes_);
+    written_->line_lengths.write_at(lengths_offset_, std::as_bytes(std::span(line_lengths_)));
+  }
 
-template <typename Stored>
-TextCounts write_ids(const std::filesystem::path& text_path, const Dictionary& dictionary, std::uint32_t bias,
-                     const PairPaths& paths, std::size_t threads, Progress& progress, std::size_t chunk_bytes) {
-  const MappedFile file(text_path);
-  const auto text = text_of(file);
-  OutputFile data(paths.data), lengths(paths.temporary);
-  ChunkQueue queue(text, chunk_bytes);
-  std::uint64_t tokens_before = 0, lines_before = 0;  // of the chunk whose turn it is
-  std::vector<TextCounts> counts(threads);
+  void add_to(TextCounts& sum) const {
+    for (std::size_t id = 0; id < id_counts_.size(); ++id) sum.by_id[id] += id_counts_[id];
+    sum.literal_specials += literal_specials_;
+    sum.unknown += unknown_;
+  }
 
-  run_threads(threads, queue, [&](std::size_t thread) {
-    Encoded<Stored> encoded;
-    ChunkQueue::Chunk chunk{};
-    counts[thread].by_id.resize(dictionary.size());
-    while (!progress.cancelled() && queue.next(chunk)) {
-      const auto bad = first_invalid_utf8(chunk.text);
-      if (bad == std::string_view::npos) encode(chunk.text, dictionary, bias, encoded, counts[thread]);
-      std::uint64_t first_token = 0, first_line = 0;
-      const bool passed = queue.in_order(chunk.number, [&] {
-        if (bad != std::string_view::npos) refuse_bytes(text_path, text, chunk.text, bad, lines_before);
-        first_token = std::exchange(tokens_before, tokens_before + encoded.ids.size());
-        first_line = std::exchange(lines_before, lines_before + encoded.lengths.size());
-      });
-      if (!passed) return;
-      data.write_at(first_token * sizeof(Stored), encoded.ids.data(), encoded.ids.size() * sizeof(Stored));
-      lengths.write_at(first_line * sizeof(std::uint32_t), encoded.lengths.data(), encoded.lengths.size() * sizeof(std::uint32_t));
-      progress.add(chunk.text.size());
+ private:
+  static std::uint32_t checked_length(std::uint64_t tokens) {
+    return narrow_or_throw<std::uint32_t>(tokens, "tokens in one line");
+  }
+
+  void encode(std::span<const std::string_view> words) {
+    std::array<std::uint32_t, kWordsPerBlock> block;
+    const auto ids = std::span(block).first(words.size());
+    dictionary_->look_up(words, ids);
+    append_ids_(ids, bytes_);
+    for (std::size_t i = 0; i < words.size(); ++i) {
+      ++id_counts_[ids[i]];
+      ++open_line_tokens_;
+      if (words[i].empty()) {
+        line_lengths_.push_back(checked_length(std::exchange(open_line_tokens_, 0)));
+      } else if (ids[i] < kSpecials) {
+        const bool unknown = ids[i] == kUnk && words[i] != kUnkSymbol;
+        ++(unknown ? unknown_ : literal_specials_);
+      }
     }
-    // A cancelled thread holds no chunk, so nobody waits for it.
-  });
-  data.close();
-  lengths.close();
-  TextCounts sum{.by_id = std::vector<std::uint64_t>(dictionary.size())};
-  for (const auto& part : counts) add(sum, part);
-  return sum;
-}
+  }
+
+  const std::filesystem::path* text_path_;
+  const Dictionary* dictionary_;
+  AppendIds append_ids_;
+  Written* written_;
+  std::vector<std::uint64_t> id_counts_;
+  std::uint64_t unknown_ = 0;
+  std::uint64_t literal_specials_ = 0;
+  // of the present chunk:
+  std::vector<std::byte> bytes_;
+  std::vector<std::uint32_t> line_lengths_;
+  std::uint64_t open_line_tokens_ = 0;
+  std::uint64_t data_offset_ = 0;
+  std::uint64_t lengths_offset_ = 0;
+};
+
+/// Counts the words of chunks; one per thread.
+class ChunkCounter {
+ public:
+  explicit ChunkCounter(const std::filesystem::path& text_path) : text_path_(&text_path) {}
+
+  void read(const Chunk& chunk) {
+    check_utf8(*text_path_, chunk);
+    for_each_block(chunk, [this](auto words) {
+      for (const std::string_view word : words) {
+        if (!word.empty()) count(word, 1);
+      }
+    });
+  }
+  void in_turn() const noexcept {}
+  void after_turn() const noexcept {}
+
+  void add(const ChunkCounter& other) {
+    for (ByteTable::Number number = 0; number < other.counts_.size(); ++number) {
+      count(other.words_[number], other.counts_[number]);
+    }
+  }
+
+  [[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> counts() const {
+    std::vector<std::pair<std::string, std::uint64_t>> pairs;
+    pairs.reserve(counts_.size());
+    for (ByteTable::Number number = 0; number < counts_.size(); ++number) {
+      pairs.emplace_back(words_[number], counts_[number]);
+    }
+    return pairs;
+  }
+
+ private:
+  void count(std::string_view word, std::uint64_t times) {
+    const auto number = words_.insert(word);
+    if (number == counts_.size()) counts_.push_back(0);
+    counts_[number] += times;
+  }
+
+  const std::filesystem::path* text_path_;
+  ByteTable words_;
+  std::vector<std::uint64_t> counts_;  // by number in words_
+};
 
 }  // namespace
 
-TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary, IndexKind kind,
-                         const PairPaths& paths, std::size_t threads, Progress& progress, std::size_t chunk_bytes) {
-  const auto dtype = dtype_to_write(kind, dictionary.size());
-  const std::uint32_t bias = kind == IndexKind::lazy ? 1 : 0;
-  const auto write = dtype == Dtype::uint16 ? &write_ids<std::uint16_t> : &write_ids<std::uint32_t>;
-  auto counts = write(text_path, dictionary, bias, paths, std::max<std::size_t>(threads, 1), progress, chunk_bytes);
+TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary,
+                         IndexKind kind, const PairPaths& paths, std::size_t threads,
+                         Progress& progress, std::size_t chunk_bytes) {
+  const Dtype dtype = dtype_to_write(kind, dictionary.size());
+  ChunkReader reader(text_path, chunk_bytes);
+  Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.temporary)};
+  std::vector<ChunkEncoder> encoders(
+      std::max<std::size_t>(threads, 1),
+      ChunkEncoder(text_path, dictionary, append_ids_of(kind, dtype), written));
+  read_in_order(reader, std::span(encoders), progress);
   if (!progress.cancelled()) {
-    const MappedFile lengths(paths.temporary);
-    write_index(paths.index, kind, dtype, lengths.bytes());
+    const MappedFile line_lengths(paths.temporary);
+    write_index(paths.index, kind, dtype, line_lengths.bytes());
   }
   std::filesystem::remove(paths.temporary);
+
+  TextCounts counts{.lines = written.lines,
+                    .tokens = written.data_bytes / element_bytes(dtype),
+                    .blank_lines = written.blank_lines,
+                    .by_id = std::vector<std::uint64_t>(dictionary.size())};
+  for (const ChunkEncoder& encoder : encoders) encoder.add_to(counts);
   return counts;
 }
 
-std::vector<std::pair<std::string, std::uint64_t>> count_text_words(const std::filesystem::path& text_path,
-                                                                    std::size_t threads, Progress& progress,
-                                                                    std::size_t chunk_bytes) {
-  struct Counts {
-    ByteTable words;
-    std::vector<std::uint64_t> times;
-    void add(std::string_view word, std::uint64_t by) {
-      const auto number = words.insert(word);
-      if (number == times.size()) times.push_back(0);
-      times[number] += by;
-    }
-  };
-  const MappedFile file(text_path);
-  const auto text = text_of(file);
-  ChunkQueue queue(text, chunk_bytes);
-  std::vector<Counts> counts(std::max<std::size_t>(threads, 1));
-  std::uint64_t lines_before = 0;
-
-  run_threads(counts.size(), queue, [&](std::size_t thread) {
-    ChunkQueue::Chunk chunk{};
-    while (!progress.cancelled() && queue.next(chunk)) {
-      const auto bad = first_invalid_utf8(chunk.text);
-      std::uint64_t lines = 0;
-      if (bad == std::string_view::npos) {
-        for_each_word(chunk.text, [&](std::string_view word) { counts[thread].add(word, 1); }, [&] { ++lines; });
-      }
-      const bool passed = queue.in_order(chunk.number, [&] {
-        if (bad != std::string_view::npos) refuse_bytes(text_path, text, chunk.text, bad, lines_before);
-        lines_before += lines;
-      });
-      if (!passed) return;
-      progress.add(chunk.text.size());
-    }
-  });
-  auto& all = counts.front();
-  for (std::size_t thread = 1; thread < counts.size(); ++thread) {
-    const auto& part = counts[thread];
-    for (ByteTable::Number i = 0; i < part.times.size(); ++i) all.add(part.words[i], part.times[i]);
-  }
-  std::vector<std::pair<std::string, std::uint64_t>> result;
-  result.reserve(all.times.size());
-  for (ByteTable::Number i = 0; i < all.times.size(); ++i) result.emplace_back(all.words[i], all.times[i]);
-  return result;
+std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
+    const std::filesystem::path& text_path, std::size_t threads, Progress& progress,
+    std::size_t chunk_bytes) {
+  ChunkReader reader(text_path, chunk_bytes);
+  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1), ChunkCounter(text_path));
+  read_in_order(reader, std::span(counters), progress);
+  for (const ChunkCounter& counter : std::span(counters).subspan(1)) counters.front().add(counter);
+  return counters.front().counts();
 }
 
 }  // namespace xlm_ds

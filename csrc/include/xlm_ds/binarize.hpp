@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -10,57 +9,47 @@
 
 #include "xlm_ds/dictionary.hpp"
 #include "xlm_ds/index_format.hpp"
+#include "xlm_ds/progress.hpp"
 
 namespace xlm_ds {
-
-/// How far a call is; another thread may read it, or ask it to end.
-class Progress {
- public:
-  [[nodiscard]] std::uint64_t done_bytes() const noexcept { return done_bytes_.load(std::memory_order_relaxed); }
-  void cancel() noexcept { cancelled_.store(true, std::memory_order_relaxed); }
-  [[nodiscard]] bool cancelled() const noexcept { return cancelled_.load(std::memory_order_relaxed); }
-  void add(std::uint64_t bytes) noexcept { done_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
-
- private:
-  std::atomic<std::uint64_t> done_bytes_{0};
-  std::atomic<bool> cancelled_{false};
-};
 
 /// What a text file contains, in the terms of a dictionary.
 struct TextCounts {
   std::uint64_t lines = 0;
-  std::uint64_t tokens = 0;            // one eos a line included
-  std::uint64_t unknown = 0;           // words that are not in the dictionary; a literal <unk> is
-  std::uint64_t blank_lines = 0;       // lines without a word
-  std::uint64_t literal_specials = 0;  // words spelt like a special symbol: they get its id, as with fairseq
-  std::vector<std::uint64_t> by_id;    // u64[dictionary size]
+  std::uint64_t tokens = 0;       // one eos a line included
+  std::uint64_t unknown = 0;      // words that are not in the dictionary; a literal <unk> is
+  std::uint64_t blank_lines = 0;  // lines without a word
+  /// Words spelt like a special symbol: they get its id, as with fairseq.
+  std::uint64_t literal_specials = 0;
+  std::vector<std::uint64_t> by_id;  // u64[dictionary size]
 };
 
-/// Where the result goes. The files are written in place: callers that must not leave half a file give temporary names.
+/// Where the result goes. The files are written in place: callers that must not leave half a file
+/// give temporary names.
 struct PairPaths {
   std::filesystem::path data;       // the .bin
   std::filesystem::path index;      // the .idx
   std::filesystem::path temporary;  // lengths of the lines; removed at the end
 };
 
-/// Text at a time of one thread. Small enough for the second-level cache's share of input and output together, large enough
-/// that handing out chunks costs nothing.
-inline constexpr std::size_t kBinarizeChunkBytes = std::size_t{1} << 20;
+/// Text at a time of one thread. Small enough for the second-level cache's share of input and
+/// output together, large enough that handing out chunks costs nothing.
+inline constexpr std::size_t kBinarizeChunkBytes = std::size_t{1} << 18;
 
-/// Writes the ids of every line of `text_path`, each line ended by eos, as a pair of files (index_format.hpp). The bytes
-/// written do not depend on `threads` (at least 1) or `chunk_bytes`. Private memory: a few chunks per thread and the longest
-/// line, whatever the size of the text, which is mapped.
+/// Writes the ids of every line of `text_path`, each line ended by eos, as a pair of files
+/// (index_format.hpp). The bytes written do not depend on `threads` or `chunk_bytes` (at least 1).
+/// Memory: a few chunks per thread, whatever the size of the text and of its lines (ChunkReader).
 ///
-/// Throws InputError for text that is not UTF-8 (naming file, line and byte), std::system_error if a file cannot be read or
-/// written. A cancelled call returns early; its files are then worthless.
-TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary, IndexKind kind,
-                         const PairPaths& paths, std::size_t threads, Progress& progress,
-                         std::size_t chunk_bytes = kBinarizeChunkBytes);
+/// Throws InputError for text that is not UTF-8 (naming file, line and byte), std::system_error if
+/// a file cannot be read or written. A cancelled call returns early; its files are then worthless.
+TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary,
+                         IndexKind kind, const PairPaths& paths, std::size_t threads,
+                         Progress& progress, std::size_t chunk_bytes = kBinarizeChunkBytes);
 
-/// The words of a text file and how often each occurs, in no particular order; memory for each distinct word once per thread.
-/// Throws as binarize_file does.
-std::vector<std::pair<std::string, std::uint64_t>> count_text_words(const std::filesystem::path& text_path,
-                                                                    std::size_t threads, Progress& progress,
-                                                                    std::size_t chunk_bytes = kBinarizeChunkBytes);
+/// The words of a text file and how often each occurs, in no particular order; memory for each
+/// distinct word once per thread. Throws as binarize_file does.
+std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
+    const std::filesystem::path& text_path, std::size_t threads, Progress& progress,
+    std::size_t chunk_bytes = kBinarizeChunkBytes);
 
 }  // namespace xlm_ds

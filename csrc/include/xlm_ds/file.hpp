@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+
+namespace xlm_ds {
+
+/// An open file, closed with the object. Movable, not copyable.
+class FileHandle {
+ public:
+  explicit FileHandle(int descriptor) noexcept : descriptor_(descriptor) {}
+  ~FileHandle();
+  FileHandle(FileHandle&& other) noexcept;
+  FileHandle& operator=(FileHandle&& other) noexcept;
+  FileHandle(const FileHandle&) = delete;
+  FileHandle& operator=(const FileHandle&) = delete;
+  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+
+ private:
+  int descriptor_;
+};
+
+/// A file read from front to back. All throw std::system_error naming the file.
+class InputFile {
+ public:
+  explicit InputFile(std::filesystem::path path);
+  /// Fills `bytes` from the front; returns how many, fewer than asked for only at the end of the
+  /// file.
+  [[nodiscard]] std::size_t read(std::span<char> bytes);
+
+ private:
+  std::filesystem::path path_;
+  FileHandle handle_;
+};
+
+/// A new file, or one emptied, written at any place by any number of threads. All throw
+/// std::system_error naming the file.
+class OutputFile {
+ public:
+  explicit OutputFile(std::filesystem::path path);
+  void write_at(std::uint64_t offset, std::span<const std::byte> bytes) const;
+
+ private:
+  std::filesystem::path path_;
+  FileHandle handle_;
+};
+
+}  // namespace xlm_ds

@@ -1,0 +1,76 @@
+#include "xlm_ds/file.hpp"
+
+#include <cerrno>
+#include <fcntl.h>
+#include <string>
+#include <system_error>
+#include <unistd.h>
+#include <utility>
+
+namespace xlm_ds {
+namespace {
+
+constexpr int kClosed = -1;
+
+[[noreturn]] void throw_errno(const char* verb, const std::filesystem::path& path) {
+  throw std::system_error(errno, std::generic_category(),
+                          std::string("cannot ") + verb + " " + path.string());
+}
+
+FileHandle open_or_throw(const std::filesystem::path& path, int flags, const char* verb) {
+  const int descriptor =
+      ::open(path.c_str(), flags | O_CLOEXEC, 0666);  // less the umask, as for any new file
+  if (descriptor < 0) throw_errno(verb, path);
+  return FileHandle(descriptor);
+}
+
+}  // namespace
+
+FileHandle::~FileHandle() {
+  if (descriptor_ != kClosed) ::close(descriptor_);
+}
+
+FileHandle::FileHandle(FileHandle&& other) noexcept
+    : descriptor_(std::exchange(other.descriptor_, kClosed)) {}
+
+FileHandle& FileHandle::operator=(FileHandle&& other) noexcept {
+  std::swap(descriptor_, other.descriptor_);
+  return *this;
+}
+
+InputFile::InputFile(std::filesystem::path path)
+    : path_(std::move(path)), handle_(open_or_throw(path_, O_RDONLY, "read")) {}
+
+std::size_t InputFile::read(std::span<char> bytes) {
+  std::size_t filled = 0;
+  while (filled < bytes.size()) {
+    const auto rest = bytes.subspan(filled);
+    const ssize_t count = ::read(handle_.descriptor(), rest.data(), rest.size());
+    if (count == 0) break;
+    if (count > 0) {
+      filled += static_cast<std::size_t>(count);
+    } else if (errno != EINTR) {
+      throw_errno("read", path_);
+    }
+  }
+  return filled;
+}
+
+OutputFile::OutputFile(std::filesystem::path path)
+    : path_(std::move(path)),
+      handle_(open_or_throw(path_, O_WRONLY | O_CREAT | O_TRUNC, "write")) {}
+
+void OutputFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes) const {
+  while (!bytes.empty()) {
+    const ssize_t count =
+        ::pwrite(handle_.descriptor(), bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (count >= 0) {
+      bytes = bytes.subspan(static_cast<std::size_t>(count));
+      offset += static_cast<std::uint64_t>(count);
+    } else if (errno != EINTR) {
+      throw_errno("write", path_);
+    }
+  }
+}
+
+}  // namespace xlm_ds

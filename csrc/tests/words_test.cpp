@@ -1,0 +1,97 @@
+#include "xlm_ds/words.hpp"
+
+#include <array>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "check.hpp"
+
+using namespace std::string_view_literals;
+
+namespace {
+
+/// All words of a text, a line's end as "", taken `block` at a time.
+std::vector<std::string> split(std::string_view text, std::size_t block = xlm_ds::kWordsPerBlock) {
+  std::vector<std::string> all;
+  std::vector<std::string_view> words(block);
+  xlm_ds::WordSplitter splitter(text);
+  while (const std::size_t count = splitter.next(words))
+    all.insert(all.end(), words.begin(), words.begin() + static_cast<std::ptrdiff_t>(count));
+  return all;
+}
+
+const std::vector<std::string> kBlanks{
+    "\x09",   "\x0B",   "\x0C",   "\x1C",   "\x1D",   "\x1E",   "\x1F",   " ",      "\u0085",
+    "\u00A0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",
+    "\u2007", "\u2008", "\u2009", "\u200A", "\u2028", "\u2029", "\u202F", "\u205F", "\u3000"};
+const std::vector<std::string> kNotBlanks{
+    "a",      "\u0084", "\u00A1", "\u180E", "\u200B",     "\u200D",     "\u2027",
+    "\u202A", "\u2060", "\u3001", "\uFEFF", "\U00010000", "\U0010FFFF", std::string("\0", 1),
+    "\x7F"};
+
+}  // namespace
+
+TEST(every_blank_separates_and_nothing_else_does) {
+  CHECK(kBlanks.size() + 2 == 29);  // with LF and CR
+  for (const auto& blank : kBlanks)
+    CHECK((split("x" + blank + blank + "y") == std::vector<std::string>{"x", "y"}));
+  for (const auto& other : kNotBlanks)
+    CHECK((split("x" + other + "y") == std::vector<std::string>{"x" + other + "y"}));
+}
+
+TEST(line_ends) {
+  CHECK((split("a\nb\r\nc\rd") == std::vector<std::string>{"a", "", "b", "", "c", "", "d"}));
+  CHECK((split("\n\r\r\n\n") == std::vector<std::string>{"", "", "", ""}));
+  CHECK(xlm_ds::count_line_ends("a\nb\r\nc\rd\n\r") == 5);
+  CHECK(split("").empty() && split(" \u3000").empty());
+}
+
+TEST(random_texts_split_as_they_were_joined) {
+  std::mt19937 random(1);
+  const auto pick = [&](const auto& from) { return from[random() % from.size()]; };
+  const std::array<std::string, 3> line_ends{"\n", "\r\n", "\r"};
+  for (int round = 0; round < 300; ++round) {
+    std::string text;
+    std::vector<std::string> expected;
+    for (int i = 0; i < 40; ++i) {
+      if (random() % 4 == 0) {
+        const std::string end = pick(line_ends);
+        if (text.ends_with('\r') && end.starts_with('\n')) text += ' ';
+        text += end;
+        expected.emplace_back();
+      } else {
+        std::string word;
+        for (std::size_t n = 1 + random() % 9; n != 0; --n) word += pick(kNotBlanks);
+        text += word + pick(kBlanks);
+        expected.push_back(word);
+      }
+    }
+    CHECK(xlm_ds::first_invalid_utf8(text) == text.size());
+    CHECK(split(text) == expected);
+    CHECK(split(text, 1) == expected);
+  }
+}
+
+TEST(invalid_utf8_is_found_where_it_begins) {
+  for (const auto bad :
+       {"\x80"sv, "\xBF"sv, "\xC0\x80"sv, "\xC1\xBF"sv, "\xC2"sv, "\xC2 "sv, "\xE0\x9F\xBF"sv,
+        "\xE2\x80"sv, "\xED\xA0\x80"sv, "\xED\xBF\xBF"sv, "\xF0\x8F\xBF\xBF"sv, "\xF0\x90\x80"sv,
+        "\xF4\x90\x80\x80"sv, "\xF5\x80\x80\x80"sv, "\xFF"sv}) {
+    for (std::size_t before = 0; before < 20; ++before) {
+      for (const auto after : {""sv, "x"sv, "some more text"sv}) {
+        const std::string text = std::string(before, 'a') + std::string(bad) + std::string(after);
+        CHECK(xlm_ds::first_invalid_utf8(text) == before);
+      }
+    }
+  }
+}
+
+TEST(limits_of_utf8_are_valid) {
+  for (const auto good :
+       {"\0"sv, "\x7F"sv, "\xC2\x80"sv, "\xDF\xBF"sv, "\xE0\xA0\x80"sv, "\xED\x9F\xBF"sv,
+        "\xEE\x80\x80"sv, "\xEF\xBF\xBF"sv, "\xF0\x90\x80\x80"sv, "\xF4\x8F\xBF\xBF"sv}) {
+    CHECK(xlm_ds::first_invalid_utf8(good) == good.size());
+  }
+}
