@@ -257,6 +257,7 @@ def test_the_recipes_loop_and_all_at_once_give_the_same_files(text: Path, tmp_pa
         ([], "give --langs"),
         (["--langs=en", "--source-lang=en"], "give --langs"),
         (["--langs=en,de"], "train.de: not found"),
+        (["--langs=en,en"], "names en more than once"),
         (["--langs=en", "--validpref=nowhere/valid"], "valid.en: not found"),
         (["--langs=en", "--testpref=a,b"], "several prefixes"),
     ],

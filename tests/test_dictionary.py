@@ -69,6 +69,13 @@ def test_max_vocab_counts_the_special_symbols(tmp_path: Path) -> None:
     assert len(load_text(tmp_path, "a 3\n", max_vocab=100)) == 6
 
 
+def test_max_vocab_limits_a_built_dictionary_too(golden: Path, tmp_path: Path) -> None:
+    """The padding of --padding-factor must not make the model larger than asked for."""
+    text = ["--trainpref", str(golden / "text" / "train"), "--langs", "en"]
+    binarize.main([*text, "--max-vocab", "601", "--destdir", str(tmp_path / "out")])
+    assert len(Dictionary.load(tmp_path / "out" / "dict.txt")) == 601
+
+
 def test_skipped_duplicates_use_no_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="xlm_ds"):
         dictionary = load_text(tmp_path, "a 3\na 2\n<unk> 1\nb 1\n", on_duplicate="skip")

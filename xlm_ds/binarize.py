@@ -91,6 +91,9 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
     if bool(config.langs) == bool(config.source_lang):
         raise InputError("give --langs ar,de,… (all languages at once) or --source-lang LG (one)")
     languages = config.langs or (str(config.source_lang),)
+    repeated = [language for language, count in Counter(languages).items() if count > 1]
+    if repeated:
+        raise InputError(f"--langs names {repeated[0]} more than once")
     prefs = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
     given = {split: pref for split, pref in prefs.items() if pref is not None}
     if not given:
@@ -135,13 +138,14 @@ def find_dictionary(config: BinarizeConfig, texts: Sequence[Text], threads: int)
         with interruptible(progress) as run:
             counted = run(lambda: _core.count_text_words(text.path, threads, progress))  # noqa: B023
         words.update(dict(counted))
-    nwords = config.nwordssrc if config.max_vocab is None else config.max_vocab
-    return build_dictionary(
+    built = build_dictionary(
         words,
         threshold=config.thresholdsrc,
-        nwords=nwords,
+        nwords=config.nwordssrc,
         padding_factor=config.padding_factor,
     )
+    # After the padding, so that the model has no more rows than asked for.
+    return built if config.max_vocab is None else built.truncated(config.max_vocab)
 
 
 def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
@@ -154,8 +158,10 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
                 f"or use this one with --srcdict {path}"
             )
         return
-    temporary = path.with_name(".dict.txt.tmp")
+    # The recipe's loop over languages may run in parallel: they must not write the same file.
+    temporary = path.with_name(f".dict.txt.{os.getpid()}.tmp")
     dictionary.save(temporary)
+    sync_file(temporary)
     temporary.replace(path)
     if config.srcdict is not None:
         for name in COMPANIONS:
@@ -211,7 +217,10 @@ def write_pair(
         # An .idx says that its pair is whole: an old one goes first, the new one comes last.
         final["idx"].unlink(missing_ok=True)
         for kind_of_file, path in temporary.items():
+            if kind_of_file == "idx":
+                sync_file(config.destdir)  # or a loss of power could undo the other names only
             path.replace(final[kind_of_file])
+        sync_file(config.destdir)
     finally:
         for path in (*temporary.values(), lengths):
             path.unlink(missing_ok=True)

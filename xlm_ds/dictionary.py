@@ -66,6 +66,10 @@ class Dictionary:
             del symbols[max_vocab:], counts[max_vocab:]
         return cls(tuple(symbols), tuple(counts))
 
+    def truncated(self, size: int) -> "Dictionary":
+        """The first rows only, so that len() is at most `size`."""
+        return Dictionary(self.symbols[:size], self.counts[:size])
+
     def save(self, path: Path) -> None:
         """Writes what `load` reads back as an equal dictionary."""
         path.write_text(self.text, encoding="utf-8", newline="")
