@@ -58,7 +58,10 @@ def run_stage(stage: str, main: Callable[[Sequence[str]], int]) -> int:
 
 
 def add_log_file(path: Path) -> None:
-    """Appends everything logged from now on to `path` too; its folder must exist."""
+    """Appends everything logged from now on to `path`, and no longer to another file; its folder must exist."""
+    for other in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        logger.removeHandler(other)
+        other.close()
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
     logger.addHandler(handler)
