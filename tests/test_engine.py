@@ -15,6 +15,7 @@ from xlm_ds.engine import (
     Ranks,
     read_deepspeed_config,
     resolve_deepspeed_config,
+    start_ranks,
 )
 from xlm_ds.log import InputError
 from xlm_ds.model import XlmEncoder
@@ -152,6 +153,14 @@ def test_shipped_configurations_leave_the_flags_their_numbers(path: Path) -> Non
     assert resolved["optimizer"]["params"]["lr"] == OPTIMIZATION.lr
     assert resolved["zero_optimization"]["stage"] >= 1, "stage 0 in bf16 loses its first update"
     assert resolved["timers"]["throughput"]["enabled"] is False
+
+
+def test_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpirun -n 2 python -m xlm_ds.train would be two runs writing into one folder."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(InputError, match="started as 2 tasks"):
+        start_ranks()
 
 
 def test_something_is_shipped() -> None:

@@ -48,6 +48,8 @@ CONFIG_DIRECTORY = (
     else Path(__file__).parent.parent / "ds_configs"
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What mpirun (Open MPI, MPICH) and srun say of the number of processes; torchrun and deepspeed set RANK and WORLD_SIZE.
+TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated: a warning at every step.
@@ -91,6 +93,12 @@ def start_ranks() -> Ranks:
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
+        for name in TASK_COUNTS:
+            if int(os.environ.get(name, "1")) > 1:
+                raise InputError(
+                    f"started as {os.environ[name]} tasks ({name}) that do not know their rank, so each would be a run "
+                    "of its own; start them with deepspeed (--launcher mpich, openmpi, slurm) or torchrun"
+                )
         os.environ.update(alone)
         os.environ["MASTER_PORT"] = str(_free_port())
     cuda = torch.cuda.is_available()

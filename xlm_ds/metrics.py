@@ -49,13 +49,13 @@ def loss_figures(sums: Tensor, languages: Sequence[str]) -> dict[str, Any]:
     nats, counts = sums
     loss = float(nats.sum() / counts.sum())
     per_language = {
-        name: round(float(nats[i] / counts[i]) * BITS_PER_NAT, 4)
+        name: float(nats[i] / counts[i]) * BITS_PER_NAT
         for i, name in enumerate(languages)
         if counts[i] > 0
     }
     return {
-        "loss": round(loss * BITS_PER_NAT, 4),
-        "perplexity": round(math.exp(min(loss, 700.0)), 3),
+        "loss": loss * BITS_PER_NAT,
+        "perplexity": math.exp(min(loss, 700.0)),  # beyond which a double overflows
         "loss_per_language": per_language,
     }
 
@@ -117,10 +117,14 @@ def _text(line: Mapping[str, Any]) -> str:
     parts = []
     for key, value in line.items():
         if isinstance(value, Mapping):
-            parts += [f"{name} {number}" for name, number in value.items()]
+            parts += [f"{name} {_number(number)}" for name, number in value.items()]
         else:
-            parts.append(f"{key} {value}" if key != "kind" else str(value))
+            parts.append(f"{key} {_number(value)}" if key != "kind" else str(value))
     return " | ".join(parts)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _scalars(figures: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -163,10 +163,10 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 )
             log.write("train", progress.update, {
                 **figures,
-                "lr": float(f"{lr:.6g}"),
-                "gradient_norm": round(engine.gradient_norm(), 4),
-                "tokens_per_second": round(stopwatch.take(), 1),
-                "epoch": round(progress.samples / epoch_samples, 3),
+                "lr": lr,
+                "gradient_norm": engine.gradient_norm(),
+                "tokens_per_second": stopwatch.take(),
+                "epoch": progress.samples / epoch_samples,
                 "seconds_left": seconds_left(config, progress),
             })  # fmt: skip
         if due.validate:
