@@ -35,12 +35,12 @@ class PrepareConfig:
     valid_lines: int | None = knob(
         "lines per language held out for validation (default: 5000, at most a twentieth)",
         default=None,
-        minimum=1,
+        bounds="[1, inf)",
     )
     test_lines: int | None = knob(
         "lines per language held out for testing (default: 5000, at most a twentieth)",
         default=None,
-        minimum=1,
+        bounds="[1, inf)",
     )
     duplicates: str = knob(
         "a line that is also in a later split of train, valid, test: remove or keep it",
@@ -58,21 +58,27 @@ class PrepareConfig:
         "drop combining marks, as XLM did for its XNLI models; damages Hindi and Korean, among others",
         default=False,
     )
-    bpe_codes: int = knob("merges to learn (XLM: 80000 for 15 languages)", default=80000, minimum=1)
+    bpe_codes: int = knob(
+        "merges to learn (XLM: 80000 for 15 languages)", default=80000, bounds="[1, inf)"
+    )
     bpe_alpha: float = knob(
         "codes are learnt on languages in shares p ∝ n^ALPHA, n their bytes of training text",
         default=0.5,
-        minimum=0,
+        bounds="[0, inf)",
     )
     bpe_sample_bytes: int = knob(
-        "text that codes are learnt on, all languages together", default=1_000_000_000, minimum=1
+        "text that codes are learnt on, all languages together",
+        default=1_000_000_000,
+        bounds="[1, inf)",
     )
     codes: Path | None = knob("published codes to use instead of learning them", default=None)
     vocab: Path | None = knob(
         "published vocabulary that goes with --codes; becomes vocab_mlm", default=None
     )
     workers: int = knob(
-        "processes; nothing written depends on it (default: all cores)", default=0, minimum=0
+        "processes; nothing written depends on it (default: all cores)",
+        default=0,
+        bounds="[0, inf)",
     )
     overwrite: bool = knob(
         "redo what other settings or inputs than last time change, instead of refusing",
@@ -101,7 +107,9 @@ class BinarizeConfig:
     testpref: str | None = knob("test text is PREF.LANG", default=None)
     destdir: Path = knob("folder for dict.txt and the .bin/.idx pairs")
     workers: int = knob(
-        "threads; the bytes written do not depend on it (default: all cores)", default=0, minimum=0
+        "threads; the bytes written do not depend on it (default: all cores)",
+        default=0,
+        bounds="[0, inf)",
     )
     dataset_impl: str = knob(
         "layout on disk: mmap is MMIDIDX (ids as uint16/uint32), lazy and cached are TNTIDX (int32)",
@@ -111,19 +119,21 @@ class BinarizeConfig:
     max_vocab: int | None = knob(
         "keep only the first rows of the dictionary so that the model has N rows, our 5 special symbols included",
         default=None,
-        minimum=6,
+        bounds="[6, inf)",
     )
     on_duplicate: str = knob(
         "a symbol that is twice in the dictionary: stop, or skip the later row as XLM does",
         default="error",
         choices=("error", "skip"),
     )
-    thresholdsrc: int = knob("building: leave out words seen less often", default=0, minimum=0)
+    thresholdsrc: int = knob(
+        "building: leave out words seen less often", default=0, bounds="[0, inf)"
+    )
     nwordssrc: int = knob(
         "building: at most N symbols, special ones included (-1: all)", default=-1
     )
     padding_factor: int = knob(
-        "building: fill up to a multiple of N with madeupword0000 …", default=8, minimum=1
+        "building: fill up to a multiple of N with madeupword0000 …", default=8, bounds="[1, inf)"
     )
 
 
@@ -154,7 +164,7 @@ class DataConfig:
         default=(),
     )
     tokens_per_sample: int = knob(
-        "length of a sample: one eos and N - 1 tokens of text", default=256, minimum=2
+        "length of a sample: one eos and N - 1 tokens of text", default=256, bounds="[2, inf)"
     )
     sample_break_mode: str = knob(
         "none: blocks run across lines; eos: one line per sample, cut at --tokens-per-sample",
@@ -164,10 +174,14 @@ class DataConfig:
     sampling_alpha: float = knob(
         "a language with n blocks is drawn with p ∝ n^ALPHA (0.7: XLM paper; 0: uniform, as fairseq; 1: natural)",
         default=0.7,
-        minimum=0,
+        bounds="[0, inf)",
     )
-    mask_ratio: float = knob("share of a sample's tokens to predict", default=0.15, minimum=0)
-    seed: int = knob("decides initial weights, order, masks and dropout", default=0, minimum=0)
+    mask_ratio: float = knob("share of a sample's tokens to predict", default=0.15, bounds="(0, 1]")
+    seed: int = knob(
+        "decides initial weights, order, masks and dropout",
+        default=0,
+        bounds="[0, 18446744073709551615]",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,25 +189,30 @@ class ModelConfig:
     """Shape of the network; what is not given is the architecture's."""
 
     arch: str = knob("named sizes", default="xlm_base", choices=("xlm_base",))
-    encoder_layers: int | None = knob("layers", default=None, minimum=1)
-    encoder_embed_dim: int | None = knob("width", default=None, minimum=1)
+    encoder_layers: int | None = knob("layers", default=None, bounds="[1, inf)")
+    encoder_embed_dim: int | None = knob("width", default=None, bounds="[1, inf)")
     encoder_ffn_embed_dim: int | None = knob(
-        "width inside the feed-forward part", default=None, minimum=1
+        "width inside the feed-forward part", default=None, bounds="[1, inf)"
     )
-    encoder_attention_heads: int | None = knob("attention heads", default=None, minimum=1)
+    encoder_attention_heads: int | None = knob("attention heads", default=None, bounds="[1, inf)")
     dropout: float = knob(
-        "dropout after embeddings, attention and feed-forward", default=0.1, minimum=0
+        "dropout after embeddings, attention and feed-forward", default=0.1, bounds="[0, 1)"
     )
-    attention_dropout: float = knob("dropout on attention weights", default=0.1, minimum=0)
+    attention_dropout: float = knob("dropout on attention weights", default=0.1, bounds="[0, 1)")
     activation_dropout: float = knob(
-        "dropout inside the feed-forward part", default=0.0, minimum=0, aliases=("--act-dropout",)
+        "dropout inside the feed-forward part",
+        default=0.0,
+        bounds="[0, 1)",
+        aliases=("--act-dropout",),
     )
     activation_fn: str | None = knob("activation", default=None, choices=("gelu", "relu"))
     num_segment: int | None = knob(
-        "rows of the language embedding (default: the number of languages)", default=None, minimum=0
+        "rows of the language embedding (default: the number of languages)",
+        default=None,
+        bounds="[0, inf)",
     )
     max_positions: int | None = knob(
-        "rows of the position table (default: --tokens-per-sample)", default=None, minimum=1
+        "rows of the position table (default: --tokens-per-sample)", default=None, bounds="[1, inf)"
     )
     no_token_positional_embeddings: bool = knob("no position embedding", default=False)
     encoder_normalize_before: bool = knob(
@@ -216,41 +235,47 @@ class OptimizationConfig:
     max_tokens: int = knob(
         "tokens per rank and micro-batch: floor(N / tokens-per-sample) rows",
         default=2048,
-        minimum=1,
+        bounds="[1, inf)",
     )
-    update_freq: int = knob("micro-batches per update", default=1, minimum=1)
+    update_freq: int = knob("micro-batches per update", default=1, bounds="[1, inf)")
     global_batch_tokens: int | None = knob(
         "tokens per update over all ranks; decides the number of micro-batches instead of --update-freq",
         default=None,
-        minimum=1,
+        bounds="[1, inf)",
     )
-    max_update: int = knob("stop after N updates (0: no limit)", default=0, minimum=0)
-    max_epoch: int = knob("stop after N epochs (0: no limit)", default=0, minimum=0)
+    max_update: int = knob("stop after N updates (0: no limit)", default=0, bounds="[0, inf)")
+    max_epoch: int = knob("stop after N epochs (0: no limit)", default=0, bounds="[0, inf)")
     criterion: str = knob(
         "loss", default="legacy_masked_lm_loss", choices=("legacy_masked_lm_loss",)
     )
-    lr: float = knob("learning rate", default=1e-4, minimum=0)
-    adam_betas: tuple[float, float] = knob("Adam's betas", default=(0.9, 0.999))
-    adam_eps: float = knob("Adam's epsilon (torch's form)", default=1e-8, minimum=0)
-    weight_decay: float = knob("decoupled weight decay", default=0.0, minimum=0, aliases=("--wd",))
-    clip_norm: float = knob("largest norm of the gradient (0: off)", default=0.0, minimum=0)
+    lr: float = knob("learning rate", default=1e-4, bounds="(0, inf)")
+    adam_betas: tuple[float, float] = knob("Adam's betas", default=(0.9, 0.999), bounds="[0, 1)")
+    adam_eps: float = knob("Adam's epsilon (torch's form)", default=1e-8, bounds="[0, inf)")
+    weight_decay: float = knob(
+        "decoupled weight decay", default=0.0, bounds="[0, inf)", aliases=("--wd",)
+    )
+    clip_norm: float = knob("largest norm of the gradient (0: off)", default=0.0, bounds="[0, inf)")
     lr_scheduler: str = knob(
         "learning rate over the run",
         default="reduce_lr_on_plateau",
         choices=("reduce_lr_on_plateau", "inverse_sqrt", "linear"),
     )
-    warmup_updates: int = knob("updates of linear warm-up", default=0, minimum=0)
-    warmup_init_lr: float = knob("learning rate at update 0 of the warm-up", default=0.0, minimum=0)
+    warmup_updates: int = knob("updates of linear warm-up", default=0, bounds="[0, inf)")
+    warmup_init_lr: float = knob(
+        "learning rate at update 0 of the warm-up", default=0.0, bounds="[0, inf)"
+    )
     decay_updates: int | None = knob(
         "linear: the last N updates decay to 0 (default: all after the warm-up)",
         default=None,
-        minimum=0,
+        bounds="[0, inf)",
     )
-    lr_shrink: float = knob("plateau: factor", default=0.1, minimum=0)
+    lr_shrink: float = knob("plateau: factor", default=0.1, bounds="(0, 1)")
     lr_patience: int = knob(
-        "plateau: shrink on the (N+1)-th validation without progress", default=0, minimum=0
+        "plateau: shrink on the (N+1)-th validation without progress", default=0, bounds="[0, inf)"
     )
-    lr_threshold: float = knob("plateau: relative progress that counts", default=1e-4, minimum=0)
+    lr_threshold: float = knob(
+        "plateau: relative progress that counts", default=1e-4, bounds="[0, inf)"
+    )
     stop_min_lr: float = knob("stop when the learning rate is this low (-1: never)", default=-1.0)
 
 
@@ -264,8 +289,10 @@ class RunConfig:
     restore_file: str = knob(
         "checkpoint to continue from: a name in --save-dir, or a path", default="checkpoint_last"
     )
-    save_interval: int = knob("save every N epochs", default=1, minimum=1)
-    save_interval_updates: int = knob("also save every N updates (0: never)", default=0, minimum=0)
+    save_interval: int = knob("save every N epochs", default=1, bounds="[1, inf)")
+    save_interval_updates: int = knob(
+        "also save every N updates (0: never)", default=0, bounds="[0, inf)"
+    )
     no_epoch_checkpoints: bool = knob(
         "keep only checkpoint_last and checkpoint_best", default=False
     )
@@ -273,11 +300,11 @@ class RunConfig:
     keep_interval_updates: int = knob(
         "keep the last N checkpoints of --save-interval-updates (-1: all)", default=-1
     )
-    validate_interval: int = knob("validate every N epochs", default=1, minimum=1)
+    validate_interval: int = knob("validate every N epochs", default=1, bounds="[1, inf)")
     validate_interval_updates: int = knob(
-        "also validate every N updates (0: never)", default=0, minimum=0
+        "also validate every N updates (0: never)", default=0, bounds="[0, inf)"
     )
-    log_interval: int = knob("one line every N updates", default=100, minimum=1)
+    log_interval: int = knob("one line every N updates", default=100, bounds="[1, inf)")
     tensorboard_logdir: Path | None = knob(
         "TensorBoard's folder (default: SAVE_DIR/tensorboard)", default=None
     )
@@ -343,11 +370,13 @@ class EvaluateConfig:
     data: Path = knob("folder with dict.txt and SPLIT.LANG.{bin,idx}", positional=True)
     split: str = knob("split to evaluate", default="test", choices=("train", "valid", "test"))
     monolingual_langs: tuple[str, ...] = knob("languages (default: the model's)", default=())
-    mask_draws: int = knob("fixed mask draws to average over", default=3, minimum=1)
+    mask_draws: int = knob("fixed mask draws to average over", default=3, bounds="[1, inf)")
     max_tokens: int = knob(
-        "tokens per rank and micro-batch; the result does not depend on it", default=8192, minimum=1
+        "tokens per rank and micro-batch; the result does not depend on it",
+        default=8192,
+        bounds="[1, inf)",
     )
-    seed: int = knob("decides the mask draws", default=0, minimum=0)
+    seed: int = knob("decides the mask draws", default=0, bounds="[0, 18446744073709551615]")
     output: Path | None = knob(
         "JSON file for the figures (default: CHECKPOINT-SPLIT.json beside the checkpoint)",
         default=None,

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xlm_ds.config import EvaluateConfig, TrainConfig
-from xlm_ds.flags import from_dict, parse, show_help_early
+from xlm_ds.flags import before_slow_imports, from_dict, parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 
 if __name__ == "__main__":
-    show_help_early(EvaluateConfig, description=__doc__)  # before torch is imported
+    before_slow_imports(EvaluateConfig, description=__doc__)  # before torch is imported
 
 import torch
 from torch import Tensor

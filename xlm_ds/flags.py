@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import signal
 import sys
 import tomllib
 import types
@@ -27,15 +28,18 @@ def knob(
     *,
     default: Any = MISSING,
     choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
+    bounds: str | None = None,
     positional: bool = False,
     aliases: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that is also a flag; without a default it must be given."""
+    """A dataclass field that is also a flag; without a default it must be given.
+
+    `bounds` of a number, or of each of several: "[0, 1)" is from 0 to below 1, "[1, inf)" at least 1.
+    """
     metadata = {
         "help": help,
         "choices": choices,
-        "minimum": minimum,
+        "bounds": bounds,
         "positional": positional,
         "aliases": aliases,
     }
@@ -81,8 +85,9 @@ def parse(
     return _build(config_class, {**(_read_toml(knobs, toml) if toml else {}), **flags})
 
 
-def show_help_early(config_class: type[Any], description: str | None) -> None:
-    """Prints the help and exits if it is asked for: called before torch is imported, --help is instant."""
+def before_slow_imports(config_class: type[Any], description: str | None) -> None:
+    """Called by a stage before torch is imported, which takes seconds: --help is instant, Ctrl-C ends quietly."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if {"-h", "--help"} & set(sys.argv[1:]):
         parse(config_class, ["--help"], description=description)
 
@@ -240,7 +245,8 @@ def _kind_name(kind: Any) -> str:
         bool: "true or false",
         Path: "a path",
     }
-    return names.get(kind, "a list as a,b,c")
+    numbers = typing.get_args(kind)[:1] == (float,)
+    return names.get(kind, "numbers as a,b" if numbers else "a list as a,b,c")
 
 
 def _read_toml(knobs: Mapping[str, _Knob], path: Path) -> dict[str, Any]:
@@ -280,15 +286,24 @@ def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def _check(item: _Knob, value: Any) -> None:
-    choices, minimum = item.meta["choices"], item.meta["minimum"]
+    choices = item.meta["choices"]
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
             f"{item.shown} {value} is not supported; there is {', '.join(choices)}{hint}"
         )
-    if minimum is not None and not value >= minimum:
-        raise InputError(f"{item.shown} {value}: must be at least {minimum:g}")
-    pair = typing.get_args(item.kind)
-    if pair and pair[-1] is not Ellipsis and len(value) != len(pair):
-        raise InputError(f"{item.shown} {_shown(value)}: must be {len(pair)} values")
+    kinds = typing.get_args(item.kind)
+    if kinds and kinds[-1] is not Ellipsis and len(value) != len(kinds):
+        raise InputError(f"{item.shown} {_shown(value)}: must be {len(kinds)} values")
+    for number in value if kinds else (value,):
+        if item.meta["bounds"] and not _within(number, item.meta["bounds"]):
+            raise InputError(f"{item.shown} {_shown(value)}: must be in {item.meta['bounds']}")
+
+
+def _within(number: float, bounds: str) -> bool:
+    """NaN is within nothing."""
+    low, high = (float(part) for part in bounds[1:-1].split(","))
+    above = number >= low if bounds[0] == "[" else number > low
+    below = number <= high if bounds[-1] == "]" else number < high
+    return above and below

@@ -46,6 +46,7 @@ def run_stage(stage: str, main: Callable[[Sequence[str]], int]) -> int:
     Anything else that is raised is a fault of ours and keeps its traceback (exit code 1).
     """
     _log_to_stdout()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main(sys.argv[1:])
     except (InputError, OSError) as error:

@@ -27,7 +27,7 @@ from xlm_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from xlm_ds.flags import from_dict, parse, show_help_early, to_dict, to_toml
+from xlm_ds.flags import before_slow_imports, from_dict, parse, to_dict, to_toml
 from xlm_ds.log import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -39,7 +39,7 @@ from xlm_ds.log import (
 )
 
 if __name__ == "__main__":
-    show_help_early(TrainConfig, description=__doc__)  # before torch is imported
+    before_slow_imports(TrainConfig, description=__doc__)  # before torch is imported
 
 import numpy as np
 import torch
