@@ -257,9 +257,11 @@ def test_the_recipes_loop_and_all_at_once_give_the_same_files(text: Path, tmp_pa
         ([], "give --langs"),
         (["--langs=en", "--source-lang=en"], "give --langs"),
         (["--langs=en,de"], "train.de: not found"),
-        (["--langs=en,en"], "names en more than once"),
         (["--langs=en", "--validpref=nowhere/valid"], "valid.en: not found"),
         (["--langs=en", "--testpref=a,b"], "several prefixes"),
+        (["--langs=en,en"], "en is named twice"),
+        (["--langs=../x"], "is no name of a language"),
+        (["--langs=en", "--nwordssrc=3", "--padding-factor=1"], "without a single word"),
     ],
 )
 def test_bad_requests(text: Path, tmp_path: Path, flags: list[str], expected: str) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_engine import engine_losses, settings_of, small_model
+from test_engine import engine_losses, random_batch, settings_of, small_model
 from xlm_ds import checkpoint
 from xlm_ds.checkpoint import Progress
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.log import InputError
+from xlm_ds.schedule import PlateauState
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +21,25 @@ def engine(ranks: Ranks) -> Engine:
     return engine
 
 
+DESCRIPTION = {"configuration": {}, "languages": ["en"], "dictionary_sha256": ""}
+
+
 @pytest.fixture
 def saved(tmp_path: Path, engine: Engine) -> Path:
     folder = tmp_path / "checkpoint_1_2"
-    progress = Progress(update=2, samples=8, plateau={"shrinks": 1})
-    checkpoint.save_checkpoint(folder, engine, progress, {"languages": ["en"]})
+    progress = Progress(update=2, samples=8, plateau=PlateauState(shrinks=1))
+    checkpoint.save_checkpoint(folder, engine, progress, DESCRIPTION)
     return folder
 
 
 def test_round_trip(saved: Path, engine: Engine) -> None:
     manifest = checkpoint.read_manifest(saved)
     progress = checkpoint.read_progress(manifest)
-    assert (progress.update, progress.samples, progress.plateau) == (2, 8, {"shrinks": 1})
+    assert (progress.update, progress.samples, progress.plateau) == (
+        2,
+        8,
+        PlateauState(shrinks=1),
+    )
     loaded = checkpoint.load_state(saved, manifest)
     for name, state in engine.state():
         for kind, tensor in state.items():
@@ -73,6 +81,16 @@ def test_a_later_format_is_refused(saved: Path) -> None:
     (saved / "manifest.json").write_text(json.dumps({"format": 99}), encoding="utf-8")
     with pytest.raises(InputError, match="format 99"):
         checkpoint.read_manifest(saved)
+    (saved / "manifest.json").write_text(json.dumps({"format": 1}), encoding="utf-8")
+    with pytest.raises(InputError, match="configuration is missing"):
+        checkpoint.read_manifest(saved)
+
+
+def test_a_configuration_of_a_later_version_is_named(saved: Path) -> None:
+    manifest = checkpoint.read_manifest(saved)
+    manifest["configuration"] = {"new_flag": 1}
+    with pytest.raises(InputError, match="written by another version of xlm_ds"):
+        checkpoint.read_configuration(saved, manifest)
 
 
 def test_something_else_is_no_checkpoint(tmp_path: Path) -> None:
@@ -102,7 +120,7 @@ def test_a_failed_save_leaves_nothing(
 
 def test_saving_the_same_update_again_replaces_it(saved: Path, engine: Engine) -> None:
     """A run that goes on from an older checkpoint with other flags comes by the same updates."""
-    checkpoint.save_checkpoint(saved, engine, Progress(update=2, samples=99), {})
+    checkpoint.save_checkpoint(saved, engine, Progress(update=2, samples=99), DESCRIPTION)
     assert checkpoint.read_progress(checkpoint.read_manifest(saved)).samples == 99
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
@@ -116,30 +134,61 @@ def test_a_save_killed_while_replacing_loses_nothing(saved: Path, engine: Engine
     checkpoint.load_state(saved, checkpoint.read_manifest(saved))
 
 
-def make_folders(save_dir: Path, *updates: int) -> None:
+def make_folders(save_dir: Path, *updates: int, interval_save: bool = False) -> None:
     for update in updates:
-        (save_dir / f"checkpoint_1_{update}").mkdir()
+        folder = save_dir / f"checkpoint_1_{update}"
+        folder.mkdir()
+        manifest: dict[str, object] = {key: {} for key in checkpoint.REQUIRED}
+        manifest |= {"format": 1, "interval_save": interval_save}
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def test_names_move_and_the_unnamed_go(tmp_path: Path) -> None:
-    make_folders(tmp_path, 10, 20, 30)
-    for update in (10, 20, 30):
-        folder = tmp_path / f"checkpoint_1_{update}"
-        checkpoint.point(tmp_path / checkpoint.LAST, folder)
-    checkpoint.point(tmp_path / checkpoint.BEST, tmp_path / "checkpoint_1_10")
-    checkpoint.prune(tmp_path, keep_last_epochs=-1, keep_update=lambda _: False)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoint_1_10", "checkpoint_1_30", checkpoint.LAST, checkpoint.BEST}
+def name(
+    save_dir: Path, update: int, *names: str, epochs: int = -1, keep_from: int = 0
+) -> set[str]:
+    """Names a folder as a save does; returns what is left."""
+    checkpoint.name_checkpoint(
+        save_dir / f"checkpoint_1_{update}",
+        names,
+        keep_last_epochs=epochs,
+        keep_update=lambda update: update >= keep_from,
+    )
+    return {path.name for path in save_dir.iterdir()}
+
+
+def test_names_move_and_what_lost_its_last_name_goes(tmp_path: Path) -> None:
+    make_folders(tmp_path, 10, 20, 30, 99)
+    name(tmp_path, 10, checkpoint.LAST, checkpoint.BEST)
+    name(tmp_path, 20, checkpoint.LAST)
+    left = name(tmp_path, 30, checkpoint.LAST)
+    # 99 never had a name: somebody put it there, and it is not ours to delete.
+    assert left == {
+        "checkpoint_1_10",
+        "checkpoint_1_30",
+        "checkpoint_1_99",
+        checkpoint.LAST,
+        checkpoint.BEST,
+    }
     assert (tmp_path / checkpoint.LAST).resolve().name == "checkpoint_1_30"
 
 
-def test_keep_last_epochs_and_intervals(tmp_path: Path) -> None:
-    make_folders(tmp_path, 10, 20, 30, 40)
+def test_keep_last_epochs(tmp_path: Path) -> None:
+    make_folders(tmp_path, 10, 20, 30)
     for epoch, update in ((1, 10), (2, 20), (3, 30)):
-        checkpoint.point(tmp_path / f"checkpoint{epoch}", tmp_path / f"checkpoint_1_{update}")
-    checkpoint.prune(tmp_path, keep_last_epochs=1, keep_update=lambda update: update == 40)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoint3", "checkpoint_1_30", "checkpoint_1_40"}
+        left = name(tmp_path, update, f"checkpoint{epoch}", epochs=2)
+    assert left == {"checkpoint2", "checkpoint3", "checkpoint_1_20", "checkpoint_1_30"}
+
+
+def test_interval_checkpoints_stay_unless_they_are_too_many(tmp_path: Path) -> None:
+    """Also in a run that goes on with another interval, or none."""
+    make_folders(tmp_path, 2, 4, 6, interval_save=True)
+    make_folders(tmp_path, 7)
+    name(tmp_path, 6, checkpoint.LAST)
+    assert {"checkpoint_1_2", "checkpoint_1_4", "checkpoint_1_6"} <= name(
+        tmp_path, 7, checkpoint.LAST
+    )
+    left = name(tmp_path, 7, checkpoint.LAST, keep_from=5)
+    assert left == {"checkpoint_1_6", "checkpoint_1_7", checkpoint.LAST}
 
 
 def test_restore_file(tmp_path: Path) -> None:
@@ -148,3 +197,19 @@ def test_restore_file(tmp_path: Path) -> None:
     assert checkpoint.find_checkpoint(tmp_path, "checkpoint_1_10") == tmp_path / "checkpoint_1_10"
     with pytest.raises(InputError, match="--restore-file nowhere"):
         checkpoint.find_checkpoint(tmp_path, "nowhere")
+
+
+def test_a_lost_link_does_not_start_from_nothing(tmp_path: Path) -> None:
+    """rsync without -l, an object store: the folders are there and their names are not."""
+    make_folders(tmp_path, 10)
+    with pytest.raises(InputError, match="go on with --restore-file checkpoint_1_10"):
+        checkpoint.find_checkpoint(tmp_path, checkpoint.LAST)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, ranks: Ranks) -> None:
+    broken = Engine(small_model(), settings_of("zero1_fp32", 1), ranks)
+    broken.backward(broken(random_batch(0)).sum())
+    broken.step(float("inf"))
+    with pytest.raises(InputError, match="is not finite, so nothing was saved"):
+        checkpoint.save_checkpoint(tmp_path / "checkpoint_1_1", broken, Progress(update=1), {})
+    assert list(tmp_path.iterdir()) == []

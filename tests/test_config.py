@@ -49,6 +49,7 @@ def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixtur
         (["OUT", "--lr-shrink", "2"], "must be in (0, 1)"),
         (["OUT", "--seed", "99999999999999999999"], "must be in [0, 18446744073709551615]"),
         (["OUT", "--adam-betas", "0.9"], "must be 2 values"),
+        (["OUT", "--save-dir", ""], "--save-dir : not a path"),
         (["OUT", "stray"], "unexpected argument 'stray'"),
         ([], "DATA is missing"),
     ],

@@ -160,6 +160,14 @@ def test_counting_goes_over_its_steps(tmp_path: Path) -> None:
     assert counts.tolist() == np.bincount(ids, minlength=50).tolist()
 
 
+def test_a_pair_under_another_name_is_refused(tmp_path: Path) -> None:
+    """Danish copied over Estonian trains without a word otherwise."""
+    write_mmap(tmp_path / "train.ar", LINES)
+    write_record(tmp_path, language="da")
+    with pytest.raises(InputError, match=r"was written for train\.da"):
+        open_one(tmp_path)
+
+
 def test_another_dictionary_is_refused(tmp_path: Path) -> None:
     write_mmap(tmp_path / "train.ar", LINES)
     write_record(tmp_path)

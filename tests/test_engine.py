@@ -155,6 +155,13 @@ def test_shipped_configurations_leave_the_flags_their_numbers(path: Path) -> Non
     assert resolved["timers"]["throughput"]["enabled"] is False
 
 
+def test_a_key_deepspeed_does_not_know_is_one_sentence(ranks: Ranks) -> None:
+    settings = settings_of("zero1_fp32", 1)
+    settings["zero_optimization"] = {"stage": 1, "no_such_key": 1}
+    with pytest.raises(InputError, match=r"^[^\n]*no_such_key[^\n]*$"):
+        Engine(small_model(), settings, ranks)
+
+
 def test_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """mpirun -n 2 python -m xlm_ds.train would be two runs writing into one folder."""
     monkeypatch.delenv("RANK", raising=False)
@@ -186,9 +193,12 @@ def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected
     ("content", "expected"),
     [
         ('{"scheduler": {"type": "WarmupLR"}}', "--lr-scheduler"),
-        ('{"fp16": {"enabled": true}}', "needs a GPU"),
+        ('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}}', "needs a GPU"),
         ("{", "not a JSON file"),
         ("[]", "is a JSON object"),
+        ("{}", '"stage": 1, 2 or 3'),
+        ('{"zero_optimization": {"stage": 0}}', '"stage": 1, 2 or 3'),
+        ('{"zero_optimization": {"stage": 1}, "fp16": true}', "fp16 must be a JSON object"),
     ],
 )
 def test_an_unusable_json_is_refused(tmp_path: Path, content: str, expected: str) -> None:

@@ -64,7 +64,7 @@ def score_with(
 def test_the_unigram_model_scores_the_unigram_level(
     tiny_data: Path, dictionary: Dictionary
 ) -> None:
-    unigram = smoothed_log_probabilities(open_english(tiny_data, dictionary, "train"))
+    unigram = smoothed_log_probabilities(open_english(tiny_data, dictionary, "train").counts())
     dataset = open_english(tiny_data, dictionary, "test")
     found = score_with(
         lambda batch: unigram.expand(len(batch.targets), -1), dataset, dictionary, unigram
@@ -86,7 +86,7 @@ def test_the_perfect_model_scores_one(tiny_data: Path, dictionary: Dictionary) -
 
 def test_smoothing_adds_one_to_every_symbol(tiny_data: Path, dictionary: Dictionary) -> None:
     dataset = open_english(tiny_data, dictionary, "train")
-    probabilities = smoothed_log_probabilities(dataset).double().exp()
+    probabilities = smoothed_log_probabilities(dataset.counts()).double().exp()
     assert float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
     unseen = int((dataset.counts() == 0).nonzero()[0][0])
     expected = 1 / (int(dataset.counts().sum()) + len(dictionary))

@@ -495,7 +495,7 @@ def test_text_that_is_not_utf8_is_named_by_line_and_byte(raw: Path, tmp_path: Pa
     [
         (["--trainpref", "x"], "either --input"),
         (["--validpref", "x"], "--validpref does not go with --input"),
-        (["--langs", "de,de"], "'de' is there twice"),
+        (["--langs", "de,de"], "de is named twice"),
         (["--langs", "../de"], "no name of a language"),
         (["--langs", ""], "--langs is empty"),
         (["--langs", "de,sw"], "sw.txt: no such file"),

@@ -31,9 +31,19 @@ def test_the_later_line_of_a_resumed_update_counts(tmp_path: Path) -> None:
     assert losses == [9.0, 8.0]
 
 
+def test_half_a_line_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a loss of power leaves in the middle of a file that goes on."""
+    write_run(tmp_path, [record("train", 1, 9.0)])
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "tr\n' + json.dumps(record("train", 3, 7.0)) + "\n")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        assert [r["update"] for r in report.read_metrics(tmp_path)] == [1, 3]
+    assert "line 2: left out" in caplog.text
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not found"):
         report.read_metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match="line 1"):
-        report.read_metrics(tmp_path)
+    write_run(tmp_path, [record("train", 1, 9.0)])
+    with pytest.raises(InputError, match=r"ends in \.png"):
+        report.main([str(tmp_path), "--output", str(tmp_path / "x.xyz")])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,13 @@ def run(tiny_data: Path, tmp_path: Path, ranks: Ranks) -> Any:
     return start
 
 
-def losses_in(save_dir: Path, kind: str = "train") -> dict[int, float]:
+def records_in(save_dir: Path) -> list[dict[str, Any]]:
     lines = (save_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return {r["update"]: r["loss"] for r in records if r["kind"] == kind}
+    return [json.loads(line) for line in lines]
+
+
+def losses_in(save_dir: Path, kind: str = "train") -> dict[int, float]:
+    return {r["update"]: r["loss"] for r in records_in(save_dir) if r["kind"] == kind}
 
 
 def last_weights(save_dir: Path) -> dict[str, torch.Tensor]:
@@ -75,6 +79,35 @@ def test_resuming_is_bit_equal_to_never_stopping(run: Any, tmp_path: Path) -> No
     assert parts == whole
     a, b = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class StopAt(NeverStop):
+    """Asks for an end after so many updates."""
+
+    def __init__(self, update: int) -> None:
+        self.left = update
+
+    @property
+    def requested(self) -> int:  # type: ignore[override]
+        self.left -= 1
+        return 0 if self.left else signal.SIGTERM
+
+
+def test_a_validation_missed_by_a_stop_is_made_up_for(
+    run: Any, tiny_data: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """The schedule moves with it: the losses after it are those of a run that was not stopped."""
+    flags = ["--max-update=8", "--validate-interval-updates=2", "--lr-threshold=0.5", "--lr=0.03"]
+    whole = run("whole", *flags)
+    argv = [str(tiny_data), f"--save-dir={tmp_path / 'stopped'}", *SHAPE, *flags]
+    (tmp_path / "stopped").mkdir()
+    stop = StopAt(4)
+    assert train.train(parse(TrainConfig, argv), ranks, stop) == 75  # type: ignore[arg-type]
+    assert set(losses_in(tmp_path / "stopped", "valid")) == {2}
+    assert run("stopped", *flags) == whole
+    assert losses_in(tmp_path / "stopped", "valid") == losses_in(tmp_path / "whole", "valid")
+    rates = {r["update"]: r["lr"] for r in records_in(tmp_path / "whole") if r["kind"] == "train"}
+    assert rates[8] < rates[1], "the schedule never moved, so the test shows nothing"
 
 
 def test_a_finished_run_started_again_does_nothing(run: Any, tmp_path: Path) -> None:
@@ -127,11 +160,39 @@ def test_the_run_folder_has_all_it_promises(run: Any, tmp_path: Path) -> None:
 
 
 def test_cadence_of_checkpoints(run: Any, tmp_path: Path) -> None:
-    run("a", "--max-update=6", "--save-interval-updates=2", "--keep-interval-updates=1")
-    links = {p.name: p.readlink().name for p in (tmp_path / "a").iterdir() if p.is_symlink()}
-    folders = {p.name for p in (tmp_path / "a").glob("checkpoint_1_*")}
-    assert links[checkpoint.LAST] == "checkpoint_1_6"
-    assert folders == {"checkpoint_1_6"}
+    def folders() -> set[str]:
+        return {p.name for p in (tmp_path / "a").glob("checkpoint_1_*")}
+
+    run("a", "--max-update=5", "--save-interval-updates=2")
+    assert folders() == {"checkpoint_1_2", "checkpoint_1_4", "checkpoint_1_5"}
+    run("a", "--max-update=7")
+    assert folders() == {"checkpoint_1_2", "checkpoint_1_4", "checkpoint_1_7"}
+    run("a", "--max-update=8", "--save-interval-updates=2", "--keep-interval-updates=2")
+    assert folders() == {"checkpoint_1_8"}
+    assert (tmp_path / "a" / checkpoint.LAST).readlink().name == "checkpoint_1_8"
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(run: Any, tmp_path: Path) -> None:
+    run("a", "--max-update=2")
+    with pytest.raises(InputError, match="is not finite"):
+        run("a", "--max-update=9", "--lr=1e38", "--validate-interval-updates=1")
+    assert all(torch.isfinite(weight).all() for weight in last_weights(tmp_path / "a").values())
+
+
+def test_a_name_that_is_a_folder_is_refused(run: Any, tmp_path: Path) -> None:
+    """cp -rL follows the links; a save could not move them."""
+    run("a", "--max-update=1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=False)
+    with pytest.raises(InputError, match="is a folder, where a run has a link"):
+        run("b", "--max-update=2")
+
+
+def test_changed_data_are_said(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run("a", "--max-update=1")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run("a", "--max-update=2", "--update-freq=2", "--sampling-alpha=0")
+    assert "batch_samples was 4 and is now 8" in caplog.text
+    assert "sampling_alpha was 0.7 and is now 0.0" in caplog.text
 
 
 def test_another_dictionary_is_refused(run: Any, tmp_path: Path) -> None:
@@ -140,7 +201,7 @@ def test_another_dictionary_is_refused(run: Any, tmp_path: Path) -> None:
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     manifest["dictionary_sha256"] = "0" * 64
     manifest_path.write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(InputError, match="is not the dictionary"):
+    with pytest.raises(InputError, match="its dictionary is not the one"):
         run("a", "--max-update=2")
 
 
@@ -223,7 +284,11 @@ def test_intervals() -> None:
     assert due(50, 1, 2, save_interval=2, validate_interval=2).save
 
 
-def test_a_stop_saves_without_validating() -> None:
+def test_an_update_that_crosses_several_epochs_is_an_epochs_end() -> None:
+    assert due(50, 1, 3, save_interval=2, validate_interval=2).validate
+
+
+def test_a_stop_saves() -> None:
     decided = what_is_due(RunConfig(), 3, 0, 0, last=False, stopping=True)
     assert (decided.save, decided.validate) == (True, False)
 

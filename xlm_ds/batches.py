@@ -2,7 +2,7 @@
 
     masking = Masking(seed=0, mask_ratio=0.15, vocab_size=len(dictionary))
     batch = build_batch(datasets, order.samples(first, rows), masking)
-    scores = model(batch.input_ids, batch.languages, batch.masked_positions)  # (B * K, V)
+    losses = model(batch)  # (B * K,) nats
 
 With T = tokens_per_sample, a row is eos and a block of up to T - 1 tokens; K = ceil(mask_ratio * (T - 1)).
 """

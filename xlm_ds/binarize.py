@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
+from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig, check_languages
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
 from xlm_ds.files import file_sha256, sync_file
 from xlm_ds.flags import parse
@@ -34,6 +34,7 @@ Result = TypeVar("Result")
 # What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
 COMPANIONS = ("codes", "prepare.json")
 POLL_SECONDS = 0.1
+MANY_UNKNOWN = 0.1  # of all tokens; text and dictionary of one prepare have next to none
 
 
 class Text(NamedTuple):
@@ -54,6 +55,10 @@ def binarize(config: BinarizeConfig) -> None:
     texts = texts_of(config)
     threads = config.workers or len(os.sched_getaffinity(0))
     dictionary = find_dictionary(config, texts, threads)
+    if len(dictionary) == len(SPECIAL_SYMBOLS):
+        raise InputError(
+            f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
+        )
     config.destdir.mkdir(parents=True, exist_ok=True)
     add_log_file(config.destdir / "preprocess.log")
     write_dictionary(config, dictionary)
@@ -67,6 +72,11 @@ def binarize(config: BinarizeConfig) -> None:
                 announced.add(text.language)
             counts = write_pair(text, config, dictionary, core_dictionary, threads, bar)
             logger.info(f"[{text.language}] {text.path}: {summary(counts)}")
+            if counts.unknown > MANY_UNKNOWN * counts.tokens:
+                logger.info(
+                    f"{text.path}: many words are not in the dictionary; was the text split with the codes that "
+                    "the dictionary was counted with?"
+                )
             if counts.literal_specials:
                 logger.info(
                     f"{text.path}: {counts.literal_specials} words are spelt like a special symbol "
@@ -91,9 +101,7 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
     if bool(config.langs) == bool(config.source_lang):
         raise InputError("give --langs ar,de,… (all languages at once) or --source-lang LG (one)")
     languages = config.langs or (str(config.source_lang),)
-    repeated = [language for language, count in Counter(languages).items() if count > 1]
-    if repeated:
-        raise InputError(f"--langs names {repeated[0]} more than once")
+    check_languages(languages, "--langs")
     prefs = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
     given = {split: pref for split, pref in prefs.items() if pref is not None}
     if not given:
@@ -165,7 +173,7 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
     temporary.replace(path)
     if config.srcdict is not None:
         for name in COMPANIONS:
-            if (config.srcdict.parent / name).is_file():
+            if (config.srcdict.parent / name).is_file() and not (config.destdir / name).exists():
                 shutil.copyfile(config.srcdict.parent / name, config.destdir / name)
 
 

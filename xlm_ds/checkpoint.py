@@ -27,12 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xlm_ds import __version__
+from xlm_ds.config import TrainConfig
 from xlm_ds.engine import MOMENTS, Engine
 from xlm_ds.files import file_sha256, sync_file
+from xlm_ds.flags import from_dict
 from xlm_ds.log import InputError
+from xlm_ds.schedule import PlateauState
 
 FORMAT = 1
 TENSORS = ("weight", *MOMENTS)
+REQUIRED = ("configuration", "languages", "dictionary_sha256", "progress", "environment", "sha256")
 LAST, BEST = "checkpoint_last", "checkpoint_best"
 _FOLDER = re.compile(r"checkpoint_(\d+)_(\d+)")
 _EPOCH_NAME = re.compile(r"checkpoint(\d+)")
@@ -45,7 +49,8 @@ class Progress:
     update: int = 0
     samples: int = 0
     best_valid_loss: float | None = None  # bits
-    plateau: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # schedule.PlateauState
+    plateau: PlateauState = dataclasses.field(default_factory=PlateauState)
+    validation_due: bool = False  # the run was stopped before a validation that was its turn
     seconds: float = 0.0
 
 
@@ -57,20 +62,26 @@ def save_checkpoint(
     engine: Engine,
     progress: Progress,
     description: Mapping[str, Any],
-    companions: Iterable[Path] = (),
+    companions: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes `folder`, in place of one that may be there; all ranks must call it, rank 0 writes.
 
-    `description` goes into the manifest; `companions` are files copied into the folder (dictionary, codes).
+    `description` goes into the manifest; `companions` are more files of the folder (dictionary, codes).
+    Raises InputError, on all ranks and before anything is written, if a weight is not finite.
     """
     tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
     for name, state in engine.state():
+        if not bool(torch.isfinite(state["weight"]).all()):
+            raise InputError(
+                f"{name} is not finite, so nothing was saved; lower --lr or set --clip-norm and start again: "
+                f"the run goes on from the last checkpoint in {folder.parent}"
+            )
         if engine.ranks.rank == 0:
             for kind in TENSORS:
-                tensors[kind][name] = state[kind].contiguous()
-    if engine.ranks.rank == 0:
-        _write_folder(folder, tensors, progress, description, companions)
-    engine.ranks.wait()
+                tensors[kind][name] = state[kind].cpu().clone()
+    engine.ranks.on_first(
+        lambda: _write_folder(folder, tensors, progress, description, companions or {})
+    )
 
 
 def _write_folder(
@@ -78,16 +89,16 @@ def _write_folder(
     tensors: Mapping[str, Mapping[str, Tensor]],
     progress: Progress,
     description: Mapping[str, Any],
-    companions: Iterable[Path],
+    companions: Mapping[str, bytes],
 ) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         for kind in TENSORS:
-            save_file(dict(tensors[kind]), temporary / f"{kind}.safetensors")
-        for path in companions:
-            shutil.copyfile(path, temporary / path.name)
+            _save_tensors(tensors[kind], temporary / f"{kind}.safetensors")
+        for name, content in companions.items():
+            (temporary / name).write_bytes(content)
         manifest = {
             "format": FORMAT,
             **description,
@@ -105,6 +116,15 @@ def _write_folder(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # a full disk, above all
+        raise OSError(
+            f"{path}: not written ({error}); make room and start again: the last checkpoint is whole"
+        ) from error
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -146,34 +166,61 @@ def point(name: Path, folder: Path) -> None:
     temporary.replace(name)
 
 
-def prune(save_dir: Path, *, keep_last_epochs: int, keep_update: Callable[[int], bool]) -> None:
-    """Deletes checkpoints that nothing keeps: neither a name nor `keep_update` of their update.
+def name_checkpoint(
+    folder: Path, names: Iterable[str], *, keep_last_epochs: int, keep_update: Callable[[int], bool]
+) -> None:
+    """Gives a saved folder its names, and deletes those that lost their last name by it.
 
-    `keep_last_epochs`: how many names checkpointN stay (-1: all). A damaged name is left alone.
+    keep_last_epochs: how many names checkpointN stay (-1: all). A folder that --save-interval-updates wrote, which its
+    manifest says, is deleted only if `keep_update` does not keep its update.
     """
+    save_dir = folder.parent
+    before = _named(save_dir)
+    for name in names:
+        point(save_dir / name, folder)
     epochs = sorted(int(m[1]) for p in save_dir.iterdir() if (m := _EPOCH_NAME.fullmatch(p.name)))
     for epoch in epochs[: max(len(epochs) - keep_last_epochs, 0)] if keep_last_epochs >= 0 else []:
         (save_dir / f"checkpoint{epoch}").unlink()
-    named = {p.readlink().name for p in save_dir.glob("checkpoint*") if p.is_symlink()}
-    for path in save_dir.iterdir():
+    named = _named(save_dir)
+    for path in [p for p in save_dir.iterdir() if _FOLDER.fullmatch(p.name)]:
+        if path.name in named:
+            continue
         match = _FOLDER.fullmatch(path.name)
-        if match and path.name not in named and not keep_update(int(match[2])):
+        assert match is not None
+        interval = _is_interval_save(path)
+        if (interval and not keep_update(int(match[2]))) or (not interval and path.name in before):
             # Renamed first: a folder that is being deleted must never look like a checkpoint.
-            doomed = path.rename(path.with_name(f".{path.name}.deleted"))
-            shutil.rmtree(doomed)
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")))
+
+
+def _named(save_dir: Path) -> set[str]:
+    return {p.readlink().name for p in save_dir.glob("checkpoint*") if p.is_symlink()}
+
+
+def _is_interval_save(folder: Path) -> bool:
+    return bool(read_manifest(folder).get("interval_save", False))
 
 
 # ------------------------------------------------------------------------------------------- read
 
 
 def find_checkpoint(save_dir: Path, restore_file: str) -> Path | None:
-    """What --restore-file means: a name in `save_dir`, or a path. None if it is the default and absent."""
-    for candidate in (save_dir / restore_file, Path(restore_file)):
-        if candidate.exists():
-            return candidate.resolve()
-    if restore_file == LAST:
-        return None
-    raise InputError(f"--restore-file {restore_file}: neither in {save_dir} nor a path that exists")
+    """What --restore-file means: a name in `save_dir`, or a path. None if it is the default and the run is new."""
+    if (save_dir / restore_file).exists():
+        return (save_dir / restore_file).resolve()
+    if restore_file != LAST:
+        if restore_file and Path(restore_file).exists():
+            return Path(restore_file).resolve()
+        raise InputError(
+            f"--restore-file {restore_file}: neither in {save_dir} nor a path that exists"
+        )
+    there = sorted(p.name for p in save_dir.glob("checkpoint_*_*")) if save_dir.is_dir() else []
+    if there:
+        raise InputError(
+            f"{save_dir}: holds {', '.join(there)} but no {LAST}; go on with --restore-file {there[-1]}, "
+            "or give another --save-dir"
+        )
+    return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -184,16 +231,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: {what}; give a folder such as SAVE_DIR/checkpoint_last")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
-    if found != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else "none"
         raise InputError(f"{path}: checkpoint format {found}; this version reads {FORMAT}")
-    return dict(manifest)
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise InputError(f"{path}: damaged: {missing[0]} is missing")
+    return manifest
 
 
 def read_progress(manifest: Mapping[str, Any]) -> Progress:
-    return Progress(**manifest["progress"])
+    plateau = PlateauState(**manifest["progress"]["plateau"])
+    return Progress(**{**manifest["progress"], "plateau": plateau})
+
+
+def read_configuration(folder: Path, manifest: Mapping[str, Any]) -> TrainConfig:
+    """What the checkpoint was trained with. Raises InputError if a later version wrote it."""
+    try:
+        return from_dict(TrainConfig, manifest["configuration"])
+    except InputError as error:
+        raise InputError(
+            f"{folder}: written by another version of xlm_ds ({manifest['environment'].get('xlm_ds')}): {error}"
+        ) from error
 
 
 def load_tensors(folder: Path, manifest: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
@@ -238,7 +299,9 @@ def load_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str,
 
 def discard_leftovers(save_dir: Path) -> None:
     """Removes what killed saves left under temporary names, and puts back what one had moved aside."""
-    for folder in (p.with_name(p.name[1:].removesuffix(".old")) for p in save_dir.glob(".*.old")):
+    for folder in (
+        p.with_name(p.name[1:].removesuffix(".old")) for p in save_dir.glob(".checkpoint_*.old")
+    ):
         if not folder.exists():
             _aside(folder).rename(folder)
     for path in save_dir.glob(".checkpoint*"):

@@ -6,10 +6,13 @@ The names are those of fairseq's recipe; there is no second set to translate.
     config.optimization.lr  # 0.0001
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from xlm_ds.flags import Answered, knob
+from xlm_ds.log import InputError
 
 # --------------------------------------------------------------------------------------- prepare
 
@@ -59,7 +62,7 @@ class PrepareConfig:
         default=False,
     )
     bpe_codes: int = knob(
-        "merges to learn (XLM: 80000 for 15 languages)", default=80000, bounds="[1, inf)"
+        "merges to learn (XLM: 80000 for 15 languages)", default=80000, bounds="[1, 10000000]"
     )
     bpe_alpha: float = knob(
         "codes are learnt on languages in shares p ∝ n^ALPHA, n their bytes of training text",
@@ -296,9 +299,13 @@ class RunConfig:
     no_epoch_checkpoints: bool = knob(
         "keep only checkpoint_last and checkpoint_best", default=False
     )
-    keep_last_epochs: int = knob("keep the last N epoch checkpoints (-1: all)", default=-1)
+    keep_last_epochs: int = knob(
+        "keep the last N epoch checkpoints (-1: all)", default=-1, bounds="[-1, inf)"
+    )
     keep_interval_updates: int = knob(
-        "keep the last N checkpoints of --save-interval-updates (-1: all)", default=-1
+        "keep the last N checkpoints of --save-interval-updates (-1: all)",
+        default=-1,
+        bounds="[-1, inf)",
     )
     validate_interval: int = knob("validate every N epochs", default=1, bounds="[1, inf)")
     validate_interval_updates: int = knob(
@@ -343,7 +350,7 @@ TRAIN_ANSWERED = (
     Answered(
         "--fp16",
         False,
-        "--fp16: precision is the DeepSpeed JSON's; give --deepspeed_config ds_configs/zero1_fp16.json",
+        "--fp16: precision is the DeepSpeed JSON's; a GPU runs in bf16 by default, and in fp16 with zero1_fp16.json",
     ),
     Answered(
         "--distributed-world-size",
@@ -393,3 +400,18 @@ class ReportConfig:
 
     run: Path = knob("a run's folder (its --save-dir)", positional=True)
     output: Path | None = knob("PNG to write (default: RUN/curves.png)", default=None)
+
+
+# --------------------------------------------------------------------------------------- languages
+
+
+def check_languages(languages: Sequence[str], flag: str) -> None:
+    """Raises InputError unless each is there once and can be part of a file's name."""
+    for language in languages:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", language):
+            raise InputError(
+                f"{flag}: {language!r} is no name of a language; use letters, digits, - and _, with commas between"
+            )
+    for language in languages:
+        if languages.count(language) > 1:
+            raise InputError(f"{flag}: {language} is named twice")

@@ -104,7 +104,7 @@ def open_split(
             raise InputError(
                 f"{prefix}.bin: holds no tokens; binarize some text of {language}, or leave {language} out"
             )
-        _check_record(_beside(prefix, ".json"), core.tokens, dictionary_sha256)
+        _check_record(_beside(prefix, ".json"), split, language, core.tokens, dictionary_sha256)
         datasets.append(
             TokenDataset(
                 language=language,
@@ -179,15 +179,22 @@ def _find_pair(folder: Path, split: str, language: str) -> Path:
     )
 
 
-def _check_record(path: Path, tokens: int, dictionary_sha256: str) -> None:
+def _check_record(
+    path: Path, split: str, language: str, tokens: int, dictionary_sha256: str
+) -> None:
     """Compares what binarize wrote down about a pair, if it did, with what is there."""
     if not path.exists():
         return
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         recorded_tokens, recorded_sha256 = record["tokens"], record["dictionary_sha256"]
+        named = f"{record['split']}.{record['language']}"
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
+    if named != f"{split}.{language}":
+        raise InputError(
+            f"{path}: was written for {named}, so the files beside it are not {split}.{language}; binarize again"
+        )
     if recorded_sha256 != dictionary_sha256:
         raise InputError(
             f"{path}: the file was made with the dictionary of SHA-256 {recorded_sha256}, but the one given has "

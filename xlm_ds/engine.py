@@ -1,7 +1,7 @@
 """The model in a DeepSpeed engine, and the only room that knows DeepSpeed.
 
     ranks = start_ranks()                                     # one process, or as the launcher says
-    settings = resolve_deepspeed_config(read_deepspeed_config(path, ranks), optimization, rows=8, ...)
+    settings = resolve_deepspeed_config(read_deepspeed_config(path, ranks.device), optimization, rows=8, …)
     engine = Engine(model, settings, ranks)
     losses = engine(batch)                                    # nats per masked token
     engine.backward(losses.sum() * scale)
@@ -15,18 +15,19 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import OptimizationConfig
-from xlm_ds.log import InputError
+from xlm_ds.log import EXIT_BAD_INPUT, InputError
 from xlm_ds.model import XlmEncoder
 
 if not torch.cuda.is_available():
@@ -34,6 +35,7 @@ if not torch.cuda.is_available():
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own deprecations are not ours to act on
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
@@ -48,6 +50,8 @@ CONFIG_DIRECTORY = (
     else Path(__file__).parent.parent / "ds_configs"
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What DeepSpeed raises for a configuration that it cannot use, depending on where it notices.
+CONFIG_ERRORS = (ValidationError, DeepSpeedConfigError, ValueError, TypeError, AssertionError)
 # What mpirun (Open MPI, MPICH) and srun say of the number of processes; torchrun and deepspeed set RANK and WORLD_SIZE.
 TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -81,9 +85,16 @@ class Ranks(NamedTuple):
             dist.all_reduce(values, group=self.control)
         return values
 
-    def wait(self) -> None:
-        if self.world_size > 1:
-            dist.barrier(group=self.control)
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0, the others waiting; if it fails, its error is raised there and all ranks end."""
+        error: InputError | OSError | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except (InputError, OSError) as caught:
+                error = caught
+        if self.any(int(error is not None)):
+            raise error or SystemExit(EXIT_BAD_INPUT)
 
 
 def start_ranks() -> Ranks:
@@ -97,11 +108,11 @@ def start_ranks() -> Ranks:
             if int(os.environ.get(name, "1")) > 1:
                 raise InputError(
                     f"started as {os.environ[name]} tasks ({name}) that do not know their rank, so each would be a run "
-                    "of its own; start them with deepspeed (--launcher mpich, openmpi, slurm) or torchrun"
+                    "of its own; start them with deepspeed, deepspeed --launcher mpich, or torchrun"
                 )
         os.environ.update(alone)
         os.environ["MASTER_PORT"] = str(_free_port())
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -140,11 +151,19 @@ def read_deepspeed_config(path: Path, device: torch.device) -> dict[str, Any]:
         raise InputError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: a DeepSpeed configuration is a JSON object")
-    if content.get("fp16", {}).get("enabled") and device.type == "cpu":
-        raise InputError(f"{path}: fp16 needs a GPU; on a CPU take zero1_fp32.json or a bf16 one")
     if "scheduler" in content:
         raise InputError(
             f"{path}: a scheduler block is not supported; --lr-scheduler owns the schedule"
+        )
+    for section in ("zero_optimization", "optimizer", "bf16", "fp16", "timers"):
+        if not isinstance(content.get(section, {}), dict):
+            raise InputError(f"{path}: {section} must be a JSON object")
+    if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        # Stage 0 in bf16 loses most of its first update, and holds no state that checkpoints could be made of.
+        raise InputError(f'{path}: expected "zero_optimization": {{"stage": 1, 2 or 3}}')
+    if content.get("fp16", {}).get("enabled") and device.type == "cpu":
+        raise InputError(
+            f"{path}: fp16 needs a GPU; on a CPU take zero1_fp32.json or zero1_bf16.json"
         )
     return content
 
@@ -206,12 +225,17 @@ class Engine:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         # ZeRO 3 gathers a module's own parameters; the tied embedding is not the head's own.
         deepspeed.zero.register_external_parameter(model.head, model.token_embedding.weight)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=list(model.parameters()), config=dict(settings)
-            )
+        self.settings = dict(settings)
         self.ranks = ranks
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, model_parameters=list(model.parameters()), config=self.settings
+                )
+        except CONFIG_ERRORS as error:
+            sentence = " ".join(str(error).split())
+            raise InputError(f"DeepSpeed does not take this configuration: {sentence}") from error
 
     def __call__(self, batch: MaskedBatch) -> Tensor:
         """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
@@ -236,12 +260,12 @@ class Engine:
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Every parameter's fp32 weight and Adam moments, whole, on the CPU; all ranks must iterate."""
+        """Every parameter's fp32 weight and Adam moments, whole; all ranks must iterate. Not to be kept: clone them."""
         for parameter, name in self._names.items():
             tensors = {"weight": safe_get_full_fp32_param(parameter)}
             for key in MOMENTS:
                 tensors[key] = safe_get_full_optimizer_state(parameter, key)
-            yield name, {key: value.detach().cpu().clone() for key, value in tensors.items()}
+            yield name, {key: value.detach() for key, value in tensors.items()}
 
     def load_state(
         self, state: Mapping[str, Mapping[str, Tensor]], *, update: int, warm_up_batch: MaskedBatch
@@ -253,7 +277,7 @@ class Engine:
         one update: loss 4.59 instead of 3.50.)
         """
         for _ in range(self._engine.gradient_accumulation_steps()):
-            self.backward(self(warm_up_batch).sum())
+            self.backward(self(warm_up_batch).sum() * 0)  # in fp16 anything else may overflow
             self.step(0.0)
         for parameter, name in self._names.items():
             safe_set_full_fp32_param(parameter, state[name]["weight"].to(parameter.device))

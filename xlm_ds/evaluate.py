@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xlm_ds.config import EvaluateConfig, TrainConfig
-from xlm_ds.flags import before_slow_imports, from_dict, parse
+from xlm_ds.flags import before_slow_imports, parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 
 if __name__ == "__main__":
     before_slow_imports(EvaluateConfig, description=__doc__)  # before torch is imported
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from xlm_ds.architectures import build_model, shape_from_config
 from xlm_ds.batches import MaskedBatch, Masking, build_batch, evaluation_batches, rank_slice
-from xlm_ds.checkpoint import load_weights, read_manifest
+from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
 from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
@@ -93,10 +95,10 @@ def on_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
     if device.type == "cpu":
         return batch
     return MaskedBatch(
-        input_ids=batch.input_ids.to(device, non_blocking=True),
-        languages=batch.languages.to(device, non_blocking=True),
-        masked_positions=batch.masked_positions.to(device, non_blocking=True),
-        targets=batch.targets.to(device, non_blocking=True),
+        input_ids=batch.input_ids.to(device),
+        languages=batch.languages.to(device),
+        masked_positions=batch.masked_positions.to(device),
+        targets=batch.targets.to(device),
         has_padding=batch.has_padding,
     )
 
@@ -154,16 +156,16 @@ def _score_of(language: str, sums: Tensor, draws: int) -> Score:
     )
 
 
-def smoothed_log_probabilities(dataset: TokenDataset) -> Tensor:
-    """(V,) float32: log of the add-one-smoothed unigram distribution of a language's training text."""
-    counts = torch.from_numpy(dataset.counts().astype("float64")) + 1
-    return torch.log(counts / counts.sum()).float()
+def smoothed_log_probabilities(counts: NDArray[np.uint64]) -> Tensor:
+    """(V,) float32: log of the add-one-smoothed unigram distribution of counted tokens (V,)."""
+    smoothed = torch.from_numpy(counts.astype(np.float64)) + 1
+    return torch.log(smoothed / smoothed.sum()).float()
 
 
 def load_model(folder: Path, vocab_size: int) -> tuple[XlmEncoder, TrainConfig]:
     """The network of a checkpoint with its weights, and the configuration it was trained with."""
     manifest = read_manifest(folder)
-    trained = from_dict(TrainConfig, manifest["configuration"])
+    trained = read_configuration(folder, manifest)
     shape = shape_from_config(
         trained.model,
         vocab_size=vocab_size,
@@ -199,38 +201,38 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
         if language not in known:
             raise InputError(f"--monolingual-langs {language}: the model knows {', '.join(known)}")
 
-    def open_language_split(split: str) -> tuple[TokenDataset, ...]:
-        return open_split(
+    def open_language(split: str, language: str) -> TokenDataset:
+        (dataset,) = open_split(
             config.data,
             split,
-            languages,
+            (language,),
             tokens_per_sample=trained.data.tokens_per_sample,
             break_mode=trained.data.sample_break_mode,
             vocab_size=len(dictionary),
             dictionary_sha256=dictionary.sha256,
         )
+        return dataset
 
     rows = _rows(config.max_tokens, trained.data.tokens_per_sample)
     masking = Masking(
         seed=config.seed, mask_ratio=trained.data.mask_ratio, vocab_size=len(dictionary)
     )
     scores = []
-    for dataset, training in zip(
-        open_language_split(config.split), open_language_split("train"), strict=True
-    ):
+    for language in languages:
+        counts = open_language("train", language).counts()
         scores.append(
             score(
                 model,
-                dataset,
-                known.index(dataset.language),
+                open_language(config.split, language),
+                known.index(language),
                 masking,
-                unigram_log_probabilities=smoothed_log_probabilities(training).to(ranks.device),
+                unigram_log_probabilities=smoothed_log_probabilities(counts).to(ranks.device),
                 draws=config.mask_draws,
                 rows=rows,
                 ranks=ranks,
             )
         )
-        logger.info(f"{dataset.language}: perplexity {scores[-1].perplexity:.1f}")
+        logger.info(f"{language}: perplexity {scores[-1].perplexity:.1f}")
     return [*scores, overall(scores)]
 
 
@@ -259,18 +261,20 @@ def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> N
 
 def main(argv: Sequence[str]) -> int:
     config = parse(EvaluateConfig, argv, description=__doc__)
+    folder = config.checkpoint
+    output = config.output or folder.with_name(f"{folder.name}-{config.split}.json")
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: not a file in a folder that is there")
     ranks = start_ranks()
     try:
         scores = evaluate(config, ranks)
         if ranks.rank == 0:
             sys.stdout.write(table(scores) + "\n")
-            folder = config.checkpoint
-            default = folder.with_name(f"{folder.name}-{config.split}.json")
-            write_json(config.output or default, config, scores)
+            write_json(output, config, scores)
     finally:
         stop_ranks()
     return EXIT_OK
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage("evaluate", main))
+    sys.exit(run_stage("evaluate", main, log_to=sys.stderr))  # the table alone is the output

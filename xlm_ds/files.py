@@ -1,5 +1,7 @@
 """Files as a whole: text read line by line with progress, checksums, and that they are on the disk."""
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -59,3 +61,20 @@ def _where_not_utf8(path: Path) -> str:
             lines += len(_LINE_END.findall(line))
             offset += len(line)
     raise AssertionError(f"{path} is UTF-8 after all")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Holds `folder` for this process. Raises InputError if another one, doing `what`, has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(
+            f"{folder}: another {what} is at work here; wait for it, or give another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -63,7 +63,7 @@ def parse(
 ) -> Config:
     """`config_class` filled from `argv`, a TOML file named by --config, and the defaults, in this order."""
     parser = _Parser(
-        prog=config_class.__name__.removesuffix("Config").lower(),
+        prog=f"python -m xlm_ds.{config_class.__name__.removesuffix('Config').lower()}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -172,8 +172,9 @@ class _Parser(argparse.ArgumentParser):
             flag = extra[0].split("=")[0]
             if not flag.startswith("-"):
                 raise InputError(f"unexpected argument {flag!r}; is a flag missing before it?")
-            known = [s for action in self._actions for s in action.option_strings]
-            raise InputError(_unknown(flag, known, "flag"))
+            options = [s for action in self._actions for s in action.option_strings]
+            known = [s for s in options if s.replace("_", "-") == s] or options
+            raise InputError(_unknown(flag.replace("_", "-"), known, "flag"))
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -195,16 +196,24 @@ def _add_flag(parser: argparse.ArgumentParser, item: _Knob) -> None:
     if item.meta["positional"]:
         parser.add_argument(item.name, nargs="?", help=help_text, metavar=item.name.upper())
         return
+    flags = [item.shown, *item.meta["aliases"]]
     # The recipe's flags have hyphens, DeepSpeed's (--deepspeed_config, --local_rank) underscores: both are taken.
-    flags = list(dict.fromkeys([item.shown, f"--{item.name}", *item.meta["aliases"]]))
-    if item.kind is bool:
-        parser.add_argument(
-            *flags, dest=item.name, action="store_const", const="true", help=help_text
-        )
-    else:
-        choices = item.meta["choices"]
-        metavar = "{" + ",".join(choices) + "}" if choices else "X"
-        parser.add_argument(*flags, dest=item.name, help=help_text, metavar=metavar)
+    silent = [f"--{item.name}"] if f"--{item.name}" not in flags else []
+    for names, shown in ((flags, help_text), (silent, argparse.SUPPRESS)):
+        if names and item.kind is bool:
+            parser.add_argument(
+                *names, dest=item.name, action="store_const", const="true", help=shown
+            )
+        elif names:
+            parser.add_argument(*names, dest=item.name, help=shown, metavar=_metavar(item))
+
+
+def _metavar(item: _Knob) -> str:
+    if item.meta["choices"]:
+        return "{" + ",".join(item.meta["choices"]) + "}"
+    if typing.get_origin(item.kind) is tuple:
+        return "A,B,…"
+    return {int: "N", float: "X", Path: "PATH"}.get(item.kind, "TEXT")
 
 
 def _shown(value: Any) -> str:
@@ -219,6 +228,8 @@ def _from_text(text: str, item: _Knob) -> Any:
             parts = [part.strip() for part in text.strip("()[] ").split(",")]
             element = typing.get_args(item.kind)[0]
             return tuple(element(part) for part in parts if part)
+        if item.kind is Path and not text:
+            raise ValueError("an empty path would be the current folder")
         return item.kind(text)
     except ValueError as error:
         raise InputError(f"{item.shown} {text}: not {_kind_name(item.kind)}") from error
@@ -268,7 +279,8 @@ def _converted(
     for key, value in flat.items():
         name = key.replace("-", "_")
         if name not in knobs:
-            raise InputError(where + _unknown(name, list(knobs), "key"))
+            known = [knob.replace("_", "-") for knob in knobs]
+            raise InputError(where + _unknown(key, known, "key"))
         result[name] = _from_plain(value, knobs[name].kind, where + name)
     return result
 

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from xlm_ds._core import InputError
 
@@ -40,12 +41,14 @@ _FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
-def run_stage(stage: str, main: Callable[[Sequence[str]], int]) -> int:
+def run_stage(
+    stage: str, main: Callable[[Sequence[str]], int], *, log_to: TextIO = sys.stdout
+) -> int:
     """Runs `main(sys.argv[1:])` and returns the exit code: 2 and one sentence for bad input, 130 when interrupted.
 
     Anything else that is raised is a fault of ours and keeps its traceback (exit code 1).
     """
-    _log_to_stdout()
+    _log_to(log_to)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main(sys.argv[1:])
@@ -68,9 +71,9 @@ def add_log_file(path: Path) -> None:
     logger.addHandler(handler)
 
 
-def _log_to_stdout() -> None:
+def _log_to(stream: TextIO) -> None:
     """One text logger; ranks other than 0 speak only when something is wrong."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
     logger.addHandler(handler)
     logger.propagate = False
@@ -78,6 +81,8 @@ def _log_to_stdout() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror.lower()}"
+    """OSError's own text begins with [Errno n]; the core's says what could not be done to which file."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return where + (error.strerror.lower() if where else error.strerror)
     return str(error)

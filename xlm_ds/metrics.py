@@ -106,10 +106,12 @@ class Stopwatch:
     def count(self, tokens: int) -> None:
         self._tokens += tokens
 
+    def restart(self) -> None:
+        self._start, self._tokens = time.monotonic(), 0
+
     def take(self) -> float:
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._start, 1e-9)
-        self._start, self._tokens = now, 0
+        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
+        self.restart()
         return rate
 
 

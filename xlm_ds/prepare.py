@@ -12,7 +12,6 @@ again goes on where it was stopped; nothing has a final name before it is comple
 import array
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -36,8 +35,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.config import PrepareConfig
-from xlm_ds.files import file_sha256, read_lines
+from xlm_ds.config import PrepareConfig, check_languages
+from xlm_ds.files import alone_in, file_sha256, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.merges import count_merges, learn_merges, sample_copies
@@ -72,7 +71,7 @@ def prepare(config: PrepareConfig) -> None:
     """
     sources = _sources(config)
     (config.destdir / TOKENISED).mkdir(parents=True, exist_ok=True)
-    with _alone_in(config.destdir):
+    with alone_in(config.destdir, "prepare"):
         record = _open_record(config, sources)
         if record.has(*_names(sources)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)
@@ -93,22 +92,6 @@ def _make(
     logger.info(
         "%s is ready; binarize it with --srcdict %s", config.destdir, record.path("vocab_mlm")
     )
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise InputError(
-            f"{folder}: another prepare is at work here; wait for it, or give another --destdir"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------- what is read
@@ -135,9 +118,7 @@ def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
             "--vocab goes with --codes: a vocabulary fits the codes it was counted with"
         )
     languages = sorted(config.langs)
-    for lang, following in itertools.pairwise([*languages, ""]):
-        if lang == following or not re.fullmatch(r"[\w-]+", lang):
-            raise InputError(f"--langs: {lang!r} is there twice, or is no name of a language")
+    check_languages(languages, "--langs")
     sources = {
         lang: {split: _path(pref, lang) for split, pref in given.items()} for lang in languages
     }

@@ -25,7 +25,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             latest[record["kind"], record["update"]] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a line of metrics: {error}") from error
+            # A loss of power leaves half a line; the figures before and after it are good.
+            logger.info(f"{path}, line {number}: left out, not a line of metrics: {error}")
     return [latest[key] for key in sorted(latest)]
 
 
@@ -60,6 +61,8 @@ def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     config = parse(ReportConfig, argv, description=__doc__)
     output = config.output or config.run / "curves.png"
+    if output.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--output {output}: expected a name that ends in .png, .pdf or .svg")
     draw_curves(read_metrics(config.run), output)
     logger.info(f"drew {output}")
     return EXIT_OK

@@ -7,6 +7,7 @@ OUT is what binarize wrote. The run's folder (--save-dir) gets checkpoints, conf
 TensorBoard files; the same command started again goes on from checkpoint_last.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,8 +27,9 @@ from xlm_ds.config import (
     OptimizationConfig,
     RunConfig,
     TrainConfig,
+    check_languages,
 )
-from xlm_ds.flags import before_slow_imports, from_dict, parse, to_dict, to_toml
+from xlm_ds.flags import before_slow_imports, parse, to_dict, to_toml
 from xlm_ds.log import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -53,7 +55,7 @@ from xlm_ds.architectures import (
     unigram_log_probabilities,
 )
 from xlm_ds.batches import MaskedBatch, Masking, build_batch, count_targets
-from xlm_ds.checkpoint import Progress
+from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import (
@@ -66,11 +68,11 @@ from xlm_ds.engine import (
     stop_ranks,
 )
 from xlm_ds.evaluate import on_device, sum_over_split
+from xlm_ds.files import alone_in
 from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
 from xlm_ds.model import parameter_count
 from xlm_ds.order import Order, build_order
 from xlm_ds.schedule import (
-    PlateauState,
     check_schedule,
     describe_schedule,
     lr_at,
@@ -78,7 +80,7 @@ from xlm_ds.schedule import (
     plateau_after,
 )
 
-COMPANIONS = ("dict.txt", "codes", "prepare.json")
+COMPANIONS = ("codes", "prepare.json")  # what new text needs beside the dictionary
 
 
 class Corpus(NamedTuple):
@@ -116,89 +118,81 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     corpus = open_corpus(data)
     config = with_languages(config, corpus.languages)
     geometry = batch_geometry(optimization, data.tokens_per_sample, ranks.world_size)
+    if ranks.rank == 0:
+        add_log_file(run.save_dir / "train.log")
     engine, progress = build_engine(config, corpus, geometry, ranks)
-    log = start_log(config, corpus, geometry, ranks, progress)
     meter, stopwatch = LossMeter(len(corpus.languages), ranks.device), Stopwatch()
-    plateau = PlateauState(**progress.plateau)
     epoch_samples = corpus.order.epoch_samples
     started = time.monotonic() - progress.seconds
 
-    while not finished(config, progress, plateau, epoch_samples):
-        lr = lr_at(progress.update, optimization, plateau)
-        engine.train()
-        targets = count_targets(
-            corpus.train, corpus.order.samples(progress.samples, geometry.batch), data.mask_ratio
-        )
-        for micro in range(geometry.accumulation):
-            seed_dropout(data.seed, progress.update, micro, ranks.rank)
-            batch = micro_batch(corpus, geometry, progress.samples, micro, ranks)
-            losses = engine(batch)
-            # The gradient is the mean over all masked tokens of the batch: DeepSpeed divides by both factors.
-            engine.backward(losses.sum() * (geometry.accumulation * ranks.world_size / targets))
-            engine.step(lr)
-            meter.add(batch, losses)
-        epoch_before = progress.samples // epoch_samples
-        progress = dataclasses.replace(
-            progress,
-            update=progress.update + 1,
-            samples=progress.samples + geometry.batch,
-            seconds=time.monotonic() - started,
-        )
-        stopwatch.count(geometry.batch * data.tokens_per_sample)
-        log.advance()
-        stopping = ranks.any(stop.requested)
-        epoch = progress.samples // epoch_samples
-        last = finished(config, progress, plateau, epoch_samples)
-        due = what_is_due(
-            config.run, progress.update, epoch_before, epoch, last=last, stopping=bool(stopping)
-        )
+    with contextlib.closing(start_log(config, corpus, geometry, engine, progress)) as log:
+        if progress.validation_due:
+            progress, best = validated(config, corpus, geometry, engine, log, progress)
+            save(config, corpus, geometry, engine, progress, [LAST, BEST] if best else [LAST])
 
-        if due.log:
-            sums = ranks.sum(meter.take())
-            figures = loss_figures(sums, corpus.languages)
-            if not math.isfinite(figures["loss"]):
-                raise InputError(
-                    f"the loss is not finite at update {progress.update}; lower --lr or set --clip-norm and "
-                    f"start again: the run goes on from the last checkpoint in {run.save_dir}"
-                )
-            log.write("train", progress.update, {
-                **figures,
-                "lr": lr,
-                "gradient_norm": engine.gradient_norm(),
-                "tokens_per_second": stopwatch.take(),
-                "epoch": progress.samples / epoch_samples,
-                "seconds_left": seconds_left(config, progress),
-            })  # fmt: skip
-        if due.validate:
-            valid_loss = validate(engine, corpus, geometry, ranks, log, progress.update)
-            plateau = plateau_after(plateau, valid_loss, optimization, update=progress.update)
-            best = progress.best_valid_loss is None or valid_loss <= progress.best_valid_loss
+        while not finished(optimization, progress, epoch_samples):
+            lr = lr_at(progress.update, optimization, progress.plateau)
+            engine.train()
+            targets = count_targets(
+                corpus.train,
+                corpus.order.samples(progress.samples, geometry.batch),
+                data.mask_ratio,
+            )
+            for micro in range(geometry.accumulation):
+                seed_dropout(data.seed, progress.update, micro, ranks.rank)
+                batch = micro_batch(corpus, geometry, progress.samples, micro, ranks)
+                losses = engine(batch)
+                # The gradient is the mean over all masked tokens of the batch: DeepSpeed divides by both factors.
+                engine.backward(losses.sum() * (geometry.accumulation * ranks.world_size / targets))
+                engine.step(lr)
+                meter.add(batch, losses)
+            epochs_before = progress.samples // epoch_samples
             progress = dataclasses.replace(
                 progress,
-                plateau=dataclasses.asdict(plateau),
-                best_valid_loss=valid_loss if best else progress.best_valid_loss,
+                update=progress.update + 1,
+                samples=progress.samples + geometry.batch,
+                seconds=time.monotonic() - started,
             )
-        if due.save:
-            names = [checkpoint.LAST]
-            names += [checkpoint.BEST] if due.validate and best else []
-            names += [f"checkpoint{epoch}"] if due.epoch_name else []
-            save(config, corpus, engine, progress, names, epoch_samples)
-        if stopping:
-            return stopped(stopping, config, progress)
-    log.close()
+            stopwatch.count(geometry.batch * data.tokens_per_sample)
+            log.advance()
+            stopping = ranks.any(stop.requested)
+            epochs = progress.samples // epoch_samples
+            last = finished(optimization, progress, epoch_samples)
+            due = what_is_due(
+                run, progress.update, epochs_before, epochs, last=last, stopping=bool(stopping)
+            )
+
+            if due.log:
+                figures = loss_figures(ranks.sum(meter.take()), corpus.languages)
+                figures |= {"lr": lr, "gradient_norm": engine.gradient_norm()}
+                check_finite(figures["loss"] + figures["gradient_norm"], progress, run)
+                figures["tokens_per_second"] = stopwatch.take()
+                figures["epoch"] = progress.samples / epoch_samples
+                log.write(
+                    "train", progress.update, {**figures, **time_left(optimization, progress)}
+                )
+            names = [LAST, f"checkpoint{epochs}"] if due.epoch_name else [LAST]
+            if due.validate and not stopping:
+                progress, best = validated(config, corpus, geometry, engine, log, progress)
+                names += [BEST] if best else []
+            elif due.validate:
+                progress = dataclasses.replace(progress, validation_due=True)
+            if due.save:
+                save(config, corpus, geometry, engine, progress, names)
+                stopwatch.restart()
+            if stopping:
+                return stopped(stopping, run, progress)
+
     logger.info(f"done: {progress.update} updates, {progress.samples} samples, in {run.save_dir}")
     return EXIT_OK
 
 
-def finished(
-    config: TrainConfig, progress: Progress, plateau: PlateauState, epoch_samples: int
-) -> bool:
+def finished(optimization: OptimizationConfig, progress: Progress, epoch_samples: int) -> bool:
     """Whether one of the run's ends has come."""
-    optimization = config.optimization
     return (
         (0 < optimization.max_update <= progress.update)
         or (0 < optimization.max_epoch <= progress.samples // epoch_samples)
-        or lr_exhausted(progress.update, optimization, plateau)
+        or lr_exhausted(progress.update, optimization, progress.plateau)
     )
 
 
@@ -212,16 +206,15 @@ class Due(NamedTuple):
 
 
 def what_is_due(
-    run: RunConfig, update: int, epoch_before: int, epoch: int, *, last: bool, stopping: bool
+    run: RunConfig, update: int, epochs_before: int, epochs: int, *, last: bool, stopping: bool
 ) -> Due:
-    """`epoch`: whole epochs done after this update, `epoch_before` before it."""
-    epoch_end = epoch > epoch_before
+    """`epochs`: whole epochs done after this update, `epochs_before` before it."""
     validate = (
         last
-        or (epoch_end and epoch % run.validate_interval == 0)
+        or epochs // run.validate_interval > epochs_before // run.validate_interval
         or _every(run.validate_interval_updates, update)
-    ) and not stopping
-    save_epoch = epoch_end and epoch % run.save_interval == 0
+    )
+    save_epoch = epochs // run.save_interval > epochs_before // run.save_interval
     save = validate or save_epoch or _every(run.save_interval_updates, update) or stopping
     return Due(
         log=_every(run.log_interval, update)
@@ -244,8 +237,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     if not config.data.is_dir():
         raise InputError(f"{config.data}: no such folder; give what binarize wrote (its --destdir)")
     languages = config.monolingual_langs or languages_in(config.data, "train")
-    if len(set(languages)) != len(languages):
-        raise InputError(f"--monolingual-langs {','.join(languages)}: a language is named twice")
+    if not languages:
+        raise InputError(f"{config.data}: holds no train.LANG.idx; give what binarize wrote")
+    check_languages(languages, "--monolingual-langs")
     dictionary = Dictionary.load(dictionary_path(config.data, languages))
     train, valid = (
         open_split(
@@ -259,6 +253,11 @@ def open_corpus(config: DataConfig) -> Corpus:
         )
         for split in ("train", "valid")
     )
+    if config.sample_break_mode == "eos":
+        cut = sum(dataset.count_cut() for dataset in train)
+        logger.info(
+            f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"
+        )
     order = build_order([d.blocks for d in train], alpha=config.sampling_alpha, seed=config.seed)
     masking = Masking(seed=config.seed, mask_ratio=config.mask_ratio, vocab_size=len(dictionary))
     return Corpus(dictionary, train, valid, order, masking)
@@ -313,8 +312,6 @@ def build_engine(
         tokens_per_sample=config.data.tokens_per_sample,
     )
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
-    if ranks.rank == 0:
-        (config.run.save_dir / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n")
     model = build_model(shape, seed=config.data.seed)
     found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
     if found is None:
@@ -325,8 +322,9 @@ def build_engine(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
         return Engine(model, settings, ranks), Progress()
+    refuse_if_a_name_is_a_folder(config.run.save_dir)
     manifest = checkpoint.read_manifest(found)
-    check_same_data(config, corpus, manifest, found)
+    check_same_data(config, corpus, geometry, manifest, found)
     checkpoint.load_weights(model, found, manifest)
     engine = Engine(model, settings, ranks)
     progress = checkpoint.read_progress(manifest)
@@ -339,13 +337,27 @@ def build_engine(
     return engine, progress
 
 
+def refuse_if_a_name_is_a_folder(save_dir: Path) -> None:
+    """A run's folder that was copied with its links followed has folders where the links were."""
+    for name in (LAST, BEST):
+        if (save_dir / name).is_dir() and not (save_dir / name).is_symlink():
+            raise InputError(
+                f"{save_dir / name}: is a folder, where a run has a link; go on in a new --save-dir with "
+                f"--restore-file {save_dir / name}"
+            )
+
+
 def check_same_data(
-    config: TrainConfig, corpus: Corpus, manifest: dict[str, Any], folder: Path
+    config: TrainConfig,
+    corpus: Corpus,
+    geometry: Geometry,
+    manifest: Mapping[str, Any],
+    folder: Path,
 ) -> None:
-    """Refuses a dictionary or languages that are not the checkpoint's; says what else changed in the data's order."""
+    """Refuses a dictionary or languages that are not the checkpoint's; says what else changes the samples to come."""
     if manifest["dictionary_sha256"] != corpus.dictionary.sha256:
         raise InputError(
-            f"{config.data.data}/dict.txt is not the dictionary {folder} was trained with; "
+            f"{config.data.data}: its dictionary is not the one {folder} was trained with; "
             "binarize with the dict.txt in that folder as --srcdict"
         )
     if tuple(manifest["languages"]) != corpus.languages:
@@ -353,20 +365,29 @@ def check_same_data(
             f"--monolingual-langs {','.join(corpus.languages)}: {folder} was trained with "
             f"{','.join(manifest['languages'])}, and the order gives the language ids"
         )
-    before = dataclasses.asdict(from_dict(TrainConfig, manifest["configuration"]).data)
-    now = dataclasses.asdict(config.data)
+    trained = dataclasses.asdict(checkpoint.read_configuration(folder, manifest).data)
+    before = {**trained, "blocks": manifest["blocks"], "batch_samples": manifest["batch_samples"]}
+    now = {**dataclasses.asdict(config.data), **order_facts(corpus, geometry)}
     for name in sorted(now.keys() - {"data", "monolingual_langs"}):
         if before[name] != now[name]:
-            logger.info(f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}: "
-                        "the samples from here on are others than they would have been")  # fmt: skip
+            logger.info(
+                f"{name} was {before[name]} and is now {now[name]}: the samples from here on are others than they "
+                "would have been"
+            )
+
+
+def order_facts(corpus: Corpus, geometry: Geometry) -> dict[str, Any]:
+    """What decides the samples of a run beside its flags."""
+    blocks = {dataset.language: dataset.blocks for dataset in corpus.train}
+    return {"blocks": blocks, "batch_samples": geometry.batch}
 
 
 def start_log(
-    config: TrainConfig, corpus: Corpus, geometry: Geometry, ranks: Ranks, progress: Progress
+    config: TrainConfig, corpus: Corpus, geometry: Geometry, engine: Engine, progress: Progress
 ) -> RunLog:
     """Opens the run's files, writes the resolved configuration and says what will happen."""
     run, optimization = config.run, config.optimization
-    active = ranks.rank == 0
+    active = engine.ranks.rank == 0
     log = RunLog(
         run.save_dir,
         run.tensorboard_logdir or run.save_dir / "tensorboard",
@@ -375,8 +396,9 @@ def start_log(
         start=progress.update,
     )
     if active:
-        add_log_file(run.save_dir / "train.log")
         (run.save_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        settings = json.dumps(engine.settings, indent=1)
+        (run.save_dir / "deepspeed.json").write_text(settings + "\n", encoding="utf-8")
     tokens = geometry.batch * config.data.tokens_per_sample
     epoch = corpus.order.epoch_samples
     shares = zip(corpus.train, corpus.order.probabilities, strict=True)
@@ -385,8 +407,8 @@ def start_log(
     logger.info(describe_schedule(optimization))
     logger.info(
         f"batch: {geometry.batch} samples = {tokens} tokens an update ({geometry.rows} rows x "
-        f"{geometry.accumulation} micro-batches x {ranks.world_size} ranks); an epoch is {epoch} samples, "
-        f"{math.ceil(epoch / geometry.batch)} updates"
+        f"{geometry.accumulation} micro-batches x {geometry.world_size} ranks); an epoch is {epoch} samples, "
+        f"{math.ceil(epoch / geometry.batch)} updates; tokens per second are all tokens, not the masked ones alone"
     )
     return log
 
@@ -407,15 +429,40 @@ def seed_dropout(seed: int, update: int, micro: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(key, "little"))
 
 
-def validate(
-    engine: Engine,
+def check_finite(figure: float, progress: Progress, run: RunConfig) -> None:
+    if not math.isfinite(figure):
+        raise InputError(
+            f"loss or gradient is not finite at update {progress.update}; lower --lr or set --clip-norm and start "
+            f"again: the run goes on from its last checkpoint in {run.save_dir}, if it has made one"
+        )
+
+
+def validated(
+    config: TrainConfig,
     corpus: Corpus,
     geometry: Geometry,
-    ranks: Ranks,
+    engine: Engine,
     log: RunLog,
-    update: int,
-) -> float:
-    """Loss in bits per masked token over all languages in full, under fixed masks."""
+    progress: Progress,
+) -> tuple[Progress, bool]:
+    """Validates; returns the progress with the schedule moved, and whether this is the best so far (as good counts)."""
+    figures = validate(engine, corpus, geometry)
+    log.write("valid", progress.update, figures)
+    loss = float(figures["loss"])
+    check_finite(loss, progress, config.run)
+    best = progress.best_valid_loss is None or loss <= progress.best_valid_loss
+    plateau = plateau_after(progress.plateau, loss, config.optimization, update=progress.update)
+    progress = dataclasses.replace(
+        progress,
+        plateau=plateau,
+        best_valid_loss=loss if best else progress.best_valid_loss,
+        validation_due=False,
+    )
+    return progress, best
+
+
+def validate(engine: Engine, corpus: Corpus, geometry: Geometry) -> dict[str, Any]:
+    """Bits per masked token, over all languages in full, under fixed masks."""
 
     def measure(batch: MaskedBatch) -> Tensor:
         """(2,): nats, targets."""
@@ -423,31 +470,33 @@ def validate(
         return torch.stack([x.double().sum() for x in (engine(batch), real)]).cpu()
 
     engine.train(False)
-    sums = torch.stack(
-        [
-            sum_over_split(
-                measure, dataset, language, corpus.masking, draw=0, rows=geometry.rows, ranks=ranks
-            )
-            for language, dataset in enumerate(corpus.valid)
-        ],
-        dim=1,
-    )
-    figures = loss_figures(sums, corpus.languages)
-    log.write("valid", update, figures)
-    return float(figures["loss"])
+    sums = [
+        sum_over_split(
+            measure,
+            dataset,
+            language,
+            corpus.masking,
+            draw=0,
+            rows=geometry.rows,
+            ranks=engine.ranks,
+        )
+        for language, dataset in enumerate(corpus.valid)
+    ]
+    return loss_figures(torch.stack(sums, dim=1), corpus.languages)
 
 
 def save(
     config: TrainConfig,
     corpus: Corpus,
+    geometry: Geometry,
     engine: Engine,
     progress: Progress,
     names: Sequence[str],
-    epoch_samples: int,
 ) -> None:
-    """Writes a checkpoint, points its names at it and deletes those that nothing keeps. All ranks must call it."""
-    run = config.run
-    epoch = 1 + (progress.samples - 1) // epoch_samples
+    """Writes a checkpoint, names it and deletes those that nothing keeps. All ranks must call it."""
+    run, epoch_samples = config.run, corpus.order.epoch_samples
+    # The epoch that has just ended, or else the one that is under way.
+    epoch = max((progress.samples - geometry.batch) // epoch_samples + 1, 1)
     folder = run.save_dir / checkpoint.folder_name(epoch, progress.update)
     description = {
         "configuration": to_dict(config),
@@ -455,27 +504,33 @@ def save(
         "vocab_size": len(corpus.dictionary),
         "dictionary_sha256": corpus.dictionary.sha256,
         "epoch_samples": epoch_samples,
+        **order_facts(corpus, geometry),
+        "interval_save": _every(run.save_interval_updates, progress.update),
     }
-    present = [path for name in COMPANIONS if (path := config.data.data / name).exists()]
-    checkpoint.save_checkpoint(folder, engine, progress, description, present)
-    if engine.ranks.rank == 0:
-        for name in names:
-            checkpoint.point(run.save_dir / name, folder)
-        interval, keep = run.save_interval_updates, run.keep_interval_updates
-        first_kept = 0 if keep < 0 else progress.update - interval * keep + 1
-        checkpoint.prune(
-            run.save_dir,
+    companions = {"dict.txt": corpus.dictionary.text.encode()}
+    for path in (config.data.data / name for name in COMPANIONS):
+        if path.exists():
+            companions[path.name] = path.read_bytes()
+    checkpoint.save_checkpoint(folder, engine, progress, description, companions)
+
+    keep, interval = run.keep_interval_updates, run.save_interval_updates
+    first_kept = progress.update - interval * keep + 1 if keep >= 0 and interval else 0
+    engine.ranks.on_first(
+        lambda: checkpoint.name_checkpoint(
+            folder,
+            names,
             keep_last_epochs=run.keep_last_epochs,
-            keep_update=lambda update: _every(interval, update) and update >= first_kept,
+            keep_update=lambda update: update >= first_kept,
         )
-        logger.info(f"saved {folder} as {', '.join(names)}")
+    )
+    logger.info(f"saved {folder} as {', '.join(names)}")
 
 
-def seconds_left(config: TrainConfig, progress: Progress) -> int | None:
-    if config.optimization.max_update == 0:
-        return None
-    left = config.optimization.max_update - progress.update
-    return round(left * progress.seconds / progress.update)
+def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str, int]:
+    if optimization.max_update == 0:
+        return {}
+    left = optimization.max_update - progress.update
+    return {"seconds_left": round(left * progress.seconds / progress.update)}
 
 
 # ---------------------------------------------------------------------------------------- signals
@@ -493,28 +548,39 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.requested == signal.SIGINT and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED)
         self.requested = self.requested or number
 
 
-def stopped(number: int, config: TrainConfig, progress: Progress) -> int:
-    logger.info(
-        f"stopped after update {progress.update} and saved; the same command goes on from "
-        f"{config.run.save_dir / checkpoint.LAST}"
-    )
+def stopped(number: int, run: RunConfig, progress: Progress) -> int:
+    how = "the same command goes on from it"
+    if run.restore_file != LAST:
+        how = f"to go on from it, leave out --restore-file {run.restore_file}"
+    logger.info(f"stopped after update {progress.update}, saved {run.save_dir / LAST}; {how}")
     return EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def run_folder(save_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """The run's folder, made, cleared of what killed saves left, and this run's alone."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            save_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in(save_dir, "run"))
+            checkpoint.discard_leftovers(save_dir)
+
+        ranks.on_first(take)
+        yield
 
 
 def main(argv: Sequence[str]) -> int:
     config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
     stop = StopSignal()
     ranks = start_ranks()
-    if ranks.rank == 0:
-        config.run.save_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.discard_leftovers(config.run.save_dir)
-    ranks.wait()
-    code = train(config, ranks, stop)
+    with run_folder(config.run.save_dir, ranks):
+        code = train(config, ranks, stop)
     stop_ranks()
     return code
 
