@@ -210,7 +210,9 @@ def as_npy(counts: np.ndarray) -> bytes:
         ("train.ar.json", b"\xff", "not the record"),
         (
             "train.ar.json",
-            json.dumps({"tokens": 7, "dictionary_sha256": SHA256}).encode(),
+            json.dumps(
+                {"language": "ar", "split": "train", "tokens": 7, "dictionary_sha256": SHA256}
+            ).encode(),
             r"says 7 tokens, but the \.bin beside it has 8",
         ),
         ("train.ar.counts.npy", b"", "not a numpy array"),
