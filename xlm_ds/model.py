@@ -132,7 +132,8 @@ class MaskedLmHead(nn.Module):
     def forward(self, hidden: Tensor, token_embedding: Tensor) -> Tensor:
         """Maps (N, d) and the tied (V, d) to fp32 logits (N, V)."""
         hidden = self.norm(self.activation(self.transform(hidden)))
-        # The bias is added in fp32: near a log-probability of -10, bf16 steps are 1/16 wide.
+        # The sum is in fp32: near a log-probability of -10, bf16 steps are 1/16 wide. (A bf16 engine casts the bias
+        # itself too; its fp32 master learns.)
         return F.linear(hidden, token_embedding).float() + self.output_bias
 
 
