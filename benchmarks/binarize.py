@@ -33,10 +33,11 @@ REPEATED_BYTES = 64_000_000
 def repository_text(folder: Path) -> tuple[Path, Path]:
     """The tests' golden text, repeated, and its dictionary."""
     with tarfile.open(ROOT / "tests" / "data" / "golden" / "fairseq.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    once = b"".join(
-        (folder / "text" / f"train.{lg}").read_bytes() for lg in ("ar", "de", "en", "fr", "hi")
-    )
+        members = [archive.extractfile(f"text/train.{lg}") for lg in ("ar", "de", "en", "fr", "hi")]
+        once = b"".join(member.read() for member in members if member is not None)
+        vocabulary = archive.extractfile("vocab.small")
+        assert vocabulary is not None
+        (folder / "vocab.small").write_bytes(vocabulary.read())
     (folder / "text.all").write_bytes(once * (REPEATED_BYTES // len(once)))
     return folder / "text.all", folder / "vocab.small"
 
