@@ -294,7 +294,9 @@ class RunConfig:
     )
     save_interval: int = knob("save every N epochs", default=1, bounds="[1, inf)")
     save_interval_updates: int = knob(
-        "also save every N updates (0: never)", default=0, bounds="[0, inf)"
+        "also save every N updates (0: never); it validates with --validate-interval-updates",
+        default=0,
+        bounds="[0, inf)",
     )
     no_epoch_checkpoints: bool = knob(
         "keep only checkpoint_last and checkpoint_best", default=False
