@@ -21,7 +21,13 @@ def engine(ranks: Ranks) -> Engine:
     return engine
 
 
-DESCRIPTION = {"configuration": {}, "languages": ["en"], "dictionary_sha256": ""}
+DESCRIPTION = {
+    "configuration": {},
+    "languages": ["en"],
+    "dictionary_sha256": "",
+    "blocks": {"en": 1},
+    "batch_samples": 4,
+}
 
 
 @pytest.fixture
@@ -204,6 +210,23 @@ def test_a_lost_link_does_not_start_from_nothing(tmp_path: Path) -> None:
     make_folders(tmp_path, 10)
     with pytest.raises(InputError, match="go on with --restore-file checkpoint_1_10"):
         checkpoint.find_checkpoint(tmp_path, checkpoint.LAST)
+
+    make_folders(tmp_path, 9, 100)
+    with pytest.raises(InputError, match="go on with --restore-file checkpoint_1_100"):
+        checkpoint.find_checkpoint(tmp_path, checkpoint.LAST)
+
+
+def test_a_dangling_link_does_not_start_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / checkpoint.LAST).symlink_to("checkpoint_1_10")
+    with pytest.raises(InputError, match="points at checkpoint_1_10, which is gone"):
+        checkpoint.find_checkpoint(tmp_path, checkpoint.LAST)
+
+
+def test_a_stray_folder_neither_ends_a_run_nor_goes(tmp_path: Path) -> None:
+    make_folders(tmp_path, 10)
+    (tmp_path / "checkpoint_1_5").mkdir()
+    left = name(tmp_path, 10, checkpoint.LAST)
+    assert left == {"checkpoint_1_5", "checkpoint_1_10", checkpoint.LAST}
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, ranks: Ranks) -> None:

@@ -36,7 +36,10 @@ from xlm_ds.schedule import PlateauState
 
 FORMAT = 1
 TENSORS = ("weight", *MOMENTS)
-REQUIRED = ("configuration", "languages", "dictionary_sha256", "progress", "environment", "sha256")
+REQUIRED = (
+    *("configuration", "languages", "dictionary_sha256", "blocks", "batch_samples"),
+    *("progress", "environment", "sha256"),
+)
 LAST, BEST = "checkpoint_last", "checkpoint_best"
 _FOLDER = re.compile(r"checkpoint_(\d+)_(\d+)")
 _EPOCH_NAME = re.compile(r"checkpoint(\d+)")
@@ -182,23 +185,26 @@ def name_checkpoint(
     for epoch in epochs[: max(len(epochs) - keep_last_epochs, 0)] if keep_last_epochs >= 0 else []:
         (save_dir / f"checkpoint{epoch}").unlink()
     named = _named(save_dir)
-    for path in [p for p in save_dir.iterdir() if _FOLDER.fullmatch(p.name)]:
+    for update, path in _folders(save_dir):
         if path.name in named:
             continue
-        match = _FOLDER.fullmatch(path.name)
-        assert match is not None
-        interval = _is_interval_save(path)
-        if (interval and not keep_update(int(match[2]))) or (not interval and path.name in before):
+        try:
+            interval_save = read_manifest(path).get("interval_save", False)
+        except InputError:
+            continue  # damaged, or not ours: not for us to delete, and no reason to end a run
+        if not keep_update(update) if interval_save else path.name in before:
             # Renamed first: a folder that is being deleted must never look like a checkpoint.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")))
 
 
+def _folders(save_dir: Path) -> list[tuple[int, Path]]:
+    """(update, folder) of everything that is named as a checkpoint, the earliest first."""
+    matches = ((_FOLDER.fullmatch(path.name), path) for path in save_dir.iterdir())
+    return sorted((int(match[2]), path) for match, path in matches if match)
+
+
 def _named(save_dir: Path) -> set[str]:
     return {p.readlink().name for p in save_dir.glob("checkpoint*") if p.is_symlink()}
-
-
-def _is_interval_save(folder: Path) -> bool:
-    return bool(read_manifest(folder).get("interval_save", False))
 
 
 # ------------------------------------------------------------------------------------------- read
@@ -214,11 +220,17 @@ def find_checkpoint(save_dir: Path, restore_file: str) -> Path | None:
         raise InputError(
             f"--restore-file {restore_file}: neither in {save_dir} nor a path that exists"
         )
-    there = sorted(p.name for p in save_dir.glob("checkpoint_*_*")) if save_dir.is_dir() else []
+    there = _folders(save_dir) if save_dir.is_dir() else []
     if there:
+        latest = there[-1][1].name
         raise InputError(
-            f"{save_dir}: holds {', '.join(there)} but no {LAST}; go on with --restore-file {there[-1]}, "
-            "or give another --save-dir"
+            f"{save_dir}: holds {', '.join(path.name for _, path in there)} but no {LAST}; go on with "
+            f"--restore-file {latest}, or give another --save-dir"
+        )
+    if (save_dir / LAST).is_symlink():
+        raise InputError(
+            f"{save_dir / LAST}: points at {(save_dir / LAST).readlink()}, which is gone; bring it back, or give "
+            "another --save-dir"
         )
     return None
 
@@ -274,10 +286,15 @@ def load_tensors(folder: Path, manifest: Mapping[str, Any], kind: str) -> dict[s
 
 def load_weights(model: torch.nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Copies a checkpoint's weights into `model`. Raises InputError if it is of another architecture."""
-    weights = load_tensors(folder, manifest, "weight")
+    copy_weights(model, load_tensors(folder, manifest, "weight"), folder)
+
+
+def copy_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Copies the weights that were read from `folder` into `model`; raises as load_weights."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            found = weights.pop(name, None)
+        for name, parameter in parameters.items():
+            found = weights.get(name)
             if found is None or found.shape != parameter.shape:
                 shape = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
                 raise InputError(
@@ -285,10 +302,9 @@ def load_weights(model: torch.nn.Module, folder: Path, manifest: Mapping[str, An
                     f"{shape} in the checkpoint; give the flags it was trained with (manifest.json lists them)"
                 )
             parameter.copy_(found)
-    if weights:
-        raise InputError(
-            f"{folder}: another architecture: it has {next(iter(weights))}, unknown here"
-        )
+    unknown = next((name for name in weights if name not in parameters), None)
+    if unknown is not None:
+        raise InputError(f"{folder}: another architecture: it has {unknown}, unknown here")
 
 
 def load_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

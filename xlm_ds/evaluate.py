@@ -28,7 +28,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from xlm_ds.architectures import build_model, shape_from_config
-from xlm_ds.batches import MaskedBatch, Masking, build_batch, evaluation_batches, rank_slice
+from xlm_ds.batches import (
+    MaskedBatch,
+    Masking,
+    build_batch,
+    evaluation_batches,
+    rank_slice,
+    rows_that_fit,
+)
 from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
 from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
@@ -213,7 +220,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
         )
         return dataset
 
-    rows = _rows(config.max_tokens, trained.data.tokens_per_sample)
+    rows = rows_that_fit(config.max_tokens, trained.data.tokens_per_sample)
     masking = Masking(
         seed=config.seed, mask_ratio=trained.data.mask_ratio, vocab_size=len(dictionary)
     )
@@ -234,15 +241,6 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
         )
         logger.info(f"{language}: perplexity {scores[-1].perplexity:.1f}")
     return [*scores, overall(scores)]
-
-
-def _rows(max_tokens: int, tokens_per_sample: int) -> int:
-    if max_tokens < tokens_per_sample:
-        raise InputError(
-            f"--max-tokens {max_tokens} is below the model's --tokens-per-sample {tokens_per_sample}; "
-            "one sample must fit"
-        )
-    return max_tokens // tokens_per_sample
 
 
 def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> None:

@@ -61,7 +61,7 @@ def loss_figures(sums: Tensor, languages: Sequence[str]) -> dict[str, Any]:
 
 
 class RunLog:
-    """The run's files of figures; on ranks other than 0 it does nothing."""
+    """The run's files of figures, in a `save_dir` that is there; on ranks other than 0 it does nothing."""
 
     def __init__(
         self, save_dir: Path, tensorboard: Path, *, active: bool, updates: int, start: int
@@ -69,7 +69,6 @@ class RunLog:
         self._active = active
         if not active:
             return
-        save_dir.mkdir(parents=True, exist_ok=True)
         self._file = (save_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
         self._bar = tqdm(

@@ -54,7 +54,8 @@ from xlm_ds.architectures import (
     shape_from_config,
     unigram_log_probabilities,
 )
-from xlm_ds.batches import MaskedBatch, Masking, build_batch, count_targets
+from xlm_ds.batches import MaskedBatch, Masking, build_batch, count_targets, rows_that_fit
+from xlm_ds.binarize import COMPANIONS
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
 from xlm_ds.dictionary import PAD, Dictionary
@@ -79,8 +80,6 @@ from xlm_ds.schedule import (
     lr_exhausted,
     plateau_after,
 )
-
-COMPANIONS = ("codes", "prepare.json")  # what new text needs beside the dictionary
 
 
 class Corpus(NamedTuple):
@@ -271,12 +270,7 @@ def with_languages(config: TrainConfig, languages: tuple[str, ...]) -> TrainConf
 
 def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_size: int) -> Geometry:
     """Raises InputError if no sample fits, or if --global-batch-tokens cannot be divided among the ranks."""
-    rows = config.max_tokens // tokens_per_sample
-    if rows == 0:
-        raise InputError(
-            f"--max-tokens {config.max_tokens} is below --tokens-per-sample {tokens_per_sample}; "
-            "one sample must fit"
-        )
+    rows = rows_that_fit(config.max_tokens, tokens_per_sample)
     if config.global_batch_tokens is None:
         return Geometry(rows, config.update_freq, world_size)
     samples, rest = divmod(config.global_batch_tokens, tokens_per_sample)
@@ -313,6 +307,7 @@ def build_engine(
     )
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
     model = build_model(shape, seed=config.data.seed)
+    refuse_if_a_name_is_a_folder(config.run.save_dir)
     found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
     if found is None:
         if config.model.init_output_bias == "unigram":
@@ -322,14 +317,14 @@ def build_engine(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
         return Engine(model, settings, ranks), Progress()
-    refuse_if_a_name_is_a_folder(config.run.save_dir)
     manifest = checkpoint.read_manifest(found)
     check_same_data(config, corpus, geometry, manifest, found)
-    checkpoint.load_weights(model, found, manifest)
+    state = checkpoint.load_state(found, manifest)
+    checkpoint.copy_weights(model, {name: kinds["weight"] for name, kinds in state.items()}, found)
     engine = Engine(model, settings, ranks)
     progress = checkpoint.read_progress(manifest)
     engine.load_state(
-        checkpoint.load_state(found, manifest),
+        state,
         update=progress.update,
         warm_up_batch=micro_batch(corpus, geometry, 0, 0, ranks),
     )
