@@ -20,6 +20,7 @@ FLOORS = [
     {"dataset"},
     {"order"},
     {"batches"},
+    {"corpus"},
     {"model", "architectures", "schedule", "metrics"},
     {"engine"},
     {"checkpoint"},

@@ -14,10 +14,11 @@ import torch
 
 from xlm_ds import checkpoint, train
 from xlm_ds.config import OptimizationConfig, RunConfig, TrainConfig
+from xlm_ds.corpus import Geometry, batch_geometry, open_corpus
 from xlm_ds.engine import CONFIG_DIRECTORY, Ranks
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
-from xlm_ds.train import Geometry, batch_geometry, what_is_due
+from xlm_ds.train import what_is_due
 
 SHAPE = [
     "--encoder-layers=2",
@@ -237,7 +238,7 @@ def test_bad_input_is_refused_in_one_sentence(run: Any, flags: list[str], expect
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     config = parse(TrainConfig, [str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="no such folder"):
-        train.open_corpus(config.data)
+        open_corpus(config.data)
 
 
 # ------------------------------------------------------------------------------- pure decisions

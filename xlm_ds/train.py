@@ -23,11 +23,9 @@ from typing import Any, NamedTuple
 
 from xlm_ds.config import (
     TRAIN_ANSWERED,
-    DataConfig,
     OptimizationConfig,
     RunConfig,
     TrainConfig,
-    check_languages,
 )
 from xlm_ds.flags import before_slow_imports, parse, to_dict, to_toml
 from xlm_ds.log import (
@@ -54,11 +52,18 @@ from xlm_ds.architectures import (
     shape_from_config,
     unigram_log_probabilities,
 )
-from xlm_ds.batches import MaskedBatch, Masking, build_batch, count_targets, rows_that_fit
+from xlm_ds.batches import MaskedBatch, count_targets
 from xlm_ds.binarize import COMPANIONS
 from xlm_ds.checkpoint import BEST, LAST, Progress
-from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
-from xlm_ds.dictionary import PAD, Dictionary
+from xlm_ds.corpus import (
+    Corpus,
+    Geometry,
+    batch_geometry,
+    micro_batch,
+    open_corpus,
+    order_facts,
+)
+from xlm_ds.dictionary import PAD
 from xlm_ds.engine import (
     Engine,
     Ranks,
@@ -72,7 +77,6 @@ from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in
 from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
 from xlm_ds.model import parameter_count
-from xlm_ds.order import Order, build_order
 from xlm_ds.schedule import (
     check_schedule,
     describe_schedule,
@@ -80,33 +84,6 @@ from xlm_ds.schedule import (
     lr_exhausted,
     plateau_after,
 )
-
-
-class Corpus(NamedTuple):
-    """Everything the run reads."""
-
-    dictionary: Dictionary
-    train: tuple[TokenDataset, ...]  # by language id
-    valid: tuple[TokenDataset, ...]
-    order: Order
-    masking: Masking
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return tuple(dataset.language for dataset in self.train)
-
-
-class Geometry(NamedTuple):
-    """How the samples of one update are divided."""
-
-    rows: int  # per rank and micro-batch
-    accumulation: int  # micro-batches per rank
-    world_size: int
-
-    @property
-    def batch(self) -> int:
-        return self.rows * self.accumulation * self.world_size
-
 
 # ------------------------------------------------------------------------------------- the loop
 
@@ -139,7 +116,10 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
             )
             for micro in range(geometry.accumulation):
                 seed_dropout(data.seed, progress.update, micro, ranks.rank)
-                batch = micro_batch(corpus, geometry, progress.samples, micro, ranks)
+                batch = micro_batch(
+                    corpus, geometry, first=progress.samples, micro=micro, rank=ranks.rank
+                )
+                batch = on_device(batch, ranks.device)
                 losses = engine(batch)
                 # The gradient is the mean over all masked tokens of the batch: DeepSpeed divides by both factors.
                 engine.backward(losses.sum() * (geometry.accumulation * ranks.world_size / targets))
@@ -231,59 +211,10 @@ def _every(interval: int, update: int) -> bool:
 # -------------------------------------------------------------------------------------- its parts
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Opens dictionary, training and validation data and lays out the order. Reads no tokens."""
-    if not config.data.is_dir():
-        raise InputError(f"{config.data}: no such folder; give what binarize wrote (its --destdir)")
-    languages = config.monolingual_langs or languages_in(config.data, "train")
-    if not languages:
-        raise InputError(f"{config.data}: holds no train.LANG.idx; give what binarize wrote")
-    check_languages(languages, "--monolingual-langs")
-    dictionary = Dictionary.load(dictionary_path(config.data, languages))
-    train, valid = (
-        open_split(
-            config.data,
-            split,
-            languages,
-            tokens_per_sample=config.tokens_per_sample,
-            break_mode=config.sample_break_mode,
-            vocab_size=len(dictionary),
-            dictionary_sha256=dictionary.sha256,
-        )
-        for split in ("train", "valid")
-    )
-    if config.sample_break_mode == "eos":
-        cut = sum(dataset.count_cut() for dataset in train)
-        logger.info(
-            f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"
-        )
-    order = build_order([d.blocks for d in train], alpha=config.sampling_alpha, seed=config.seed)
-    masking = Masking(seed=config.seed, mask_ratio=config.mask_ratio, vocab_size=len(dictionary))
-    return Corpus(dictionary, train, valid, order, masking)
-
-
 def with_languages(config: TrainConfig, languages: tuple[str, ...]) -> TrainConfig:
     """The configuration with the languages that were found where none were named."""
     data = dataclasses.replace(config.data, monolingual_langs=languages)
     return dataclasses.replace(config, data=data)
-
-
-def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_size: int) -> Geometry:
-    """Raises InputError if no sample fits, or if --global-batch-tokens cannot be divided among the ranks."""
-    rows = rows_that_fit(config.max_tokens, tokens_per_sample)
-    if config.global_batch_tokens is None:
-        return Geometry(rows, config.update_freq, world_size)
-    samples, rest = divmod(config.global_batch_tokens, tokens_per_sample)
-    if rest or samples == 0 or samples % world_size:
-        unit = tokens_per_sample * world_size
-        nearest = max(round(config.global_batch_tokens / unit), 1) * unit
-        raise InputError(
-            f"--global-batch-tokens {config.global_batch_tokens} cannot be divided into samples of "
-            f"{tokens_per_sample} tokens for {world_size} ranks; the nearest that can is {nearest}"
-        )
-    per_rank = samples // world_size
-    rows = next(r for r in range(min(rows, per_rank), 0, -1) if per_rank % r == 0)
-    return Geometry(rows, per_rank // rows, world_size)
 
 
 def build_engine(
@@ -326,7 +257,9 @@ def build_engine(
     engine.load_state(
         state,
         update=progress.update,
-        warm_up_batch=micro_batch(corpus, geometry, 0, 0, ranks),
+        warm_up_batch=on_device(
+            micro_batch(corpus, geometry, first=0, micro=0, rank=ranks.rank), ranks.device
+        ),
     )
     logger.info(f"going on from {found}: update {progress.update}, {progress.samples} samples")
     return engine, progress
@@ -371,12 +304,6 @@ def check_same_data(
             )
 
 
-def order_facts(corpus: Corpus, geometry: Geometry) -> dict[str, Any]:
-    """What decides the samples of a run beside its flags."""
-    blocks = {dataset.language: dataset.blocks for dataset in corpus.train}
-    return {"blocks": blocks, "batch_samples": geometry.batch}
-
-
 def start_log(
     config: TrainConfig, corpus: Corpus, geometry: Geometry, engine: Engine, progress: Progress
 ) -> RunLog:
@@ -406,16 +333,6 @@ def start_log(
         f"{math.ceil(epoch / geometry.batch)} updates; tokens per second are all tokens, not the masked ones alone"
     )
     return log
-
-
-def micro_batch(
-    corpus: Corpus, geometry: Geometry, first: int, micro: int, ranks: Ranks
-) -> MaskedBatch:
-    """A micro-batch of this rank's part, a contiguous slice of the update that begins at sample `first`."""
-    per_rank = geometry.rows * geometry.accumulation
-    start = first + ranks.rank * per_rank + micro * geometry.rows
-    samples = corpus.order.samples(start, geometry.rows)
-    return on_device(build_batch(corpus.train, samples, corpus.masking), ranks.device)
 
 
 def seed_dropout(seed: int, update: int, micro: int, rank: int) -> None:

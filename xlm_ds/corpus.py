@@ -1,0 +1,106 @@
+"""What a run reads, and how the samples of an update are divided among ranks and micro-batches.
+
+corpus = open_corpus(config.data)
+geometry = batch_geometry(config.optimization, config.data.tokens_per_sample, world_size=2)
+batch = micro_batch(corpus, geometry, first=0, micro=0, rank=1)      # on the CPU
+"""
+
+from typing import Any, NamedTuple
+
+from xlm_ds.batches import MaskedBatch, Masking, build_batch, rows_that_fit
+from xlm_ds.config import DataConfig, OptimizationConfig, check_languages
+from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
+from xlm_ds.dictionary import Dictionary
+from xlm_ds.log import InputError, logger
+from xlm_ds.order import Order, build_order
+
+
+class Corpus(NamedTuple):
+    """Everything the run reads."""
+
+    dictionary: Dictionary
+    train: tuple[TokenDataset, ...]  # by language id
+    valid: tuple[TokenDataset, ...]
+    order: Order
+    masking: Masking
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(dataset.language for dataset in self.train)
+
+
+class Geometry(NamedTuple):
+    """How the samples of one update are divided."""
+
+    rows: int  # per rank and micro-batch
+    accumulation: int  # micro-batches per rank
+    world_size: int
+
+    @property
+    def batch(self) -> int:
+        return self.rows * self.accumulation * self.world_size
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens dictionary, training and validation data and lays out the order. Reads no tokens."""
+    if not config.data.is_dir():
+        raise InputError(f"{config.data}: no such folder; give what binarize wrote (its --destdir)")
+    languages = config.monolingual_langs or languages_in(config.data, "train")
+    if not languages:
+        raise InputError(f"{config.data}: holds no train.LANG.idx; give what binarize wrote")
+    check_languages(languages, "--monolingual-langs")
+    dictionary = Dictionary.load(dictionary_path(config.data, languages))
+    train, valid = (
+        open_split(
+            config.data,
+            split,
+            languages,
+            tokens_per_sample=config.tokens_per_sample,
+            break_mode=config.sample_break_mode,
+            vocab_size=len(dictionary),
+            dictionary_sha256=dictionary.sha256,
+        )
+        for split in ("train", "valid")
+    )
+    if config.sample_break_mode == "eos":
+        cut = sum(dataset.count_cut() for dataset in train)
+        logger.info(
+            f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"
+        )
+    order = build_order([d.blocks for d in train], alpha=config.sampling_alpha, seed=config.seed)
+    masking = Masking(seed=config.seed, mask_ratio=config.mask_ratio, vocab_size=len(dictionary))
+    return Corpus(dictionary, train, valid, order, masking)
+
+
+def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_size: int) -> Geometry:
+    """Raises InputError if no sample fits, or if --global-batch-tokens cannot be divided among the ranks."""
+    rows = rows_that_fit(config.max_tokens, tokens_per_sample)
+    if config.global_batch_tokens is None:
+        return Geometry(rows, config.update_freq, world_size)
+    samples, rest = divmod(config.global_batch_tokens, tokens_per_sample)
+    if rest or samples == 0 or samples % world_size:
+        unit = tokens_per_sample * world_size
+        nearest = max(round(config.global_batch_tokens / unit), 1) * unit
+        raise InputError(
+            f"--global-batch-tokens {config.global_batch_tokens} cannot be divided into samples of "
+            f"{tokens_per_sample} tokens for {world_size} ranks; the nearest that can is {nearest}"
+        )
+    per_rank = samples // world_size
+    rows = next(r for r in range(min(rows, per_rank), 0, -1) if per_rank % r == 0)
+    return Geometry(rows, per_rank // rows, world_size)
+
+
+def micro_batch(
+    corpus: Corpus, geometry: Geometry, *, first: int, micro: int, rank: int
+) -> MaskedBatch:
+    """A micro-batch of a rank's part, a contiguous slice of the update that begins at sample `first`."""
+    per_rank = geometry.rows * geometry.accumulation
+    start = first + rank * per_rank + micro * geometry.rows
+    samples = corpus.order.samples(start, geometry.rows)
+    return build_batch(corpus.train, samples, corpus.masking)
+
+
+def order_facts(corpus: Corpus, geometry: Geometry) -> dict[str, Any]:
+    """What decides the samples of a run beside its flags."""
+    blocks = {dataset.language: dataset.blocks for dataset in corpus.train}
+    return {"blocks": blocks, "batch_samples": geometry.batch}
