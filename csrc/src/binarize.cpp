@@ -19,8 +19,6 @@
 namespace xlm_ds {
 namespace {
 
-constexpr std::string_view kUnkSymbol = "<unk>";
-
 /// Reads the text again up to the bad byte: counting lines on the way would slow every good text.
 [[noreturn]] void refuse_byte(const std::filesystem::path& path, std::uint64_t offset, char found) {
   constexpr std::string_view kDigits = "0123456789abcdef";
@@ -35,9 +33,13 @@ constexpr std::string_view kUnkSymbol = "<unk>";
                    " is not UTF-8; convert the file to UTF-8");
 }
 
-void check_utf8(const std::filesystem::path& path, const Chunk& chunk) {
-  const std::size_t bad = first_invalid_utf8(chunk.text);
-  if (bad != chunk.text.size()) refuse_byte(path, chunk.offset + bad, chunk.text[bad]);
+/// Refuses a part of the chunk that is not UTF-8. A symbol of the dictionary is, and so is every blank: when ids are
+/// made, only unknown words need a look.
+void check_utf8(const std::filesystem::path& path, const Chunk& chunk, std::string_view part) {
+  const std::size_t bad = first_invalid_utf8(part);
+  if (bad == part.size()) return;
+  const auto offset = static_cast<std::size_t>(part.data() - chunk.text.data()) + bad;
+  refuse_byte(path, chunk.offset + offset, part[bad]);
 }
 
 /// Calls take(words) for every block of the chunk's words and line ends.
@@ -50,24 +52,20 @@ void for_each_block(const Chunk& chunk, Take take) {
   }
 }
 
-/// Appends id + bias as Element, little-endian.
+/// Writes id + bias as Element, little-endian.
 template <typename Element, std::uint32_t bias>
-void append_ids(std::span<const std::uint32_t> ids, std::vector<std::byte>& bytes) {
-  const std::size_t before = bytes.size();
-  bytes.resize(before + ids.size() * sizeof(Element));
-  std::byte* to = bytes.data() + before;
-  for (const std::uint32_t id : ids) {
-    const auto element = static_cast<Element>(id + bias);
-    std::memcpy(to, &element, sizeof(element));
-    to += sizeof(element);
+void store_ids(std::span<const std::uint32_t> ids, std::byte* to) {
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const auto element = static_cast<Element>(ids[i] + bias);
+    std::memcpy(to + i * sizeof(element), &element, sizeof(element));
   }
 }
 
-using AppendIds = void (*)(std::span<const std::uint32_t>, std::vector<std::byte>&);
+using StoreIds = void (*)(std::span<const std::uint32_t>, std::byte*);
 
-AppendIds append_ids_of(IndexKind kind, Dtype dtype) {
-  if (kind == IndexKind::lazy) return append_ids<std::int32_t, 1>;
-  return dtype == Dtype::uint16 ? append_ids<std::uint16_t, 0> : append_ids<std::uint32_t, 0>;
+StoreIds store_ids_of(IndexKind kind, Dtype dtype) {
+  if (kind == IndexKind::lazy) return store_ids<std::int32_t, 1>;
+  return dtype == Dtype::uint16 ? store_ids<std::uint16_t, 0> : store_ids<std::uint32_t, 0>;
 }
 
 /// What has been written so far; changed only by the chunk whose turn it is.
@@ -84,43 +82,46 @@ struct Written {
 class ChunkEncoder {
  public:
   ChunkEncoder(const std::filesystem::path& text_path, const Dictionary& dictionary,
-               AppendIds append_ids, Written& written)
+               StoreIds store_ids, std::size_t id_bytes, Written& written)
       : text_path_(&text_path),
         dictionary_(&dictionary),
-        append_ids_(append_ids),
+        store_ids_(store_ids),
+        id_bytes_(id_bytes),
         written_(&written),
         id_counts_(dictionary.size()) {}
 
   void read(const Chunk& chunk) {
-    check_utf8(*text_path_, chunk);
-    bytes_.clear();
+    // Every token has a byte of its own in the text, if only its line's end. Never shrunk: filling
+    // with zeros again for every chunk would cost.
+    bytes_.resize(std::max(bytes_.size(), chunk.text.size() * id_bytes_));
+    tokens_ = 0;
+    line_begin_ = 0;
     line_lengths_.clear();
-    open_line_tokens_ = 0;
-    for_each_block(chunk, [this](auto words) { encode(words); });
+    for_each_block(chunk, [&](auto words) { encode(chunk, words); });
   }
 
   /// Joins the chunk to those before it: its first line may have begun there.
   void in_turn() {
-    data_offset_ = std::exchange(written_->data_bytes, written_->data_bytes + bytes_.size());
+    data_offset_ = written_->data_bytes;
+    written_->data_bytes += tokens_ * id_bytes_;
     lengths_offset_ = written_->lines * sizeof(std::uint32_t);
     if (line_lengths_.empty()) {
-      written_->open_line_tokens += open_line_tokens_;
+      written_->open_line_tokens += tokens_;
       return;
     }
     line_lengths_.front() = checked_length(written_->open_line_tokens + line_lengths_.front());
-    written_->open_line_tokens = open_line_tokens_;
+    written_->open_line_tokens = tokens_ - line_begin_;
     written_->lines += line_lengths_.size();
     written_->blank_lines += static_cast<std::uint64_t>(std::ranges::count(line_lengths_, 1U));
   }
 
   void after_turn() const {
-    written_->data.write_at(data_offset_, bytes_);
+    written_->data.write_at(data_offset_, std::span(bytes_).first(tokens_ * id_bytes_));
     written_->line_lengths.write_at(lengths_offset_, std::as_bytes(std::span(line_lengths_)));
   }
 
   void add_to(TextCounts& sum) const {
     for (std::size_t id = 0; id < id_counts_.size(); ++id) sum.by_id[id] += id_counts_[id];
-    sum.literal_specials += literal_specials_;
     sum.unknown += unknown_;
   }
 
@@ -129,34 +130,41 @@ class ChunkEncoder {
     return narrow_or_throw<std::uint32_t>(tokens, "tokens in one line");
   }
 
-  void encode(std::span<const std::string_view> words) {
-    std::array<std::uint32_t, kWordsPerBlock> block;
-    const auto ids = std::span(block).first(words.size());
-    dictionary_->look_up(words, ids);
-    append_ids_(ids, bytes_);
+  void encode(const Chunk& chunk, std::span<const std::string_view> words) {
+    std::array<std::uint32_t, kWordsPerBlock> id_block;
+    std::array<std::uint32_t, kWordsPerBlock> unknown_block;
+    std::array<std::uint32_t, kWordsPerBlock> line_end_block;
+    const auto ids = std::span(id_block).first(words.size());
+    const auto unknown = std::span(unknown_block).first(words.size());
+    const auto unknown_words = unknown.first(dictionary_->look_up(words, ids, unknown));
+    for (const std::uint32_t place : unknown_words) check_utf8(*text_path_, chunk, words[place]);
+    unknown_ += unknown_words.size();
+    store_ids_(ids, bytes_.data() + tokens_ * id_bytes_);
+    std::size_t line_ends = 0;
     for (std::size_t i = 0; i < words.size(); ++i) {
       ++id_counts_[ids[i]];
-      ++open_line_tokens_;
-      if (words[i].empty()) {
-        line_lengths_.push_back(checked_length(std::exchange(open_line_tokens_, 0)));
-      } else if (ids[i] < kSpecials) {
-        const bool unknown = ids[i] == kUnk && words[i] != kUnkSymbol;
-        ++(unknown ? unknown_ : literal_specials_);
-      }
+      line_end_block[line_ends] = static_cast<std::uint32_t>(i);
+      line_ends += words[i].empty() ? 1 : 0;  // without a branch: lines end where nobody can foresee
     }
+    for (const std::uint32_t place : std::span(line_end_block).first(line_ends)) {
+      const std::uint64_t line_end = tokens_ + place + 1;
+      line_lengths_.push_back(checked_length(line_end - std::exchange(line_begin_, line_end)));
+    }
+    tokens_ += words.size();
   }
 
   const std::filesystem::path* text_path_;
   const Dictionary* dictionary_;
-  AppendIds append_ids_;
+  StoreIds store_ids_;
+  std::size_t id_bytes_;
   Written* written_;
   std::vector<std::uint64_t> id_counts_;
   std::uint64_t unknown_ = 0;
-  std::uint64_t literal_specials_ = 0;
   // of the present chunk:
-  std::vector<std::byte> bytes_;
+  std::vector<std::byte> bytes_;  // `tokens_` ids, and room
+  std::uint64_t tokens_ = 0;
+  std::uint64_t line_begin_ = 0;  // the token that the line not yet ended begins with
   std::vector<std::uint32_t> line_lengths_;
-  std::uint64_t open_line_tokens_ = 0;
   std::uint64_t data_offset_ = 0;
   std::uint64_t lengths_offset_ = 0;
 };
@@ -167,7 +175,7 @@ class ChunkCounter {
   explicit ChunkCounter(const std::filesystem::path& text_path) : text_path_(&text_path) {}
 
   void read(const Chunk& chunk) {
-    check_utf8(*text_path_, chunk);
+    check_utf8(*text_path_, chunk, chunk.text);
     for_each_block(chunk, [this](auto words) {
       for (const std::string_view word : words) {
         if (!word.empty()) count(word, 1);
@@ -214,7 +222,7 @@ TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionar
   Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.temporary)};
   std::vector<ChunkEncoder> encoders(
       std::max<std::size_t>(threads, 1),
-      ChunkEncoder(text_path, dictionary, append_ids_of(kind, dtype), written));
+      ChunkEncoder(text_path, dictionary, store_ids_of(kind, dtype), element_bytes(dtype), written));
   read_in_order(reader, std::span(encoders), progress);
   if (!progress.cancelled()) {
     const MappedFile line_lengths(paths.temporary);
@@ -227,6 +235,8 @@ TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionar
                     .blank_lines = written.blank_lines,
                     .by_id = std::vector<std::uint64_t>(dictionary.size())};
   for (const ChunkEncoder& encoder : encoders) encoder.add_to(counts);
+  counts.literal_specials = counts.by_id[kBos] + counts.by_id[kPad] + counts.by_id[kMask] +
+                            (counts.by_id[kEos] - counts.lines) + (counts.by_id[kUnk] - counts.unknown);
   return counts;
 }
 

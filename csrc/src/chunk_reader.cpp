@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <span>
 
-#include "xlm_ds/words.hpp"
-
 namespace xlm_ds {
 namespace {
 

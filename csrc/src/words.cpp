@@ -1,12 +1,14 @@
 #include "xlm_ds/words.hpp"
 
 #include <algorithm>
-#include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
 namespace xlm_ds {
 namespace {
+
+constexpr std::size_t kBlankBytes = 3;  // of the longest
 
 std::uint8_t byte_at(const char* at) noexcept { return static_cast<std::uint8_t>(*at); }
 
@@ -33,23 +35,8 @@ bool eight_ascii_bytes(const char* at) noexcept {
   return (bytes & 0x8080808080808080) == 0;
 }
 
-enum class Kind : std::uint8_t { word, blank, line_feed, carriage_return, perhaps_blank };
-
-/// What a byte can be the first of. The 29 blanks are those of Python's str.split, as in fairseq.
-constexpr std::array<Kind, 256> kKinds = [] {
-  std::array<Kind, 256> kinds{};
-  for (const std::size_t c : {0x09, 0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x1F, 0x20}) {
-    kinds[c] = Kind::blank;
-  }
-  for (const std::size_t c : {0xC2, 0xE1, 0xE2, 0xE3}) kinds[c] = Kind::perhaps_blank;
-  kinds['\n'] = Kind::line_feed;
-  kinds['\r'] = Kind::carriage_return;
-  return kinds;
-}();
-
-Kind kind_of(const char* at) noexcept { return kKinds[byte_at(at)]; }
-
-/// Length of the blank at `at`, which is of kind perhaps_blank; 0 if it is another character.
+/// Bytes of the blank at `at`, which is one of ByteMarks::leads; 0 if it is another character.
+/// Reads two bytes more.
 std::size_t blank_length(const char* at) noexcept {
   const std::uint8_t second = byte_at(at + 1);
   if (byte_at(at) == 0xC2) return second == 0x85 || second == 0xA0 ? 2 : 0;
@@ -66,16 +53,6 @@ std::size_t blank_length(const char* at) noexcept {
     default:
       return 0;
   }
-}
-
-/// The first byte at or after `at` that is not part of a word.
-const char* word_end(const char* at, const char* end) noexcept {
-  while (at != end) {
-    const Kind kind = kind_of(at);
-    if (kind != Kind::word && (kind != Kind::perhaps_blank || blank_length(at) != 0)) break;
-    ++at;
-  }
-  return at;
 }
 
 /// Bytes of the line end at `at`: LF, CR, or both.
@@ -112,23 +89,82 @@ std::size_t count_line_ends(std::string_view text) noexcept {
   return count;
 }
 
+void WordSplitter::read_window() noexcept {
+  window_ = next_window_;
+  const auto left = static_cast<std::size_t>(end_ - window_);
+  const std::size_t bytes = std::min(left, kWindowMarks * kMarkedBytes);
+  marks_ = (bytes + kMarkedBytes - 1) / kMarkedBytes;
+  std::uint64_t after_blank = 1;  // a window begins at a blank, or where a word may begin
+  std::uint64_t overhang = 0;     // bytes of the last blank that belong to the next set
+  for (std::size_t i = 0; i < marks_; ++i) {
+    const char* text = window_ + i * kMarkedBytes;
+    const std::size_t text_bytes = left - i * kMarkedBytes;
+    std::array<char, kMarkedBytes + kBlankBytes - 1> copy;
+    if (text_bytes < copy.size()) {
+      copy.fill('\0');
+      std::copy_n(text, text_bytes, copy.begin());
+      text = copy.data();
+    }
+    const ByteMarks marks = mark_bytes(text);
+    std::uint64_t blanks = marks.blanks | overhang;
+    overhang = 0;
+    for (std::uint64_t leads = marks.leads; leads != 0; leads &= leads - 1) {
+      const auto at = static_cast<std::size_t>(std::countr_zero(leads));
+      const std::uint64_t blank = (std::uint64_t{1} << blank_length(text + at)) - 1;
+      blanks |= blank << at;
+      if (at != 0) overhang |= blank >> (kMarkedBytes - at);
+    }
+    std::uint64_t line_ends = marks.line_feeds | marks.returns;
+    for (std::uint64_t returns = marks.returns; returns != 0; returns &= returns - 1) {
+      const auto at = static_cast<std::size_t>(std::countr_zero(returns));
+      if (text[at + 1] == '\n') line_ends &= ~(std::uint64_t{1} << at);
+    }
+    if (text_bytes < kMarkedBytes) blanks |= ~std::uint64_t{0} << text_bytes;
+    blanks_[i] = blanks;
+    begins_[i] = (~blanks & (blanks << 1 | after_blank)) | line_ends;
+    after_blank = blanks >> (kMarkedBytes - 1);
+  }
+  blanks_[marks_] = 0;
+  next_window_ = window_ + bytes + std::popcount(overhang);
+}
+
+const char* WordSplitter::word_end(const char* begin) const noexcept {
+  WordSplitter rest(std::string_view(begin, static_cast<std::size_t>(end_ - begin)));
+  do {
+    rest.read_window();
+    for (std::size_t i = 0; i < rest.marks_; ++i) {
+      if (rest.blanks_[i] != 0) {
+        const std::size_t at = i * kMarkedBytes + static_cast<std::size_t>(std::countr_zero(rest.blanks_[i]));
+        return std::min(rest.window_ + at, end_);
+      }
+    }
+  } while (rest.next_window_ != end_);
+  return end_;
+}
+
 std::size_t WordSplitter::next(std::span<std::string_view> words) noexcept {
   std::size_t count = 0;
-  while (count < words.size() && at_ != end_) {
-    const Kind kind = kind_of(at_);
-    if (kind == Kind::line_feed || kind == Kind::carriage_return) {
-      words[count++] = {at_, 0};
-      at_ += line_end_length(at_, end_);
-    } else if (kind == Kind::blank) {
-      ++at_;
-    } else if (const std::size_t blank = kind == Kind::perhaps_blank ? blank_length(at_) : 0;
-               blank != 0) {
-      at_ += blank;
-    } else {
-      const char* const begin = at_;
-      at_ = word_end(at_, end_);
-      words[count++] = {begin, static_cast<std::size_t>(at_ - begin)};
+  while (count < words.size()) {
+    if (open_ == 0) {
+      if (++mark_ >= marks_) {
+        if (next_window_ == end_) break;
+        read_window();
+        mark_ = 0;
+      }
+      open_ = begins_[mark_];
+      continue;
     }
+    const auto bit = static_cast<unsigned>(std::countr_zero(open_));
+    open_ &= open_ - 1;
+    const char* const begin = window_ + mark_ * kMarkedBytes + bit;
+    const std::uint64_t blanks = blanks_[mark_] >> bit | blanks_[mark_ + 1] << 1 << (kMarkedBytes - 1 - bit);
+    std::size_t length = static_cast<std::size_t>(std::countr_zero(blanks));
+    if (blanks == 0) {  // longer than a set, or beyond the window
+      const char* const end = word_end(begin);
+      next_window_ = std::max(next_window_, end);
+      length = static_cast<std::size_t>(end - begin);
+    }
+    words[count++] = {begin, length};
   }
   return count;
 }

@@ -1,5 +1,6 @@
 #include "xlm_ds/dictionary.hpp"
 
+#include <array>
 #include <random>
 #include <string>
 #include <string_view>
@@ -23,7 +24,9 @@ std::uint32_t id_of(const xlm_ds::Dictionary& dictionary, const std::string& wor
   const std::string text = word + std::string(xlm_ds::kReadableAfter, 'x');
   const std::string_view view(text.data(), word.size());
   std::uint32_t id = 0;
-  dictionary.look_up({&view, 1}, {&id, 1});
+  std::uint32_t unknown = 0;
+  const std::size_t unknown_words = dictionary.look_up({&view, 1}, {&id, 1}, {&unknown, 1});
+  CHECK(unknown_words == 0 || (id == xlm_ds::kUnk && word != "<unk>"));
   return id;
 }
 
@@ -76,6 +79,23 @@ TEST(random_words_as_a_map_finds_them) {
     CHECK(id_of(dictionary, asked) ==
           (found == expected.end() ? static_cast<std::uint32_t>(xlm_ds::kUnk) : found->second));
   }
+}
+
+TEST(the_places_of_unknown_words_are_told) {
+  const xlm_ds::Dictionary dictionary(with_specials({"a", "b"}));
+  const std::string text = "c a <unk> d b" + std::string(xlm_ds::kReadableAfter, '\0');
+  const std::array<std::string_view, 6> words{
+      std::string_view(text).substr(0, 1), std::string_view(text).substr(2, 1), std::string_view(text).substr(4, 5),
+      std::string_view(text).substr(10, 1), std::string_view(text).substr(12, 1), std::string_view(text).substr(13, 0)};
+  std::array<std::uint32_t, 6> ids{};
+  std::array<std::uint32_t, 6> unknown{};
+  CHECK(dictionary.look_up(words, ids, unknown) == 2);
+  CHECK(unknown[0] == 0 && unknown[1] == 3);
+  CHECK((ids == std::array<std::uint32_t, 6>{3, 5, 3, 3, 6, 2}));
+}
+
+TEST(a_symbol_that_is_not_utf8_is_refused) {
+  CHECK_THROWS(xlm_ds::Dictionary(with_specials({"a", "\xC3"})), xlm_ds::InputError);
 }
 
 TEST(a_dictionary_without_the_special_symbols_is_refused) {

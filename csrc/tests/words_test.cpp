@@ -1,3 +1,4 @@
+#include "xlm_ds/dictionary.hpp"
 #include "xlm_ds/words.hpp"
 
 #include <array>
@@ -93,5 +94,49 @@ TEST(limits_of_utf8_are_valid) {
        {"\0"sv, "\x7F"sv, "\xC2\x80"sv, "\xDF\xBF"sv, "\xE0\xA0\x80"sv, "\xED\x9F\xBF"sv,
         "\xEE\x80\x80"sv, "\xEF\xBF\xBF"sv, "\xF0\x90\x80\x80"sv, "\xF4\x8F\xBF\xBF"sv}) {
     CHECK(xlm_ds::first_invalid_utf8(good) == good.size());
+  }
+}
+
+TEST(vectors_mark_bytes_as_the_plain_code_does) {
+  std::mt19937 random(3);
+  for (int round = 0; round < 2000; ++round) {
+    std::array<char, xlm_ds::kMarkedBytes> text;
+    for (char& c : text) c = static_cast<char>(random() % (round % 2 == 0 ? 256 : 0x22));
+    CHECK(xlm_ds::mark_bytes(text.data()) == xlm_ds::mark_bytes_plain(text.data()));
+    xlm_ds::ByteMarks expected;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+      const auto byte = static_cast<unsigned char>(text[i]);
+      const std::uint64_t bit = std::uint64_t{1} << i;
+      if ((byte >= 0x09 && byte <= 0x0D) || (byte >= 0x1C && byte <= 0x20)) expected.blanks |= bit;
+      if (byte == '\n') expected.line_feeds |= bit;
+      if (byte == '\r') expected.returns |= bit;
+      if (byte == 0xC2 || (byte >= 0xE1 && byte <= 0xE3)) expected.leads |= bit;
+    }
+    CHECK(xlm_ds::mark_bytes_plain(text.data()) == expected);
+  }
+}
+
+TEST(words_and_blanks_across_every_border) {
+  // Sets of 64 bytes, windows of 4096, and the text's end, each with a long word, a blank of three bytes and a CRLF on it.
+  for (const std::size_t border : {64, 128, 4096, 8192}) {
+    for (std::size_t before = border - 6; before <= border + 2; ++before) {
+      for (const std::string middle : {" ", "\u3000", "\u00A0", "\r\n", "\r", "\n", "\u3000\u3000", "\u3001"}) {
+        for (const std::string last : {"", "y", "y\n", "\u3000"}) {
+          const std::string word(before, 'x');
+          std::string expected_word = word;
+          std::vector<std::string> expected;
+          if (middle == "\u3001") {
+            expected_word += middle;
+          }
+          const bool joined = middle == "\u3001" && last.starts_with('y');
+          if (joined) expected_word += 'y';
+          expected.push_back(expected_word);
+          if (middle == "\r\n" || middle == "\r" || middle == "\n") expected.emplace_back();
+          if (last.starts_with('y') && !joined) expected.emplace_back("y");
+          if (last.ends_with('\n')) expected.emplace_back();
+          CHECK(split(word + middle + last) == expected);
+        }
+      }
+    }
   }
 }

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "xlm_ds/dictionary.hpp"
 #include "xlm_ds/file.hpp"
 
 namespace xlm_ds {
