@@ -31,3 +31,18 @@ def write_lazy(prefix: Path, lines: Sequence[Sequence[int]]) -> None:
     Path(f"{prefix}.idx").write_bytes(header + struct.pack(f"<{len(columns)}q", *columns))
     ids = [token + 1 for line in lines for token in line]
     Path(f"{prefix}.bin").write_bytes(np.array(ids, "<i4").tobytes())
+
+
+def write_megatron(
+    prefix: Path,
+    lines: Sequence[Sequence[int]],
+    dtype: str = "u2",
+    document_starts: Sequence[int] | None = None,
+) -> None:
+    """fairseq's magic, version and columns; the documents' first sequences after them, their number before."""
+    write_mmap(prefix, lines, dtype)
+    path = Path(f"{prefix}.idx")
+    fairseqs = path.read_bytes()
+    starts = range(len(lines) + 1) if document_starts is None else document_starts
+    documents = struct.pack(f"<{len(starts)}q", *starts)
+    path.write_bytes(fairseqs[:26] + struct.pack("<Q", len(starts)) + fairseqs[26:] + documents)

@@ -3,7 +3,6 @@
 import io
 import json
 import lzma
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import reference
-from pairs import DTYPE_CODES, write_lazy, write_mmap, write_mmap_index
+from pairs import DTYPE_CODES, write_lazy, write_megatron, write_mmap, write_mmap_index
 from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
 from xlm_ds.log import InputError
 
@@ -58,7 +57,7 @@ FAIRSEQ_LOSES_TOKENS = {("with_len0", "None/1"), ("with_len0", "None/8")}
 
 
 @pytest.mark.parametrize("corpus", GOLDEN_BLOCKS)
-@pytest.mark.parametrize("write", [write_mmap, write_lazy])
+@pytest.mark.parametrize("write", [write_mmap, write_lazy, write_megatron])
 def test_blocks_are_fairseqs(
     tmp_path: Path, corpus: str, write: Callable[[Path, list[list[int]]], None]
 ) -> None:
@@ -111,6 +110,35 @@ def test_both_layouts_hold_the_same() -> None:
 def test_every_integer_type_is_read(tmp_path: Path, dtype: str) -> None:
     write_mmap(tmp_path / "train.ar", LINES, dtype)
     assert all_blocks(open_one(tmp_path, length=6)) == [[10, 11, 12, 2, 2], [13, 14, 2]]
+
+
+@pytest.mark.parametrize("dtype", ["u2", "i4"])
+@pytest.mark.parametrize("document_starts", [None, [0, 3], [0, 1, 1, 3]])
+def test_megatrons_pairs_are_read(
+    tmp_path: Path, dtype: str, document_starts: list[int] | None
+) -> None:
+    write_megatron(tmp_path / "train.ar", LINES, dtype, document_starts)
+    assert all_blocks(open_one(tmp_path, mode="eos")) == LINES
+    path = tmp_path / "train.ar.idx"
+    path.write_bytes(path.read_bytes() + bytes(len(LINES)))  # multimodal: a mode for each line
+    assert all_blocks(open_one(tmp_path, length=6)) == [[10, 11, 12, 2, 2], [13, 14, 2]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "document_starts", "message"),
+    [
+        ("u4", None, r"Megatron-LM's layout, but uint32"),
+        ("u2", [], "lists no documents"),
+        ("u2", [0, 2], r"from 0 to 2, expected from 0 to 3"),
+        ("u2", [1, 3], r"from 1 to 3, expected from 0 to 3"),
+    ],
+)
+def test_damaged_megatron_pairs_are_refused(
+    tmp_path: Path, dtype: str, document_starts: list[int] | None, message: str
+) -> None:
+    write_megatron(tmp_path / "train.ar", LINES, dtype, document_starts)
+    with pytest.raises(InputError, match=rf"train\.ar\.idx: .*{message}"):
+        open_one(tmp_path)
 
 
 def test_fairseqs_names_are_found(tmp_path: Path) -> None:
@@ -268,6 +296,14 @@ def cut(suffix: str, by: int) -> Callable[[Path], None]:
     return damage
 
 
+def append(suffix: str, content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / f"train.ar.{suffix}"
+        path.write_bytes(path.read_bytes() + content)
+
+    return damage
+
+
 def overwrite(content: bytes, at: int = 0) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "train.ar.idx"
@@ -275,13 +311,6 @@ def overwrite(content: bytes, at: int = 0) -> Callable[[Path], None]:
         path.write_bytes(old[:at] + content + old[at + len(content) :])
 
     return damage
-
-
-def megatron(folder: Path) -> None:
-    """The same magic and version, then the number of documents before the lengths (spec 3.4)."""
-    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4)
-    body = struct.pack("<3i3q4q", 4, 1, 3, 0, 8, 10, 0, 1, 2, 3)
-    (folder / "train.ar.idx").write_bytes(header + body)
 
 
 DAMAGES = {
@@ -293,7 +322,8 @@ DAMAGES = {
     "idx version": (overwrite(b"\x02", 9), "format version 2"),
     "idx of floats": (overwrite(b"\x06", 17), "dtype code 6"),
     "last length": (overwrite(b"\x04", 26 + 8), "lists 9 tokens"),
-    "megatron": (megatron, "another program"),
+    "idx of Megatron's floats": (overwrite(b"\x07", 17), "dtype code 7 is floating point"),
+    "idx too long": (append("idx", b"\0" * 7), "a layout other than fairseq's and Megatron-LM's"),
 }
 
 
