@@ -276,6 +276,9 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
   }
   Index index = mmap ? read_mmap_header(index_bytes, index_path) : read_lazy_header(index_bytes, index_path);
   if (index.sequences != 0) {
+    // A Megatron-LM file cut to the size of fairseq's layout shows here: lengths stand where starts should.
+    const std::uint64_t first = sequence_start(index, index_bytes, 0);
+    if (first != 0) refuse(index_path, "the first sequence starts at token " + std::to_string(first) + ", expected 0; the file is damaged, binarize again");
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);

@@ -120,6 +120,7 @@ TokenDataset::TokenDataset(const std::filesystem::path& prefix, BreakMode mode,
       index_(read_index(index_file_.bytes(), data_file_.bytes().size(),
                         with_suffix(prefix, ".idx"))) {
   if (block_size == 0) throw std::invalid_argument("a block must have room for a token");
+  data_file_.expect_random_reads();
   if (mode == BreakMode::complete || mode == BreakMode::complete_doc) {
     table_ = build_table(index_, index_file_.bytes(), with_suffix(prefix, ".idx"), mode, block_size);
   }
@@ -201,12 +202,14 @@ std::vector<std::uint64_t> TokenDataset::count_ids(std::int64_t vocab_size) cons
   if (vocab_size < 0) throw std::invalid_argument("a dictionary's size cannot be negative");
   std::vector<std::uint64_t> counts(static_cast<std::size_t>(vocab_size));
   std::array<std::int64_t, kTokensPerStep> ids;
+  data_file_.expect_sequential_reads();
   for (std::uint64_t first = 0; first < index_.tokens; first += ids.size()) {
     const auto count = std::min<std::size_t>(ids.size(), index_.tokens - first);
     const auto step = std::span(ids).first(count);
     fill_ids(first, vocab_size, step);
     for (const std::int64_t id : step) ++counts[static_cast<std::size_t>(id)];
   }
+  data_file_.expect_random_reads();
   return counts;
 }
 

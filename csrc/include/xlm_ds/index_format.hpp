@@ -41,7 +41,7 @@ struct Index {
   [[nodiscard]] std::int64_t id_bias() const noexcept { return kind == IndexKind::lazy ? 1 : 0; }
 };
 
-/// Reads and checks the header in O(1): magic, version, dtype, file sizes, last pointer + last length = tokens.
+/// Reads and checks the header in O(1): magic, version, dtype, file sizes, first pointer, last pointer + last length = tokens.
 /// `index_path` appears in messages only. Throws InputError if anything does not agree (a truncated file, another
 /// program's).
 [[nodiscard]] Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_bytes,
