@@ -128,7 +128,9 @@ LINES_OF_ALL_LENGTHS = st.lists(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     LINES_OF_ALL_LENGTHS,
     st.sampled_from([write_mmap, write_lazy, write_megatron]),
@@ -524,7 +526,9 @@ def test_a_damaged_line_is_refused_when_read(
     assert [dataset.block(k).tolist() for k in (0, 2)] == [LINES[0], LINES[2]]
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.sampled_from(list(LAYOUTS.values())),
     st.sampled_from(["idx", "idx", "bin"]),
