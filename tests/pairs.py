@@ -23,11 +23,39 @@ def write_mmap(prefix: Path, lines: Sequence[Sequence[int]], dtype: str = "u2") 
     Path(f"{prefix}.bin").write_bytes(np.array(ids, f"<{dtype}").tobytes())
 
 
-def write_lazy(prefix: Path, lines: Sequence[Sequence[int]]) -> None:
-    count = len(lines)
-    starts = list(accumulate((len(line) for line in lines), initial=0))
+def write_lazy_index(path: Path, lengths: Sequence[int]) -> None:
+    count = len(lengths)
     header = b"TNTIDX\0\0" + struct.pack("<5Q", 1, 4, 4, count, count)
-    columns = [*range(count + 1), *starts, *(len(line) for line in lines)]
-    Path(f"{prefix}.idx").write_bytes(header + struct.pack(f"<{len(columns)}q", *columns))
+    columns = [*range(count + 1), *accumulate(lengths, initial=0), *lengths]
+    path.write_bytes(header + struct.pack(f"<{len(columns)}q", *columns))
+
+
+def write_lazy(prefix: Path, lines: Sequence[Sequence[int]]) -> None:
+    write_lazy_index(Path(f"{prefix}.idx"), [len(line) for line in lines])
     ids = [token + 1 for line in lines for token in line]
     Path(f"{prefix}.bin").write_bytes(np.array(ids, "<i4").tobytes())
+
+
+def write_megatron_index(
+    path: Path,
+    lengths: Sequence[int],
+    dtype: str = "u2",
+    document_starts: Sequence[int] | None = None,
+) -> None:
+    """fairseq's magic, version and columns; the documents' first sequences after them, their number before."""
+    write_mmap_index(path, lengths, dtype)
+    fairseqs = path.read_bytes()
+    starts = range(len(lengths) + 1) if document_starts is None else document_starts
+    documents = struct.pack(f"<{len(starts)}q", *starts)
+    path.write_bytes(fairseqs[:26] + struct.pack("<Q", len(starts)) + fairseqs[26:] + documents)
+
+
+def write_megatron(
+    prefix: Path,
+    lines: Sequence[Sequence[int]],
+    dtype: str = "u2",
+    document_starts: Sequence[int] | None = None,
+) -> None:
+    write_mmap(prefix, lines, dtype)
+    lengths = [len(line) for line in lines]
+    write_megatron_index(Path(f"{prefix}.idx"), lengths, dtype, document_starts)

@@ -279,11 +279,29 @@ def masked_block(
 
 
 def cut_blocks(lines: Sequence[Sequence[int]], size: int, break_mode: str) -> list[list[int]]:
-    """fairseq's TokenBlockDataset, modes None and eos; a line longer than a block loses its end."""
+    """fairseq's TokenBlockDataset; a line longer than a block loses its end."""
     if break_mode == "eos":
         return [list(line[:size]) for line in lines]
-    stream = [token for line in lines for token in line]
-    return [stream[first : first + size] for first in range(0, len(stream), size)]
+    if break_mode == "none":
+        stream = [token for line in lines for token in line]
+        return [stream[first : first + size] for first in range(0, len(stream), size)]
+    documents: list[list[Sequence[int]]] = [[]]
+    for line in lines:
+        if break_mode == "complete_doc" and len(line) == 1:
+            documents.append([])
+        else:
+            documents[-1].append(line)
+    blocks: list[list[int]] = []
+    for document in documents:
+        block: list[int] = []
+        for line in document:
+            if block and len(block) + len(line) > size:
+                blocks.append(block[:size])
+                block = []
+            block = block + list(line)
+        if block:
+            blocks.append(block[:size])
+    return blocks
 
 
 def batch_row(

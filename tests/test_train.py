@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -186,6 +187,20 @@ def test_a_name_that_is_a_folder_is_refused(run: Any, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=False)
     with pytest.raises(InputError, match="is a folder, where a run has a link"):
         run("b", "--max-update=2")
+
+
+@pytest.mark.parametrize("mode", ["complete", "complete_doc"])
+def test_whole_lines_are_trained_on(run: Any, caplog: pytest.LogCaptureFixture, mode: str) -> None:
+    """Rows of all lengths, in one shape; what is cut and what the tables take is said."""
+    flags = [f"--sample-break-mode={mode}", "--validate-interval-updates=2"]
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        whole = run("whole", *flags, "--max-update=4")
+    assert re.search(r"\d+ lines are longer than 31 tokens and are cut", caplog.text)
+    assert f"the tables of break mode {mode} take 0.0 MiB in each process" in caplog.text
+    assert all(math.isfinite(loss) for loss in whole.values())
+    run("parts", *flags, "--max-update=2")
+    assert run("parts", *flags, "--max-update=4") == whole
+    assert run("other", "--max-update=4") != whole
 
 
 def test_changed_data_are_said(run: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -105,13 +105,19 @@ def count_text_words(
     """Every distinct word of a text and how often it occurs, in no particular order."""
 
 class BreakMode:
-    """none: blocks run across lines. eos: one line per block, cut at the block's size."""
+    """none: blocks run across lines. eos: one line per block. complete: as many whole lines as fit. complete_doc: the
+    same, but a line of one token ends a document and is in no block. A line longer than a block is cut."""
 
     none: Final[BreakMode]
     eos: Final[BreakMode]
+    complete: Final[BreakMode]
+    complete_doc: Final[BreakMode]
 
 class TokenDataset:
-    """A mapped .bin/.idx pair, seen as blocks of at most block_size tokens. Immutable; opening is O(1)."""
+    """A mapped .bin/.idx pair, seen as blocks of at most block_size tokens. Immutable.
+
+    Opening is O(1) in modes none and eos; in the others it checks every line and builds a table of 8 bytes a block.
+    """
 
     def __init__(self, prefix: StrPath, *, mode: BreakMode, block_size: int) -> None:
         """Opens `prefix`.bin and `prefix`.idx. Raises OSError; InputError if they are not a pair of binarized text."""
@@ -124,6 +130,8 @@ class TokenDataset:
     def blocks(self) -> int: ...
     @property
     def block_size(self) -> int: ...
+    @property
+    def table_bytes(self) -> int: ...
     def block_length(self, block: int) -> int:
         """Tokens of a block. Raises IndexError beyond the last; InputError if the .idx is damaged there."""
 
@@ -134,7 +142,7 @@ class TokenDataset:
         """
 
     def count_cut(self) -> int:
-        """Lines longer than a block (mode eos; 0 in mode none). O(lines)."""
+        """Lines longer than a block (0 in mode none). O(lines)."""
 
     def count_ids(self, *, vocab_size: int) -> NDArray[np.uint64]:
         """How often each id occurs, (vocab_size,). O(tokens). Raises InputError if an id is not below vocab_size."""

@@ -170,9 +170,10 @@ class DataConfig:
         "length of a sample: one eos and N - 1 tokens of text", default=256, bounds="[2, inf)"
     )
     sample_break_mode: str = knob(
-        "none: blocks run across lines; eos: one line per sample, cut at --tokens-per-sample",
+        "none: blocks run across lines; eos: one line per sample; complete: as many whole lines as fit; complete_doc: "
+        "the same, but empty lines end documents. Longer lines are cut at --tokens-per-sample",
         default="none",
-        choices=("none", "eos"),
+        choices=("none", "eos", "complete", "complete_doc"),
     )
     sampling_alpha: float = knob(
         "a language with n blocks is drawn with p ∝ n^ALPHA (0.7: XLM paper; 0: uniform, as fairseq; 1: natural)",

@@ -62,10 +62,14 @@ def open_corpus(config: DataConfig) -> Corpus:
         )
         for split in ("train", "valid")
     )
-    if config.sample_break_mode == "eos":
+    if config.sample_break_mode != "none":
         cut = sum(dataset.count_cut() for dataset in train)
         logger.info(
             f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"
+        )
+    if table_bytes := sum(dataset.core.table_bytes for dataset in train + valid):
+        logger.info(
+            f"the tables of break mode {config.sample_break_mode} take {table_bytes / 2**20:.1f} MiB in each process"
         )
     order = build_order([d.blocks for d in train], alpha=config.sampling_alpha, seed=config.seed)
     masking = Masking(seed=config.seed, mask_ratio=config.mask_ratio, vocab_size=len(dictionary))

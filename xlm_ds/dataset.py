@@ -5,7 +5,8 @@
     datasets[0].blocks, datasets[0].block(7)
 
 The pair is SPLIT.LG.{bin,idx}, or under fairseq-preprocess's name SPLIT.LG-None.LG.{bin,idx}. Beside it may stand
-SPLIT.LG.json and SPLIT.LG.counts.npy (docs/formats.md). Opening is O(1) whatever the size.
+SPLIT.LG.json and SPLIT.LG.counts.npy (docs/formats.md). Opening is O(1) whatever the size, except in break modes
+complete and complete_doc, which walk over all lines and keep 8 bytes a block.
 """
 
 import json
@@ -20,7 +21,12 @@ from numpy.typing import NDArray
 from xlm_ds import _core
 from xlm_ds.log import InputError
 
-_BREAK_MODES = {"none": _core.BreakMode.none, "eos": _core.BreakMode.eos}
+_BREAK_MODES = {
+    "none": _core.BreakMode.none,
+    "eos": _core.BreakMode.eos,
+    "complete": _core.BreakMode.complete,
+    "complete_doc": _core.BreakMode.complete_doc,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +58,7 @@ class TokenDataset:
         return ids[: self.core.fill_block(number, vocab_size=self.vocab_size, out=ids)]
 
     def count_cut(self) -> int:
-        """Lines that lose tokens because they are longer than a block (break mode eos). O(lines)."""
+        """Lines that lose tokens because they are longer than a block (0 in break mode none). O(lines)."""
         return self.core.count_cut()
 
     def counts(self) -> NDArray[np.uint64]:
@@ -91,7 +97,7 @@ def open_split(
 ) -> tuple[TokenDataset, ...]:
     """Opens a split of every language, in the order given: the language ids.
 
-    Raises: InputError for a language that is missing or has no tokens, a pair that is damaged or not binarized text,
+    Raises: InputError for a language that is missing or has no blocks, a pair that is damaged or not binarized text,
     or one made with another dictionary than that of `dictionary_sha256` (recorded in SPLIT.LG.json).
     """
     datasets = []
@@ -103,6 +109,11 @@ def open_split(
         if core.tokens == 0:
             raise InputError(
                 f"{prefix}.bin: holds no tokens; binarize some text of {language}, or leave {language} out"
+            )
+        if core.blocks == 0:
+            raise InputError(
+                f"{prefix}.bin: has no block in break mode {break_mode}, which leaves out lines of one token, "
+                f"and there are no others; use another break mode, or leave {language} out"
             )
         _check_record(_beside(prefix, ".json"), split, language, core.tokens, dictionary_sha256)
         datasets.append(

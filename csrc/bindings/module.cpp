@@ -103,7 +103,9 @@ void register_datasets(py::module_& m) {
   using xlm_ds::TokenDataset;
   py::enum_<xlm_ds::BreakMode>(m, "BreakMode")
       .value("none", xlm_ds::BreakMode::none)
-      .value("eos", xlm_ds::BreakMode::eos);
+      .value("eos", xlm_ds::BreakMode::eos)
+      .value("complete", xlm_ds::BreakMode::complete)
+      .value("complete_doc", xlm_ds::BreakMode::complete_doc);
   py::class_<TokenDataset>(m, "TokenDataset")
       .def(py::init<const std::filesystem::path&, xlm_ds::BreakMode, std::uint64_t>(), "prefix"_a,
            py::kw_only(), "mode"_a, "block_size"_a, Unlock())
@@ -111,6 +113,7 @@ void register_datasets(py::module_& m) {
       .def_property_readonly("tokens", &TokenDataset::tokens)
       .def_property_readonly("blocks", &TokenDataset::blocks)
       .def_property_readonly("block_size", &TokenDataset::block_size)
+      .def_property_readonly("table_bytes", &TokenDataset::table_bytes)
       .def("block_length", &TokenDataset::block_length, "block"_a, Unlock())
       .def("count_cut", &TokenDataset::count_cut, Unlock())
       .def("fill_block",

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <ios>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <system_error>
 #include <type_traits>
@@ -25,11 +26,13 @@ constexpr std::array<char, 8> kLazyMagic{'T', 'N', 'T', 'I', 'D', 'X', '\0', '\0
 constexpr std::uint64_t kVersion = 1;
 
 constexpr std::size_t kMmapVersionOffset = 9, kMmapDtypeOffset = 17, kMmapCountOffset = 18, kMmapSizesOffset = 26;
+constexpr std::size_t kMegatronDocumentsOffset = 26, kMegatronSizesOffset = 34;
 constexpr std::size_t kLazyVersionOffset = 8, kLazyDtypeOffset = 16, kLazyElementOffset = 24, kLazyCountOffset = 32,
                       kLazySizesCountOffset = 40, kLazyDimOffset = 48;
 constexpr std::uint64_t kMaxSequences = std::uint64_t{1} << 56;  // so that no size computed from a header overflows
 constexpr std::uint64_t kFairseqUint16Limit = 65500;
 constexpr std::uint64_t kUint32Limit = 4294967295;
+constexpr std::uint64_t kInt32Limit = std::uint64_t{1} << 31;
 constexpr std::size_t kWriteBufferBytes = std::size_t{1} << 18;
 
 template <typename T>
@@ -54,14 +57,18 @@ std::optional<Dtype> dtype_from_code(std::uint64_t code) {
     case 1: case 2: case 3: case 4: case 5: case 8: case 9: case 10:
       return static_cast<Dtype>(code);
     default:
-      return std::nullopt;  // 6 and 7 are floating point: not token ids
+      return std::nullopt;
   }
 }
 
 Dtype checked_dtype(std::uint64_t code, const std::filesystem::path& path) {
   const auto dtype = dtype_from_code(code);
-  if (!dtype) refuse(path, "dtype code " + std::to_string(code) + " is not one of the integer types token ids are stored in");
-  return *dtype;
+  if (dtype) return *dtype;
+  if (code == 6 || code == 7) {  // fairseq: float64 under both; Megatron-LM: float64, float32
+    refuse(path, "dtype code " + std::to_string(code) + " is floating point, so the .bin holds no token ids; binarize the text");
+  }
+  refuse(path, "dtype code " + std::to_string(code) + " is not one of the integer types token ids are stored in; the file "
+               "is damaged or another program's, binarize again");
 }
 
 void check_version(std::uint64_t version, const std::filesystem::path& path) {
@@ -72,11 +79,38 @@ void check_size(std::uint64_t found, std::uint64_t expected, std::uint64_t seque
   if (found == expected) return;
   refuse(path, "the header says " + std::to_string(sequences) + " sequences, which take " + std::to_string(expected) +
                    " bytes, but the file has " + std::to_string(found) +
-                   (found < expected ? " (truncated); binarize again" : " (another program's layout?); binarize again"));
+                   (found < expected ? " (truncated); binarize again"
+                                     : " (damaged, or a layout other than fairseq's and Megatron-LM's); binarize again"));
 }
 
 void check_count(std::uint64_t sequences, const std::filesystem::path& path) {
   if (sequences > kMaxSequences) refuse(path, "impossible number of sequences " + std::to_string(sequences) + " in the header");
+}
+
+/// Whether a file of MMIDIDX is Megatron-LM's. Nothing in the header tells; no size fits both layouts. Multimodal data
+/// has one byte more per sequence at the end, of which nothing is read here.
+bool has_megatron_size(std::span<const std::byte> bytes, std::uint64_t sequences) {
+  if (bytes.size() < kMegatronSizesOffset) return false;
+  const auto document_entries = load<std::uint64_t>(bytes, kMegatronDocumentsOffset);
+  if (document_entries > kMaxSequences) return false;
+  const std::uint64_t size = kMegatronSizesOffset + 12 * sequences + 8 * document_entries;
+  return bytes.size() == size || bytes.size() == size + sequences;
+}
+
+/// The documents after the sequences: where each begins, and after the last one the number of sequences.
+void read_documents(Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
+  if (index.dtype == Dtype::uint32 || index.dtype == Dtype::uint64) {
+    refuse(path, "has Megatron-LM's layout, but " + std::string(dtype_name(index.dtype)) + ", a type it does not know; write it again with int32");
+  }
+  const auto entries = load<std::uint64_t>(bytes, kMegatronDocumentsOffset);
+  if (entries == 0) refuse(path, "lists no documents, not even where the last one ends; write it again");
+  index.documents = entries - 1;
+  index.documents_offset = index.pointers_offset + 8 * index.sequences;
+  const std::uint64_t first = document_start(index, bytes, 0), end = document_start(index, bytes, index.documents);
+  if (first != 0 || end != index.sequences) {
+    refuse(path, "its documents hold the sequences from " + std::to_string(first) + " to " + std::to_string(end) +
+                     ", expected from 0 to " + std::to_string(index.sequences) + "; the file is damaged, write it again");
+  }
 }
 
 Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::path& path) {
@@ -86,9 +120,15 @@ Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::
   index.dtype = checked_dtype(load<std::uint8_t>(bytes, kMmapDtypeOffset), path);
   index.sequences = load<std::uint64_t>(bytes, kMmapCountOffset);
   check_count(index.sequences, path);
-  check_size(bytes.size(), kMmapSizesOffset + 12 * index.sequences, index.sequences, path);
-  index.sizes_offset = kMmapSizesOffset;
-  index.pointers_offset = kMmapSizesOffset + 4 * index.sequences;
+  const bool megatron = has_megatron_size(bytes, index.sequences);
+  index.kind = megatron ? IndexKind::megatron : IndexKind::mmap;
+  index.sizes_offset = megatron ? kMegatronSizesOffset : kMmapSizesOffset;
+  index.pointers_offset = index.sizes_offset + 4 * index.sequences;
+  if (megatron) {
+    read_documents(index, bytes, path);
+  } else {
+    check_size(bytes.size(), kMmapSizesOffset + 12 * index.sequences, index.sequences, path);
+  }
   return index;
 }
 
@@ -141,6 +181,57 @@ class IndexFile {
   std::vector<char> buffer_;
 };
 
+std::uint32_t length_at(std::span<const std::byte> lengths, std::uint64_t i) {
+  return load<std::uint32_t>(lengths, sizeof(std::uint32_t) * i);
+}
+
+void put_mmap_header(IndexFile& file, Dtype dtype, std::uint64_t sequences) {
+  for (const char c : kMmapMagic) file.put(c);
+  file.put(kVersion);
+  file.put(static_cast<std::uint8_t>(dtype));
+  file.put(sequences);
+}
+
+/// Lengths and starts, as fairseq and Megatron-LM have them.
+void put_mmap_sequences(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) {
+  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+  for (std::uint64_t i = 0; i < sequences; ++i) file.put(narrow_or_throw<std::int32_t>(length_at(lengths, i), "tokens in one line"));
+  std::uint64_t bytes_before = 0;
+  for (std::uint64_t i = 0; i < sequences; ++i) {
+    file.put(bytes_before);
+    bytes_before += length_at(lengths, i) * std::uint64_t{element_bytes(dtype)};
+  }
+}
+
+void put_lazy(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) {
+  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+  for (const char c : kLazyMagic) file.put(c);
+  file.put(kVersion);
+  file.put(static_cast<std::uint64_t>(dtype));
+  file.put(static_cast<std::uint64_t>(element_bytes(dtype)));
+  file.put(sequences);
+  file.put(sequences);
+  for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);  // dim_offsets of one-dimensional items
+  std::uint64_t tokens_before = 0;
+  file.put(tokens_before);
+  for (std::uint64_t i = 0; i < sequences; ++i) file.put(tokens_before += length_at(lengths, i));
+  for (std::uint64_t i = 0; i < sequences; ++i) file.put(std::uint64_t{length_at(lengths, i)});
+}
+
+/// TNTIDX only: the columns that this program does not use, but fairseq does.
+void verify_dimensions(const Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
+  for (std::uint64_t i = 0; i <= index.sequences; ++i) {
+    if (load<std::uint64_t>(bytes, kLazyDimOffset + 8 * i) != i) {
+      refuse(path, "item " + std::to_string(i) + " is not of one dimension; the file is damaged, binarize again");
+    }
+  }
+  const auto total = load<std::uint64_t>(bytes, index.pointers_offset + 8 * index.sequences);
+  if (total != index.tokens) {
+    refuse(path, "says " + std::to_string(total) + " tokens after its last sequence, expected " + std::to_string(index.tokens) +
+                     " from the lengths; the file is damaged, binarize again");
+  }
+}
+
 }  // namespace
 
 std::size_t element_bytes(Dtype dtype) {
@@ -170,6 +261,10 @@ std::string_view dtype_name(Dtype dtype) {
 Dtype dtype_to_write(IndexKind kind, std::uint64_t dictionary_size) {
   if (kind == IndexKind::lazy) return Dtype::int32;
   if (dictionary_size < kFairseqUint16Limit) return Dtype::uint16;
+  if (kind == IndexKind::megatron) {
+    if (dictionary_size > kInt32Limit) throw InputError("Megatron-LM's layout has no type for a dictionary of " + std::to_string(dictionary_size) + " symbols");
+    return Dtype::int32;
+  }
   return dictionary_size < kUint32Limit ? Dtype::uint32 : Dtype::int64;
 }
 
@@ -181,6 +276,9 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
   }
   Index index = mmap ? read_mmap_header(index_bytes, index_path) : read_lazy_header(index_bytes, index_path);
   if (index.sequences != 0) {
+    // A Megatron-LM file cut to the size of fairseq's layout shows here: lengths stand where starts should.
+    const std::uint64_t first = sequence_start(index, index_bytes, 0);
+    if (first != 0) refuse(index_path, "the first sequence starts at token " + std::to_string(first) + ", expected 0; the file is damaged, binarize again");
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);
@@ -197,55 +295,80 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
 }
 
 std::uint64_t sequence_length(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
-  if (index.kind == IndexKind::mmap) return static_cast<std::uint64_t>(load<std::int32_t>(index_bytes, index.sizes_offset + 4 * i));
-  return load<std::uint64_t>(index_bytes, index.sizes_offset + 8 * i);
+  if (index.kind == IndexKind::lazy) return load<std::uint64_t>(index_bytes, index.sizes_offset + 8 * i);
+  return static_cast<std::uint64_t>(load<std::int32_t>(index_bytes, index.sizes_offset + 4 * i));
 }
 
 std::uint64_t sequence_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
   const auto pointer = load<std::uint64_t>(index_bytes, index.pointers_offset + 8 * i);
-  return index.kind == IndexKind::mmap ? pointer / element_bytes(index.dtype) : pointer;
+  return index.kind == IndexKind::lazy ? pointer : pointer / element_bytes(index.dtype);
+}
+
+std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
+  return load<std::uint64_t>(index_bytes, index.documents_offset + 8 * i);
 }
 
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path) {
+  const std::uint64_t unit = index.kind == IndexKind::lazy ? 1 : element_bytes(index.dtype);
   std::uint64_t expected = 0;
   for (std::uint64_t i = 0; i < index.sequences; ++i) {
-    const std::uint64_t found = sequence_start(index, index_bytes, i);
-    if (found != expected) {
-      refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + std::to_string(found) + ", expected " +
-                             std::to_string(expected) + " from the lengths before it; the file is damaged, binarize again");
+    const auto pointer = load<std::uint64_t>(index_bytes, index.pointers_offset + 8 * i);  // exact: sequence_start rounds
+    if (pointer != expected * unit) {
+      refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + std::to_string(sequence_start(index, index_bytes, i)) +
+                             (pointer % unit != 0 ? " and a part of one" : "") + ", expected " + std::to_string(expected) +
+                             " from the lengths before it; the file is damaged, binarize again");
     }
-    expected += sequence_length(index, index_bytes, i);
+    const std::uint64_t length = sequence_length(index, index_bytes, i);
+    if (length > index.tokens - expected) {  // also a negative one, which the next start might agree with
+      refuse(index_path, "sequence " + std::to_string(i) + " has a length of " + std::to_string(static_cast<std::int64_t>(length)) +
+                             ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin; the file is "
+                             "damaged, binarize again");
+    }
+    expected += length;
+  }
+  if (index.kind == IndexKind::lazy) verify_dimensions(index, index_bytes, index_path);
+  for (std::uint64_t i = 0; i < index.documents; ++i) {
+    if (document_start(index, index_bytes, i + 1) < document_start(index, index_bytes, i)) {
+      refuse(index_path, "document " + std::to_string(i) + " ends before it starts; the file is damaged, write it again");
+    }
   }
 }
 
 void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
-  const auto length_at = [&](std::uint64_t i) { return load<std::uint32_t>(lengths, sizeof(std::uint32_t) * i); };
   IndexFile file(index_path);
-  if (kind == IndexKind::mmap) {
-    for (const char c : kMmapMagic) file.put(c);
-    file.put(kVersion);
-    file.put(static_cast<std::uint8_t>(dtype));
-    file.put(sequences);
-    for (std::uint64_t i = 0; i < sequences; ++i) file.put(narrow_or_throw<std::int32_t>(length_at(i), "tokens in one line"));
-    std::uint64_t bytes_before = 0;
-    for (std::uint64_t i = 0; i < sequences; ++i) {
-      file.put(bytes_before);
-      bytes_before += length_at(i) * std::uint64_t{element_bytes(dtype)};
-    }
-  } else {
-    for (const char c : kLazyMagic) file.put(c);
-    file.put(kVersion);
-    file.put(static_cast<std::uint64_t>(dtype));
-    file.put(static_cast<std::uint64_t>(element_bytes(dtype)));
-    file.put(sequences);
-    file.put(sequences);
-    for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);  // dim_offsets of one-dimensional items
-    std::uint64_t tokens_before = 0;
-    file.put(tokens_before);
-    for (std::uint64_t i = 0; i < sequences; ++i) file.put(tokens_before += length_at(i));
-    for (std::uint64_t i = 0; i < sequences; ++i) file.put(std::uint64_t{length_at(i)});
+  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+  switch (kind) {
+    case IndexKind::mmap:
+      put_mmap_header(file, dtype, sequences);
+      put_mmap_sequences(file, dtype, lengths);
+      break;
+    case IndexKind::megatron:
+      put_mmap_header(file, dtype, sequences);
+      file.put(sequences + 1);
+      put_mmap_sequences(file, dtype, lengths);
+      for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);
+      break;
+    case IndexKind::lazy:
+      put_lazy(file, dtype, lengths);
+      break;
   }
+  file.close();
+}
+
+void write_megatron_index(const std::filesystem::path& index_path, Dtype dtype, std::span<const std::byte> lengths,
+                          std::span<const std::byte> document_starts) {
+  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+  const std::uint64_t entries = document_starts.size() / sizeof(std::uint64_t);
+  const auto start_at = [&](std::uint64_t i) { return load<std::uint64_t>(document_starts, sizeof(std::uint64_t) * i); };
+  bool in_order = entries != 0 && start_at(0) == 0 && start_at(entries - 1) == sequences;
+  for (std::uint64_t i = 1; in_order && i < entries; ++i) in_order = start_at(i - 1) <= start_at(i);
+  if (!in_order) throw std::invalid_argument("documents must start with sequence 0, never fall, and end with the number of sequences");
+
+  IndexFile file(index_path);
+  put_mmap_header(file, dtype, sequences);
+  file.put(entries);
+  put_mmap_sequences(file, dtype, lengths);
+  for (std::uint64_t i = 0; i < entries; ++i) file.put(start_at(i));
   file.close();
 }
 

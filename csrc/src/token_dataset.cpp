@@ -15,6 +15,12 @@ constexpr std::size_t kTokensPerStep = 4096;  // counting: the ids of one step s
 
 constexpr std::size_t kCacheLineBytes = 64;
 
+// The table has the first token of a block in the upper bits and its length in the lower: 8 bytes
+// instead of 12 reach 1.7 10^13 tokens, of which the table itself would take hundreds of GB.
+constexpr unsigned kLengthBits = 20;
+constexpr std::uint64_t kMaxTableLength = (std::uint64_t{1} << kLengthBits) - 1;
+constexpr std::uint64_t kMaxTableTokens = std::uint64_t{1} << (64 - kLengthBits);
+
 std::filesystem::path with_suffix(const std::filesystem::path& prefix, const char* suffix) {
   return std::filesystem::path(prefix) += suffix;  // replace_extension would take ".ar" for one
 }
@@ -49,6 +55,59 @@ std::uint64_t widen(Dtype dtype, const std::byte* source, std::int64_t id_bias,
   throw std::logic_error("a dtype that read_index does not return");
 }
 
+/// Calls take(first token, tokens) for every block of fairseq's modes complete and complete_doc, of
+/// which some are longer than block_size. complete_doc leaves out blocks of one token.
+template <typename Take>
+void for_each_block(const Index& index, std::span<const std::byte> index_bytes, BreakMode mode,
+                    std::uint64_t block_size, Take take) {
+  const bool documents = mode == BreakMode::complete_doc;
+  const std::uint64_t shortest = documents ? 2 : 1;
+  std::uint64_t first = 0, tokens = 0;
+  const auto end_block = [&] {
+    if (tokens >= shortest) take(first, tokens);
+    first += tokens;
+    tokens = 0;
+  };
+  for (std::uint64_t i = 0; i < index.sequences; ++i) {
+    const std::uint64_t length = sequence_length(index, index_bytes, i);
+    const bool separator = documents && length == 1;
+    if (separator || (tokens != 0 && tokens + length > block_size)) end_block();
+    if (separator) {
+      first += length;
+    } else {
+      tokens += length;
+    }
+  }
+  end_block();
+}
+
+/// Where each block is: two walks over the lengths, the first only to allocate what is needed.
+std::vector<std::uint64_t> build_table(const Index& index, std::span<const std::byte> index_bytes,
+                                       const std::filesystem::path& index_path, BreakMode mode,
+                                       std::uint64_t block_size) {
+  if (block_size > kMaxTableLength) {
+    throw InputError("blocks of " + std::to_string(block_size) +
+                     " tokens are too long for break modes complete and complete_doc, which take " +
+                     std::to_string(kMaxTableLength) + "; use shorter ones");
+  }
+  if (index.tokens > kMaxTableTokens) {
+    throw InputError(index_path.string() + ": has " + std::to_string(index.tokens) +
+                     " tokens, too many for break modes complete and complete_doc, which take " +
+                     std::to_string(kMaxTableTokens) + "; use none or eos, which need no table");
+  }
+  verify_index(index, index_bytes, index_path);
+  std::size_t blocks = 0;
+  for_each_block(index, index_bytes, mode, block_size,
+                 [&](std::uint64_t, std::uint64_t) { ++blocks; });
+  std::vector<std::uint64_t> table;
+  table.reserve(blocks);
+  for_each_block(index, index_bytes, mode, block_size,
+                 [&](std::uint64_t first, std::uint64_t tokens) {
+                   table.push_back(first << kLengthBits | std::min(tokens, block_size));
+                 });
+  return table;
+}
+
 }  // namespace
 
 TokenDataset::TokenDataset(const std::filesystem::path& prefix, BreakMode mode,
@@ -61,11 +120,21 @@ TokenDataset::TokenDataset(const std::filesystem::path& prefix, BreakMode mode,
       index_(read_index(index_file_.bytes(), data_file_.bytes().size(),
                         with_suffix(prefix, ".idx"))) {
   if (block_size == 0) throw std::invalid_argument("a block must have room for a token");
+  data_file_.expect_random_reads();
+  if (mode == BreakMode::complete || mode == BreakMode::complete_doc) {
+    table_ = build_table(index_, index_file_.bytes(), with_suffix(prefix, ".idx"), mode, block_size);
+  }
 }
 
 std::uint64_t TokenDataset::blocks() const noexcept {
-  if (mode_ == BreakMode::eos) return index_.sequences;
-  return index_.tokens / block_size_ + (index_.tokens % block_size_ != 0 ? 1 : 0);
+  switch (mode_) {
+    case BreakMode::none:
+      return index_.tokens / block_size_ + (index_.tokens % block_size_ != 0 ? 1 : 0);
+    case BreakMode::eos: return index_.sequences;
+    case BreakMode::complete:
+    case BreakMode::complete_doc: break;
+  }
+  return table_.size();
 }
 
 TokenDataset::Range TokenDataset::range_of(std::uint64_t block) const {
@@ -76,6 +145,9 @@ TokenDataset::Range TokenDataset::range_of(std::uint64_t block) const {
   if (mode_ == BreakMode::none) {
     const std::uint64_t first = block * block_size_;
     return {first, std::min<std::size_t>(block_size_, index_.tokens - first)};
+  }
+  if (mode_ != BreakMode::eos) {
+    return {table_[block] >> kLengthBits, table_[block] & kMaxTableLength};
   }
   const std::uint64_t first = sequence_start(index_, index_file_.bytes(), block);
   const std::uint64_t length = sequence_length(index_, index_file_.bytes(), block);
@@ -130,12 +202,14 @@ std::vector<std::uint64_t> TokenDataset::count_ids(std::int64_t vocab_size) cons
   if (vocab_size < 0) throw std::invalid_argument("a dictionary's size cannot be negative");
   std::vector<std::uint64_t> counts(static_cast<std::size_t>(vocab_size));
   std::array<std::int64_t, kTokensPerStep> ids;
+  data_file_.expect_sequential_reads();
   for (std::uint64_t first = 0; first < index_.tokens; first += ids.size()) {
     const auto count = std::min<std::size_t>(ids.size(), index_.tokens - first);
     const auto step = std::span(ids).first(count);
     fill_ids(first, vocab_size, step);
     for (const std::int64_t id : step) ++counts[static_cast<std::size_t>(id)];
   }
+  data_file_.expect_random_reads();
   return counts;
 }
 

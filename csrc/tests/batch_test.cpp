@@ -64,6 +64,22 @@ TEST(blocks_run_across_sequences_or_follow_them) {
   CHECK((block_of(lines, 0) == Ids{10, 11, 12}) && (block_of(lines, 1) == Ids{2}));
 }
 
+TEST(complete_blocks_end_with_sequences_and_documents) {
+  const Pair pair({2, 1, 3, 1, 7, 2}, {10, 2, 2, 11, 12, 2, 2, 13, 14, 15, 16, 17, 18, 2, 19, 2});
+  const TokenDataset whole(pair.prefix(), BreakMode::complete, 5);
+  CHECK(whole.blocks() == 4 && whole.count_cut() == 1 && whole.table_bytes() == 32);
+  CHECK((block_of(whole, 0) == Ids{10, 2, 2}) && (block_of(whole, 1) == Ids{11, 12, 2, 2}));
+  CHECK((block_of(whole, 2) == Ids{13, 14, 15, 16, 17}) && (block_of(whole, 3) == Ids{19, 2}));
+  const TokenDataset documents(pair.prefix(), BreakMode::complete_doc, 5);
+  CHECK(documents.blocks() == 4 && documents.count_cut() == 1);
+  CHECK((block_of(documents, 0) == Ids{10, 2}) && (block_of(documents, 1) == Ids{11, 12, 2}));
+  CHECK((block_of(documents, 2) == block_of(whole, 2)) && (block_of(documents, 3) == Ids{19, 2}));
+  CHECK_THROWS((void)documents.block_length(4), std::out_of_range);
+  const TokenDataset longest(pair.prefix(), BreakMode::complete, (1U << 20U) - 1);
+  CHECK(longest.blocks() == 1 && longest.block_length(0) == 16);
+  CHECK_THROWS(TokenDataset(pair.prefix(), BreakMode::complete, 1U << 20U), InputError);
+}
+
 TEST(dataset_refuses_what_is_not_there) {
   const Pair pair({2}, {10, 2});
   const TokenDataset dataset(pair.prefix(), BreakMode::none, 4);

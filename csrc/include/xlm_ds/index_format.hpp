@@ -6,11 +6,12 @@
 #include <span>
 #include <string_view>
 
-/// The only place that knows a byte offset of a .bin/.idx pair. Two layouts, both fairseq's (docs/formats.md):
-/// MMIDIDX ("mmap": ids as uint16 or uint32) and TNTIDX ("lazy", "cached": int32 of id + 1).
+/// The only place that knows a byte offset of a .bin/.idx pair. Three layouts (docs/formats.md): fairseq's MMIDIDX
+/// ("mmap": ids as uint16 or uint32) and TNTIDX ("lazy", "cached": int32 of id + 1), and Megatron-LM's, which has the
+/// magic and version of the first and is known by its size: documents are listed after the sequences.
 namespace xlm_ds {
 
-enum class IndexKind { mmap, lazy };
+enum class IndexKind { mmap, lazy, megatron };
 
 /// fairseq's dtype codes, as stored in the files.
 enum class Dtype : std::uint8_t {
@@ -20,8 +21,9 @@ enum class Dtype : std::uint8_t {
 [[nodiscard]] std::size_t element_bytes(Dtype dtype);
 [[nodiscard]] std::string_view dtype_name(Dtype dtype);
 
-/// The element type fairseq writes: int32 for lazy; for mmap uint16 below 65,500 symbols, else uint32.
-/// The limit is fairseq's (65,500, strict), not 2^16: files must be equal byte for byte.
+/// The element type the programs themselves write: int32 for lazy; below 65,500 symbols uint16, else uint32 for mmap and
+/// int32 for megatron. The limit is theirs (65,500, strict), not 2^16: files must be equal byte for byte. Throws
+/// InputError if the kind has no type for so many symbols.
 [[nodiscard]] Dtype dtype_to_write(IndexKind kind, std::uint64_t dictionary_size);
 
 /// What an .idx says, checked against its own size and against the size of its .bin.
@@ -31,15 +33,17 @@ struct Index {
   std::uint64_t sequences = 0;
   std::uint64_t tokens = 0;
   std::size_t sizes_offset = 0;     // byte offset in the .idx of the sequences' lengths
-  std::size_t pointers_offset = 0;  // of their starts (mmap: bytes in the .bin; lazy: elements)
+  std::size_t pointers_offset = 0;  // of their starts (mmap, megatron: bytes in the .bin; lazy: elements)
+  std::uint64_t documents = 0;      // megatron only; the other layouts know of none
+  std::size_t documents_offset = 0;
 
   /// What must be subtracted from a stored value to get the id: TNTIDX stores id + 1.
   [[nodiscard]] std::int64_t id_bias() const noexcept { return kind == IndexKind::lazy ? 1 : 0; }
 };
 
-/// Reads and checks the header in O(1): magic, version, dtype, file sizes, last pointer + last length = tokens.
+/// Reads and checks the header in O(1): magic, version, dtype, file sizes, first pointer, last pointer + last length = tokens.
 /// `index_path` appears in messages only. Throws InputError if anything does not agree (a truncated file, another
-/// program's, Megatron's variant).
+/// program's).
 [[nodiscard]] Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_bytes,
                                const std::filesystem::path& index_path);
 
@@ -47,11 +51,23 @@ struct Index {
 [[nodiscard]] std::uint64_t sequence_length(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 [[nodiscard]] std::uint64_t sequence_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 
-/// Checks every sequence in O(sequences): starts follow from the lengths. Throws InputError naming the first that differs.
+/// First sequence of document i of a megatron index; for i = index.documents, the number of sequences. O(1); not checked
+/// by read_index except for the first and the last.
+[[nodiscard]] std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
+
+/// Checks every sequence and document in O(sequences): starts follow from the lengths, documents from each other. Throws
+/// InputError naming the first that differs.
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path);
 
 /// Writes an .idx for sequences of the given lengths, in bounded memory (`lengths` may be a mapped file of native u32,
-/// any alignment; its size is 4 bytes per sequence). Throws std::system_error if it cannot be written.
+/// any alignment; its size is 4 bytes per sequence). megatron gets one document per sequence. Throws std::system_error if
+/// it cannot be written, InputError if a sequence is too long for the layout.
 void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths);
+
+/// Writes a megatron .idx with documents: `document_starts` is the first sequence of each, then the number of sequences
+/// (native u64, any alignment). Throws as above; std::invalid_argument, before anything is written, unless they start
+/// with 0, never fall, and end with the number of sequences.
+void write_megatron_index(const std::filesystem::path& index_path, Dtype dtype, std::span<const std::byte> lengths,
+                          std::span<const std::byte> document_starts);
 
 }  // namespace xlm_ds

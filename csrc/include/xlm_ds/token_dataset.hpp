@@ -11,16 +11,21 @@
 
 namespace xlm_ds {
 
-/// none: blocks run across sequences. eos: one sequence per block, cut at the block's size.
-enum class BreakMode { none, eos };
+/// none: blocks run across sequences. eos: one sequence per block. complete: as many whole sequences
+/// as fit. complete_doc: the same, but a sequence of one token (an empty line) ends a document: it is
+/// in no block, and no block goes on after it. A sequence longer than a block stands alone, cut at
+/// the block's size.
+enum class BreakMode { none, eos, complete, complete_doc };
 
-/// A .bin/.idx pair, mapped and seen as blocks of at most block_size tokens. fairseq's
-/// TokenBlockDataset, modes None and eos; without its tables: every block is found in O(1), and
-/// opening reads only the header and the last sequence.
+/// A .bin/.idx pair, mapped and seen as blocks of at most block_size tokens: fairseq's
+/// TokenBlockDataset, except that no block is longer. Every block is found in O(1). In modes none and
+/// eos without a table, and opening reads only the header and the last sequence; in the two others
+/// opening checks and walks over all sequences, and keeps 8 bytes a block.
 class TokenDataset {
  public:
   /// Opens `prefix`.bin and `prefix`.idx. Throws std::system_error if one cannot be opened,
-  /// InputError if they are not a pair of binarized text, std::invalid_argument if block_size is 0.
+  /// InputError if they are not a pair of binarized text, or too large for the table of the modes
+  /// complete and complete_doc; std::invalid_argument if block_size is 0.
   TokenDataset(const std::filesystem::path& prefix, BreakMode mode, std::uint64_t block_size);
 
   [[nodiscard]] std::uint64_t sequences() const noexcept { return index_.sequences; }
@@ -40,8 +45,10 @@ class TokenDataset {
   std::size_t fill_block(std::uint64_t block, std::int64_t vocab_size,
                          std::span<std::int64_t> out) const;
 
-  /// Sequences that lose tokens because they are longer than a block (mode eos; 0 in mode none).
-  /// O(sequences).
+  /// What the table of the modes complete and complete_doc takes; else 0.
+  [[nodiscard]] std::size_t table_bytes() const noexcept { return 8 * table_.size(); }
+
+  /// Sequences that lose tokens because they are longer than a block (0 in mode none). O(sequences).
   [[nodiscard]] std::uint64_t count_cut() const;
 
   /// How often each id below vocab_size occurs in the whole .bin. O(tokens). Throws InputError if
@@ -62,6 +69,7 @@ class TokenDataset {
   MappedFile index_file_;
   MappedFile data_file_;
   Index index_;
+  std::vector<std::uint64_t> table_;  // first token and length of each block, in one number
 };
 
 }  // namespace xlm_ds
