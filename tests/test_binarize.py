@@ -75,16 +75,18 @@ def encode(
 ) -> tuple[list[list[int]], _core.TextCounts]:
     """The sequences that the core writes for `text`."""
     (folder / "text").write_bytes(text)
-    paths = _core.PairPaths(folder / "x.bin", folder / "x.idx", folder / "x.lengths")
-    counts = _core.binarize_file(
-        folder / "text",
+    mmap = _core.IndexKind.mmap
+    counts = _core.encode_text(
+        [_core.Piece(folder / "text")],
         _core.Dictionary(symbols),
-        _core.IndexKind.mmap,
-        paths,
+        mmap,
+        folder / "x.bin",
+        folder / "x.lengths",
         threads,
         _core.Progress(),
         chunk_bytes,
     )
+    _core.write_text_index(folder / "x.idx", mmap, len(symbols), folder / "x.lengths")
     ids = np.fromfile(folder / "x.bin", dtype=np.uint16).tolist()
     sequences = []
     begin = 0
@@ -179,9 +181,11 @@ from pathlib import Path
 from xlm_ds import _core
 folder = Path(sys.argv[1])
 dictionary = _core.Dictionary(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a"])
-paths = _core.PairPaths(folder / "x.bin", folder / "x.idx", folder / "x.lengths")
+pieces = [_core.Piece(folder / "text")]
+mmap = _core.IndexKind.mmap
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-_core.binarize_file(folder / "text", dictionary, _core.IndexKind.mmap, paths, 2, _core.Progress())
+_core.encode_text(pieces, dictionary, mmap, folder / "x.bin", folder / "x.lengths", 2, _core.Progress())
+_core.write_text_index(folder / "x.idx", mmap, 6, folder / "x.lengths")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -258,7 +262,7 @@ def test_the_recipes_loop_and_all_at_once_give_the_same_files(text: Path, tmp_pa
         (["--langs=en", "--source-lang=en"], "give --langs"),
         (["--langs=en,de"], "train.de: not found"),
         (["--langs=en", "--validpref=nowhere/valid"], "valid.en: not found"),
-        (["--langs=en", "--testpref=a,b"], "several prefixes"),
+        (["--langs=en", "--testpref=a,b"], "a.en: not found"),
         (["--langs=en,en"], "en is named twice"),
         (["--langs=../x"], "is no name of a language"),
         (["--langs=en", "--nwordssrc=3", "--padding-factor=1"], "without a single word"),
@@ -298,7 +302,7 @@ def test_ctrl_c_ends_the_run_and_leaves_no_pair(tmp_path: Path) -> None:
     files = [f"--trainpref={tmp_path / 'train'}", f"--srcdict={tmp_path / 'vocab'}"]
     root = Path(__file__).parent.parent
     process = subprocess.Popen([*command, *files], cwd=root, stdout=subprocess.DEVNULL)
-    while not (out / ".train.en.bin.tmp").exists():
+    while not (out / ".train.en.part0.bin.tmp").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
@@ -324,7 +328,7 @@ def test_a_killed_run_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
         "--workers=1",
     ]
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-    while not (out / ".train.en.bin.tmp").exists():
+    while not (out / ".train.en.part0.bin.tmp").exists():
         assert process.poll() is None
     process.kill()
     process.wait()

@@ -21,23 +21,33 @@ namespace {
 
 constexpr std::string_view kUnkSymbol = "<unk>";
 
-/// Reads the text again up to the bad byte: counting lines on the way would slow every good text.
-[[noreturn]] void refuse_byte(const std::filesystem::path& path, std::uint64_t offset, char found) {
-  constexpr std::string_view kDigits = "0123456789abcdef";
-  const auto byte = static_cast<unsigned char>(found);
-  ChunkReader reader(path, kBinarizeChunkBytes);
+/// Lines before the byte at `offset`, and its own. Reads the file again: counting lines on the way
+/// would slow every good text.
+std::uint64_t line_at(const std::filesystem::path& path, std::uint64_t offset) {
+  const std::array file{Piece{.path = path}};
+  const Progress progress;
+  ChunkReader reader(file, kBinarizeChunkBytes, progress);
   std::uint64_t line = 1;
   for (Chunk chunk; reader.next(chunk) && chunk.offset < offset;) {
     line += count_line_ends(chunk.text.substr(0, offset - chunk.offset));
   }
-  throw InputError(path.string() + ", line " + std::to_string(line) + ", byte " +
-                   std::to_string(offset) + ": 0x" + kDigits[byte >> 4U] + kDigits[byte & 15U] +
-                   " is not UTF-8; convert the file to UTF-8");
+  return line;
 }
 
-void check_utf8(const std::filesystem::path& path, const Chunk& chunk) {
-  const std::size_t bad = first_invalid_utf8(chunk.text);
-  if (bad != chunk.text.size()) refuse_byte(path, chunk.offset + bad, chunk.text[bad]);
+/// Refuses a part of the chunk that is not UTF-8.
+void check_utf8(const Chunk& chunk, std::string_view part) {
+  const std::size_t bad = first_invalid_utf8(part);
+  if (bad == part.size()) return;
+  constexpr std::string_view kDigits = "0123456789abcdef";
+  const auto byte = static_cast<unsigned char>(part[bad]);
+  const std::uint64_t offset =
+      chunk.offset + static_cast<std::size_t>(part.data() - chunk.text.data()) + bad;
+  const auto& path = chunk.piece->path;
+  const std::string where = path == kStandardInput
+                                ? "standard input"
+                                : path.string() + ", line " + std::to_string(line_at(path, offset));
+  throw InputError(where + ", byte " + std::to_string(offset) + ": 0x" + kDigits[byte >> 4U] +
+                   kDigits[byte & 15U] + " is not UTF-8; convert the text to UTF-8");
 }
 
 /// Calls take(words) for every block of the chunk's words and line ends.
@@ -83,16 +93,14 @@ struct Written {
 /// Turns chunks into ids; one per thread.
 class ChunkEncoder {
  public:
-  ChunkEncoder(const std::filesystem::path& text_path, const Dictionary& dictionary,
-               AppendIds append_ids, Written& written)
-      : text_path_(&text_path),
-        dictionary_(&dictionary),
+  ChunkEncoder(const Dictionary& dictionary, AppendIds append_ids, Written& written)
+      : dictionary_(&dictionary),
         append_ids_(append_ids),
         written_(&written),
         id_counts_(dictionary.size()) {}
 
   void read(const Chunk& chunk) {
-    check_utf8(*text_path_, chunk);
+    check_utf8(chunk, chunk.text);
     bytes_.clear();
     line_lengths_.clear();
     open_line_tokens_ = 0;
@@ -146,7 +154,6 @@ class ChunkEncoder {
     }
   }
 
-  const std::filesystem::path* text_path_;
   const Dictionary* dictionary_;
   AppendIds append_ids_;
   Written* written_;
@@ -164,10 +171,8 @@ class ChunkEncoder {
 /// Counts the words of chunks; one per thread.
 class ChunkCounter {
  public:
-  explicit ChunkCounter(const std::filesystem::path& text_path) : text_path_(&text_path) {}
-
   void read(const Chunk& chunk) {
-    check_utf8(*text_path_, chunk);
+    check_utf8(chunk, chunk.text);
     for_each_block(chunk, [this](auto words) {
       for (const std::string_view word : words) {
         if (!word.empty()) count(word, 1);
@@ -199,28 +204,22 @@ class ChunkCounter {
     counts_[number] += times;
   }
 
-  const std::filesystem::path* text_path_;
   ByteTable words_;
   std::vector<std::uint64_t> counts_;  // by number in words_
 };
 
 }  // namespace
 
-TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary,
-                         IndexKind kind, const PairPaths& paths, std::size_t threads,
-                         Progress& progress, std::size_t chunk_bytes) {
+TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary, IndexKind kind,
+                       const EncodedPaths& paths, std::size_t threads, Progress& progress,
+                       std::size_t chunk_bytes) {
   const Dtype dtype = dtype_to_write(kind, dictionary.size());
-  ChunkReader reader(text_path, chunk_bytes);
-  Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.temporary)};
+  ChunkReader reader(text, chunk_bytes, progress);
+  Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.line_lengths)};
   std::vector<ChunkEncoder> encoders(
       std::max<std::size_t>(threads, 1),
-      ChunkEncoder(text_path, dictionary, append_ids_of(kind, dtype), written));
+      ChunkEncoder(dictionary, append_ids_of(kind, dtype), written));
   read_in_order(reader, std::span(encoders), progress);
-  if (!progress.cancelled()) {
-    const MappedFile line_lengths(paths.temporary);
-    write_index(paths.index, kind, dtype, line_lengths.bytes());
-  }
-  std::filesystem::remove(paths.temporary);
 
   TextCounts counts{.lines = written.lines,
                     .tokens = written.data_bytes / element_bytes(dtype),
@@ -230,11 +229,18 @@ TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionar
   return counts;
 }
 
-std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
-    const std::filesystem::path& text_path, std::size_t threads, Progress& progress,
-    std::size_t chunk_bytes) {
-  ChunkReader reader(text_path, chunk_bytes);
-  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1), ChunkCounter(text_path));
+void write_text_index(const std::filesystem::path& index, IndexKind kind,
+                      std::uint64_t dictionary_size, const std::filesystem::path& line_lengths) {
+  const MappedFile lengths(line_lengths);
+  write_index(index, kind, dtype_to_write(kind, dictionary_size), lengths.bytes());
+}
+
+std::vector<std::pair<std::string, std::uint64_t>> count_text_words(std::span<const Piece> text,
+                                                                    std::size_t threads,
+                                                                    Progress& progress,
+                                                                    std::size_t chunk_bytes) {
+  ChunkReader reader(text, chunk_bytes, progress);
+  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1));
   read_in_order(reader, std::span(counters), progress);
   for (const ChunkCounter& counter : std::span(counters).subspan(1)) counters.front().add(counter);
   return counters.front().counts();
