@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,18 +158,24 @@ def started_ranks(stage: str) -> Iterator[Ranks]:
         if rank == 0:
             raise
         sys.exit(EXIT_BAD_INPUT)
-    with _watched(stage, ranks.rank):
-        try:
-            yield ranks
-        except KeyboardInterrupt:
-            if ranks.rank == 0:
-                sys.stderr.write(f"{stage}: interrupted\n")
-            _leave(EXIT_INTERRUPTED)
-        except Exception:
-            if ranks.has_ended:
-                raise
-            traceback.print_exc()  # outside together: the others do not know
-            _leave(EXIT_FAULT)
+    watcher = _start_watcher(stage) if ranks.rank == 0 else None
+    leave_with = None
+    try:
+        yield ranks
+    except KeyboardInterrupt:
+        if ranks.rank == 0:
+            sys.stderr.write(f"{stage}: interrupted\n")
+        leave_with = EXIT_INTERRUPTED
+    except Exception:
+        if ranks.has_ended:
+            raise
+        traceback.print_exc()  # outside together: the others do not know
+        leave_with = EXIT_FAULT
+    finally:
+        if watcher is not None:
+            watcher.communicate(b"ended\n")
+    if leave_with is not None:
+        _leave(leave_with)
 
 
 def _told_by_launcher() -> tuple[int, int]:
@@ -181,7 +188,9 @@ def _told_by_launcher() -> tuple[int, int]:
 
 def _world(size: int) -> "MPI.Intracomm":
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another launcher's environment: said below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
         raise InputError(
             f"started as one of {size} ranks, but mpi4py cannot be used "
@@ -211,26 +220,18 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-@contextmanager
-def _watched(stage: str, rank: int) -> Iterator[None]:
-    """A child of rank 0 that says one sentence when rank 0 ends without having come to its end.
+def _start_watcher(stage: str) -> "subprocess.Popen[bytes]":
+    """A child of rank 0 that says one sentence when rank 0 ends without having told it so.
 
     When a rank dies, MPICH's launcher kills the others with SIGKILL, so that none of them can. The child's session is
     its own, or it would be killed with them.
     """
-    if rank != 0:
-        yield
-        return
     sentence = (
         f"{stage}: error: a rank has died or was killed, so the run has ended; nothing that was under way "
         "is under a final name; give the same command again"
     )
-    watcher = subprocess.Popen(
+    return subprocess.Popen(
         ["sh", "-c", f"read ended || echo '{sentence}' >&2"],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
-    try:
-        yield
-    finally:
-        watcher.communicate(b"ended\n")
