@@ -232,7 +232,8 @@ TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary
 void write_text_index(const std::filesystem::path& index, IndexKind kind,
                       std::uint64_t dictionary_size, const std::filesystem::path& line_lengths) {
   const MappedFile lengths(line_lengths);
-  write_index(index, kind, dtype_to_write(kind, dictionary_size), lengths.bytes());
+  write_index(index, kind, dtype_to_write(kind, dictionary_size), lengths.bytes(),
+              [&] { lengths.release_pages(); });
 }
 
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(std::span<const Piece> text,

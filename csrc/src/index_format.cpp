@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <ios>
 #include <optional>
 #include <string>
@@ -110,7 +111,8 @@ Index read_lazy_header(std::span<const std::byte> bytes, const std::filesystem::
 /// A file written through one buffer; close() reports what a destructor would have to swallow.
 class IndexFile {
  public:
-  explicit IndexFile(const std::filesystem::path& path) : path_(path), stream_(path, std::ios::binary | std::ios::trunc) {
+  IndexFile(const std::filesystem::path& path, const std::function<void()>& after_block)
+      : path_(path), stream_(path, std::ios::binary | std::ios::trunc), after_block_(after_block) {
     buffer_.reserve(kWriteBufferBytes);
     if (!stream_) fail();
   }
@@ -132,12 +134,14 @@ class IndexFile {
     stream_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size()));
     if (!stream_) fail();
     buffer_.clear();
+    if (after_block_) after_block_();
   }
   [[noreturn]] void fail() const {
     throw std::system_error(errno, std::generic_category(), "cannot write " + path_.string());
   }
   std::filesystem::path path_;
   std::ofstream stream_;
+  std::function<void()> after_block_;
   std::vector<char> buffer_;
 };
 
@@ -218,10 +222,11 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
   }
 }
 
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths) {
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
+                 const std::function<void()>& after_block) {
   const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
   const auto length_at = [&](std::uint64_t i) { return load<std::uint32_t>(lengths, sizeof(std::uint32_t) * i); };
-  IndexFile file(index_path);
+  IndexFile file(index_path, after_block);
   if (kind == IndexKind::mmap) {
     for (const char c : kMmapMagic) file.put(c);
     file.put(kVersion);

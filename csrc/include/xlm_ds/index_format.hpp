@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <span>
 #include <string_view>
 
@@ -51,7 +52,9 @@ struct Index {
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path);
 
 /// Writes an .idx for sequences of the given lengths, in bounded memory (`lengths` may be a mapped file of native u32,
-/// any alignment; its size is 4 bytes per sequence). Throws std::system_error if it cannot be written.
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths);
+/// any alignment; its size is 4 bytes per sequence). Calls `after_block` for every quarter of a megabyte written. Throws
+/// std::system_error if it cannot be written.
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
+                 const std::function<void()>& after_block = {});
 
 }  // namespace xlm_ds

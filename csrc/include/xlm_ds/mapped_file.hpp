@@ -20,6 +20,9 @@ class MappedFile {
   /// Valid as long as this object lives, also after it has been moved into another.
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
 
+  /// Takes the file's pages out of this process' memory; what is looked at again comes back.
+  void release_pages() const noexcept;
+
  private:
   void unmap() noexcept;
   const std::byte* data_ = nullptr;
