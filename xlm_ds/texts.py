@@ -76,12 +76,15 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
     prefs = {split: pref.split(",") for split, pref in given.items() if pref is not None}
     if not prefs:
         raise InputError("nothing to binarize: give --trainpref, --validpref or --testpref")
+    for split, names in prefs.items():
+        if "" in names:
+            raise InputError(f"--{split}pref {given[split]}: there is a prefix without a character")
     _check_standard_input(prefs, languages, config)
     texts = []
     for language in languages:
         for split, names in prefs.items():
-            inputs = [_input(name, split, language) for name in names]
             _check_commas(given[split], split, language)
+            inputs = [_input(name, split, language) for name in names]
             if split == "train":
                 texts.append(Text(split, language, tuple(inputs)))
             else:  # valid, valid1, valid2, … as fairseq
@@ -95,8 +98,6 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
 def _input(pref: str, split: str, language: str) -> Input:
     if pref == _core.STANDARD_INPUT:
         return STANDARD_INPUT
-    if not pref:
-        raise InputError(f"--{split}pref: there is nothing before, after or between commas")
     path = Path(f"{pref}.{language}")
     if not path.is_file():
         raise InputError(
