@@ -85,10 +85,10 @@ def python_loop(text: Path, ids: dict[str, int], output: Path) -> None:
 
 
 def ours(text: Path, dictionary: _core.Dictionary, output: Path, threads: int) -> None:
-    folder = output.parent
-    paths = _core.PairPaths(output, folder / "ours.idx", folder / "ours.lengths")
-    progress = _core.Progress()
-    _core.binarize_file(text, dictionary, _core.IndexKind.mmap, paths, threads, progress)
+    lengths, pieces = output.parent / "ours.lengths", [_core.Piece(text)]
+    mmap, progress = _core.IndexKind.mmap, _core.Progress()
+    _core.encode_text(pieces, dictionary, mmap, output, lengths, threads, progress)
+    _core.write_text_index(output.parent / "ours.idx", mmap, len(dictionary), lengths)
 
 
 def timed(call: Callable[[], None]) -> tuple[float, float]:

@@ -5,6 +5,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 import reference
 from xlm_ds import _core, binarize
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
-from xlm_ds.files import file_sha256
+from xlm_ds.files import file_sha256, locked
 from xlm_ds.log import InputError
 
 BLANKS = "\t\x0b\x0c\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -75,16 +77,18 @@ def encode(
 ) -> tuple[list[list[int]], _core.TextCounts]:
     """The sequences that the core writes for `text`."""
     (folder / "text").write_bytes(text)
-    paths = _core.PairPaths(folder / "x.bin", folder / "x.idx", folder / "x.lengths")
-    counts = _core.binarize_file(
-        folder / "text",
+    mmap = _core.IndexKind.mmap
+    counts = _core.encode_text(
+        [_core.Piece(folder / "text")],
         _core.Dictionary(symbols),
-        _core.IndexKind.mmap,
-        paths,
+        mmap,
+        folder / "x.bin",
+        folder / "x.lengths",
         threads,
         _core.Progress(),
         chunk_bytes,
     )
+    _core.write_text_index(folder / "x.idx", mmap, len(symbols), folder / "x.lengths")
     ids = np.fromfile(folder / "x.bin", dtype=np.uint16).tolist()
     sequences = []
     begin = 0
@@ -174,21 +178,26 @@ def test_a_large_text_is_the_same_for_any_threads(tmp_path: Path) -> None:
 
 
 RESIDENT_GROWTH = """
-import resource, sys
+import sys
 from pathlib import Path
 from xlm_ds import _core
 folder = Path(sys.argv[1])
 dictionary = _core.Dictionary(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a"])
-paths = _core.PairPaths(folder / "x.bin", folder / "x.idx", folder / "x.lengths")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-_core.binarize_file(folder / "text", dictionary, _core.IndexKind.mmap, paths, 2, _core.Progress())
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+pieces = [_core.Piece(folder / "text")]
+mmap = _core.IndexKind.mmap
+def peak():  # not getrusage's: that is the parent's where it was larger
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+before = peak()
+_core.encode_text(pieces, dictionary, mmap, folder / "x.bin", folder / "x.lengths", 2, _core.Progress())
+_core.write_text_index(folder / "x.idx", mmap, 6, folder / "x.lengths")
+print(peak() - before)
 """
 
 
 @pytest.mark.parametrize("line", [b"a b\n", b"a b "])
 def test_memory_does_not_grow_with_the_text_or_a_line(line: bytes, tmp_path: Path) -> None:
-    """Also for a file that is one line: chunks are cut between words, and nothing is mapped."""
+    """Also for a file that is one line: chunks are cut between words, and nothing stays mapped."""
     repeats = 16_000_000
     (tmp_path / "text").write_bytes(line * repeats)
     command = [sys.executable, "-c", RESIDENT_GROWTH, str(tmp_path)]
@@ -258,7 +267,12 @@ def test_the_recipes_loop_and_all_at_once_give_the_same_files(text: Path, tmp_pa
         (["--langs=en", "--source-lang=en"], "give --langs"),
         (["--langs=en,de"], "train.de: not found"),
         (["--langs=en", "--validpref=nowhere/valid"], "valid.en: not found"),
-        (["--langs=en", "--testpref=a,b"], "several prefixes"),
+        (["--langs=en", "--testpref=a,b"], "a.en: not found"),
+        (["--langs=en", "--testpref=a,"], "a prefix without a character"),
+        (["--langs=en", "--trainpref=-"], "give --srcdict"),
+        (["--langs=en,fr", "--validpref=-"], "text in one language"),
+        (["--langs=en", "--validpref=-", "--testpref=-"], "can be read once"),
+        (["--langs=en", "--validpref=-,a"], "can be read once"),
         (["--langs=en,en"], "en is named twice"),
         (["--langs=../x"], "is no name of a language"),
         (["--langs=en", "--nwordssrc=3", "--padding-factor=1"], "without a single word"),
@@ -298,7 +312,7 @@ def test_ctrl_c_ends_the_run_and_leaves_no_pair(tmp_path: Path) -> None:
     files = [f"--trainpref={tmp_path / 'train'}", f"--srcdict={tmp_path / 'vocab'}"]
     root = Path(__file__).parent.parent
     process = subprocess.Popen([*command, *files], cwd=root, stdout=subprocess.DEVNULL)
-    while not (out / ".train.en.bin.tmp").exists():
+    while not (out / ".train.en.part0.bin.tmp").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
@@ -324,7 +338,7 @@ def test_a_killed_run_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
         "--workers=1",
     ]
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-    while not (out / ".train.en.bin.tmp").exists():
+    while not (out / ".train.en.part0.bin.tmp").exists():
         assert process.poll() is None
     process.kill()
     process.wait()
@@ -332,3 +346,166 @@ def test_a_killed_run_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
     assert binarize.main([*arguments, f"--destdir={out}"]) == 0
     assert not list(out.glob(".*"))
     assert (out / "train.en.bin").stat().st_size == 2 * 9 * 3_000_000
+
+
+# --------------------------------------------------------------------------------- what it reads
+
+
+def pair_bytes(folder: Path, pair: str) -> tuple[bytes, bytes]:
+    return (folder / f"{pair}.bin").read_bytes(), (folder / f"{pair}.idx").read_bytes()
+
+
+def test_training_files_are_joined_and_others_numbered(text: Path, tmp_path: Path) -> None:
+    """fairseq's names for the k-th file of valid and test; each file ends its last line."""
+    (text / "a.en").write_bytes(b"b c\nc")
+    (text / "b.en").write_bytes(b"")
+    (text / "c.en").write_bytes(b"\nc\r")
+    (text / "train.en").write_bytes(b"b c\nc\n\nc\r")
+    several = ",".join(str(text / name) for name in "abc")
+    flags = ["--langs=en", f"--srcdict={text / 'vocab'}", f"--destdir={tmp_path / 'several'}"]
+    binarize.main([*flags, f"--trainpref={several}", f"--validpref={several}"])
+    run_stage(text, tmp_path / "one", "--langs=en", f"--srcdict={text / 'vocab'}")
+    assert pair_bytes(tmp_path / "several", "train.en") == pair_bytes(tmp_path / "one", "train.en")
+    lines = [
+        json.loads((tmp_path / "several" / f"{split}.en.json").read_text(encoding="utf-8"))["lines"]
+        for split in ("valid", "valid1", "valid2", "train")
+    ]
+    assert lines == [2, 0, 2, 4]
+
+
+def test_a_file_with_a_comma_in_its_name_is_not_guessed_at(text: Path, tmp_path: Path) -> None:
+    for name in ("a.en", "b.en", "a,b.en"):
+        (text / name).write_text("b\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"a,b\.en: there is a file of this name, but a comma"):
+        run_stage(
+            text, tmp_path, "--langs=en", f"--validpref={text}/a,{text}/b", f"--testpref={text}/a,b"
+        )
+
+
+def from_standard_input(
+    content: bytes, text: Path, out: Path
+) -> "subprocess.CompletedProcess[str]":
+    """The stage at the end of a pipe that gives its bytes little by little."""
+    (text / "content").write_bytes(content)
+    stage = f"{sys.executable} -m xlm_ds.binarize --source-lang en --trainpref - --destdir {out}"
+    command = f"dd bs=7 if={text / 'content'} 2>&- | {stage} --srcdict {text / 'vocab'}"
+    root = Path(__file__).parent.parent
+    return subprocess.run(command, shell=True, cwd=root, capture_output=True, text=True)
+
+
+def test_standard_input_is_read_as_a_file_and_always_again(text: Path, tmp_path: Path) -> None:
+    content = (text / "train.en").read_bytes() * 50 + "c 한 b".encode()
+    for repeats in (1, 2):
+        result = from_standard_input(content * repeats, text, tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        assert f"[en] standard input: {repeats * 151 - (repeats - 1)} sents" in result.stdout
+        (text / "train.en").write_bytes(content * repeats)
+        run_stage(text, tmp_path / f"file{repeats}", "--langs=en", f"--srcdict={text / 'vocab'}")
+        found = pair_bytes(tmp_path / "out", "train.en")
+        assert found == pair_bytes(tmp_path / f"file{repeats}", "train.en")
+
+
+def test_a_bad_byte_of_standard_input_is_named(text: Path, tmp_path: Path) -> None:
+    result = from_standard_input(b"b c\n" * 100 + b"\xe9t\n", text, tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "standard input, byte 400: 0xe9 is not UTF-8" in result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dict.txt", "preprocess.log"}
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_standard_input(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xlm_ds.binarize", "--source-lang=en", "--trainpref=-"]
+    flags = [f"--destdir={tmp_path / 'out'}", f"--srcdict={text / 'vocab'}"]
+    process = subprocess.Popen(
+        [*command, *flags], cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE
+    )
+    while not (tmp_path / "out" / ".train.en.part0.bin.tmp").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def test_a_text_that_becomes_shorter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"a b\n")
+    with pytest.raises(InputError, match="ends at byte 4, but had at least 5 when the run began"):
+        _core.count_text_words([_core.Piece(tmp_path / "text", 0, 5)], 1, _core.Progress())
+
+
+# --------------------------------------------------------------------------------- again
+
+
+def test_what_is_there_is_redone_only_when_something_has_changed(
+    text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--langs=en,fr", f"--srcdict={text / 'vocab'}"]
+    caplog.set_level("INFO", logger="xlm_ds")
+
+    def redone(*more: str) -> set[str]:
+        """The languages made in a run; of the others it is said that they are there."""
+        before = {path: path.stat().st_ino for path in out.glob("*.idx")}
+        caplog.clear()
+        run_stage(text, out, *flags, *more)
+        said = {m.partition(":")[0] for m in caplog.messages if m.endswith("flags; not redone")}
+        made = {p.suffixes[0][1:] for p in out.glob("*.idx") if before.get(p) != p.stat().st_ino}
+        assert said == {f"train.{language}" for language in {"en", "fr"} - made}
+        return made
+
+    assert redone() == {"en", "fr"}
+    assert redone("--workers=1") == set()
+    (text / "train.en").touch()
+    assert redone() == {"en"}
+    with (out / "train.fr.bin").open("ab") as file:
+        file.write(b"x")
+    assert redone() == {"fr"}
+    (out / "train.fr.counts.npy").unlink()
+    (out / "train.en.json").write_text("[]", encoding="utf-8")
+    assert redone() == {"en", "fr"}
+    assert redone("--dataset-impl=lazy") == {"en", "fr"}
+    assert redone("--dataset-impl=cached") == set()
+
+
+def test_a_killed_run_goes_on_with_the_next_pair(text: Path, tmp_path: Path) -> None:
+    """en is whole, fr was under way: en keeps its files, and no temporary one is left."""
+    out = tmp_path / "out"
+    run_stage(text, out, "--langs=en", f"--srcdict={text / 'vocab'}")
+    for name in (".train.fr.part0.bin.tmp", ".train.fr.part3.lengths.tmp", ".train.fr.idx.tmp"):
+        (out / name).write_bytes(b"half")
+    (out / ".train.fr.lock").touch()
+    before = (out / "train.en.idx").stat().st_ino
+    run_stage(text, out, "--langs=en,fr", f"--srcdict={text / 'vocab'}")
+    assert (out / "train.en.idx").stat().st_ino == before
+    assert (out / "train.fr.idx").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_two_runs_do_not_make_one_pair_at_once(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out / ".train.en.lock"):
+        run_stage(text, out, "--langs=fr", f"--srcdict={text / 'vocab'}")
+        (out / ".train.en.bin.tmp").write_bytes(b"of the other run")
+        with pytest.raises(InputError, match=r"train\.en: another binarize is making this pair"):
+            run_stage(text, out, "--langs=en", f"--srcdict={text / 'vocab'}")
+        assert (out / ".train.en.bin.tmp").exists()
+    run_stage(text, out, "--langs=en", f"--srcdict={text / 'vocab'}")
+    assert not list(out.glob(".*"))
+
+
+def test_a_lock_is_waited_for_and_left_to_one(tmp_path: Path) -> None:
+    """More threads than one can ever hold it; whoever waits must not keep a file that was removed."""
+    inside = 0
+
+    def add(_: int) -> None:
+        nonlocal inside
+        with locked(tmp_path / "lock"):
+            before = inside
+            time.sleep(0.001)
+            inside = before + 1
+
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        list(threads.map(add, range(50)))
+    assert inside == 50
+    assert not (tmp_path / "lock").exists()

@@ -13,9 +13,9 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
-    {"flags", "files"},
+    {"flags", "files", "ranks"},
     {"config", "dictionary"},
-    {"tokenisation", "merges"},
+    {"tokenisation", "merges", "texts"},
     {"prepare", "binarize", "shards"},
     {"dataset"},
     {"order"},

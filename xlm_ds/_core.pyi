@@ -54,6 +54,7 @@ class Dictionary:
     def __len__(self) -> int: ...
 
 class IndexKind:
+    name: str
     mmap: Final[IndexKind]
     lazy: Final[IndexKind]
 
@@ -80,27 +81,38 @@ class TextCounts:
     def by_id(self) -> NDArray[np.uint64]:
         """(V,)"""
 
-class PairPaths:
-    """Where binarize_file writes: .bin, .idx, and a file that it removes at the end."""
+STANDARD_INPUT: Final = "-"
+"""The path under which a Piece is standard input."""
 
-    def __init__(self, data: StrPath, index: StrPath, temporary: StrPath) -> None: ...
+class Piece:
+    """Bytes [begin, end) of a file (default: all of it), cut only after a line feed."""
 
-def binarize_file(
-    text_path: StrPath,
+    def __init__(self, path: StrPath, begin: int = 0, end: int = ...) -> None: ...
+
+def encode_text(
+    text: Sequence[Piece],
     dictionary: Dictionary,
     kind: IndexKind,
-    paths: PairPaths,
+    data_path: StrPath,
+    lengths_path: StrPath,
     threads: int,
     progress: Progress,
     chunk_bytes: int = ...,
 ) -> TextCounts:
-    """Writes a pair in place; the bytes do not depend on `threads` or `chunk_bytes`.
+    """Writes a .bin and the lengths of its lines (native u32), in place.
 
-    Raises InputError for text that is not UTF-8, with file, line and byte.
+    The bytes do not depend on `threads` or `chunk_bytes`; those of a text's parts, one file after another, are
+    those of the text. Raises InputError for text that is not UTF-8, with file, line and byte (of standard input
+    the byte only), or that has become shorter than `end`.
     """
 
+def write_text_index(
+    index_path: StrPath, kind: IndexKind, dictionary_size: int, lengths_path: StrPath
+) -> None:
+    """Writes the .idx that belongs to a file of line lengths."""
+
 def count_text_words(
-    text_path: StrPath, threads: int, progress: Progress, chunk_bytes: int = ...
+    text: Sequence[Piece], threads: int, progress: Progress, chunk_bytes: int = ...
 ) -> list[tuple[str, int]]:
     """Every distinct word of a text and how often it occurs, in no particular order."""
 

@@ -4,88 +4,132 @@
         --trainpref D/train --validpref D/valid --testpref D/test --destdir OUT
 
 writes OUT/dict.txt and for every split and language SPLIT.LG.bin and .idx (docs/formats.md), SPLIT.LG.json (counts,
-checksums) and SPLIT.LG.counts.npy (occurrences of every id). A pair gets its final name when whole, its .idx last.
+checksums) and SPLIT.LG.counts.npy (occurrences of every id). A pair gets its final name when whole, its .idx last; one
+that is there already and was made from the same is not made again.
+
+    --trainpref a/train,b/train     several files: for train joined, for valid and test valid, valid1, valid2, …
+    xz -dc train.ar.xz | python -m xlm_ds.binarize --source-lang ar --srcdict D/vocab_mlm --trainpref - --destdir OUT
+    mpirun -n 64 python -m xlm_ds.binarize …     many machines with a shared folder (pip install 'xlm_ds[mpi]')
 """
 
 import json
 import math
-import os
+import secrets
 import shutil
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig, check_languages
+from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
-from xlm_ds.files import file_sha256, sync_file
+from xlm_ds.files import file_sha256, locked, sync_file
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
+from xlm_ds.ranks import Ranks, Stopped, started_ranks
+from xlm_ds.texts import Share, Text, divide, texts_of
 
 Result = TypeVar("Result")
 
 # What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
 COMPANIONS = ("codes", "prepare.json")
+KINDS = ("bin", "counts.npy", "json", "idx")  # of a pair's files, in the order of their renaming
+JOIN_BYTES = 1 << 20
 POLL_SECONDS = 0.1
 MANY_UNKNOWN = 0.1  # of all tokens; text and dictionary of one prepare have next to none
 
 
-class Text(NamedTuple):
-    """One file to binarize."""
+class Counts(NamedTuple):
+    """What a text contains (_core.TextCounts), or a rank's part of it."""
 
-    split: str
-    language: str
-    path: Path
+    lines: int
+    tokens: int
+    unknown: int
+    blank_lines: int
+    literal_specials: int
+
+
+class Job(NamedTuple):
+    """What is the same for all pairs."""
+
+    config: BinarizeConfig
+    dictionary: Dictionary
+    core_dictionary: _core.Dictionary
+    kind: _core.IndexKind
+    threads: int
+    ranks: Ranks
+    bar: "tqdm[None]"
 
 
 def main(argv: Sequence[str]) -> int:
-    binarize(parse(BinarizeConfig, argv, answered=BINARIZE_ANSWERED, description=__doc__))
+    with started_ranks("binarize") as ranks:
+        config = ranks.together(
+            lambda: parse(BinarizeConfig, argv, answered=BINARIZE_ANSWERED, description=__doc__)
+        )
+        binarize(config, ranks)
     return EXIT_OK
 
 
-def binarize(config: BinarizeConfig) -> None:
-    """Writes everything `config` asks for. Raises InputError or OSError; what was finished before stays."""
-    texts = texts_of(config)
-    threads = config.workers or len(os.sched_getaffinity(0))
-    dictionary = find_dictionary(config, texts, threads)
-    if len(dictionary) == len(SPECIAL_SYMBOLS):
-        raise InputError(
-            f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
-        )
-    config.destdir.mkdir(parents=True, exist_ok=True)
-    add_log_file(config.destdir / "preprocess.log")
-    write_dictionary(config, dictionary)
-    core_dictionary = _core.Dictionary(dictionary.symbols)
-    total_bytes = sum(text.path.stat().st_size for text in texts)
-    announced = set()
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        for text in texts:
-            if text.language not in announced:
-                logger.info(f"[{text.language}] Dictionary: {len(dictionary)} types")
-                announced.add(text.language)
-            counts = write_pair(text, config, dictionary, core_dictionary, threads, bar)
-            logger.info(f"[{text.language}] {text.path}: {summary(counts)}")
-            if counts.unknown > MANY_UNKNOWN * counts.tokens:
-                logger.info(
-                    f"{text.path}: many words are not in the dictionary; was the text split with the codes that "
-                    "the dictionary was counted with?"
-                )
-            if counts.literal_specials:
-                logger.info(
-                    f"{text.path}: {counts.literal_specials} words are spelt like a special symbol "
-                    f"({', '.join(SPECIAL_SYMBOLS)}) and got its id, as with fairseq"
-                )
+def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
+    """Writes everything `config` asks for. Raises InputError or OSError; what was finished before stays.
+
+    Alone, pair by pair. Of several ranks each reads its share of all texts; when all is on disk they finish the pairs.
+    """
+    texts = ranks.on_first(lambda: texts_for(config, ranks.size))
+    threads = config.workers or ranks.threads()
+    dictionary = find_dictionary(config, texts, threads, ranks)
+    ranks.on_first(lambda: start_folder(config, dictionary))
+    check_shared(config.destdir, ranks)
+    sizes = [text.size for text in texts]
+    unknown_size = any(text.is_standard_input for text in texts)
+    with tqdm(
+        total=None if unknown_size else sum(sizes) // ranks.size,
+        unit="B",
+        unit_scale=True,
+        disable=ranks.rank != 0 or not sys.stderr.isatty(),
+    ) as bar:
+        kind = _core.IndexKind.mmap if config.dataset_impl == "mmap" else _core.IndexKind.lazy
+        core_dictionary = _core.Dictionary(dictionary.symbols)
+        job = Job(config, dictionary, core_dictionary, kind, threads, ranks, bar)
+        announced: set[str] = set()
+        for group in [[text] for text in texts] if ranks.size == 1 else [texts]:
+            made = make_pairs(group, job)
+            for text in group:
+                if text.language not in announced:
+                    logger.info(f"[{text.language}] Dictionary: {len(dictionary)} types")
+                    announced.add(text.language)
+                tell(text, made.get(text.pair))
     logger.info(f"Wrote preprocessed data to {config.destdir}")
 
 
-def summary(counts: _core.TextCounts) -> str:
+def tell(text: Text, counts: Counts | None) -> None:
+    if counts is None:
+        logger.info(
+            f"{text.pair}: is there already, made from the same input, dictionary and flags; not redone"
+        )
+        return
+    logger.info(f"[{text.language}] {text}: {summary(counts)}")
+    if counts.unknown > MANY_UNKNOWN * counts.tokens:
+        logger.info(
+            f"{text}: many words are not in the dictionary; was the text split with the codes that "
+            "the dictionary was counted with?"
+        )
+    if counts.literal_specials:
+        logger.info(
+            f"{text}: {counts.literal_specials} words are spelt like a special symbol "
+            f"({', '.join(SPECIAL_SYMBOLS)}) and got its id, as with fairseq"
+        )
+
+
+def summary(counts: Counts) -> str:
     """fairseq's line; its percentage has three significant digits."""
     share = f" {100 * counts.unknown / counts.tokens:.3}% replaced" if counts.tokens else ""
     return f"{counts.lines} sents, {counts.tokens} tokens,{share} (by <unk>)".replace(
@@ -93,146 +137,291 @@ def summary(counts: _core.TextCounts) -> str:
     )
 
 
-# ------------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------- before the first pair
 
 
-def texts_of(config: BinarizeConfig) -> list[Text]:
-    """The files to read, language by language. Raises InputError if one is missing or nothing is asked for."""
-    if bool(config.langs) == bool(config.source_lang):
-        raise InputError("give --langs ar,de,… (all languages at once) or --source-lang LG (one)")
-    languages = config.langs or (str(config.source_lang),)
-    check_languages(languages, "--langs")
-    prefs = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
-    given = {split: pref for split, pref in prefs.items() if pref is not None}
-    if not given:
-        raise InputError("nothing to binarize: give --trainpref, --validpref or --testpref")
-    for pref in given.values():
-        if "," in pref:
-            raise InputError(
-                f"{pref}: several prefixes for one split are not supported; join the files"
-            )
-    texts = [
-        Text(split, language, Path(f"{pref}.{language}"))
-        for language in languages
-        for split, pref in given.items()
-    ]
-    for text in texts:
-        if not text.path.is_file():
-            raise InputError(
-                f"{text.path}: not found, although --{text.split}pref and language {text.language} ask for it"
-            )
-    return texts
-
-
-def find_dictionary(config: BinarizeConfig, texts: Sequence[Text], threads: int) -> Dictionary:
-    """The one of --srcdict, or one built from the training text of all languages together."""
-    if config.srcdict is not None:
-        return Dictionary.load(
-            config.srcdict, on_duplicate=config.on_duplicate, max_vocab=config.max_vocab
-        )
-    if not config.langs:
+def texts_for(config: BinarizeConfig, ranks: int) -> list[Text]:
+    """Those of the configuration. Raises InputError also if there is nothing to make a dictionary from."""
+    texts = texts_of(config)
+    if ranks > 1 and any(text.is_standard_input for text in texts):
+        raise InputError(f"- is standard input, which {ranks} ranks cannot share; give a file")
+    if config.srcdict is None and not config.langs:
         raise InputError(
             "--source-lang without --srcdict would give every language its own ids; give --srcdict, or --langs "
             "with all languages to build one dictionary from their training text"
         )
-    training = [text for text in texts if text.split == "train"]
-    if not training:
+    if config.srcdict is None and config.trainpref is None:
         raise InputError(
             "no --srcdict and no --trainpref: there is nothing to build the dictionary from"
         )
-    words: Counter[str] = Counter()
-    for text in training:
-        progress = _core.Progress()
-        with interruptible(progress) as run:
-            counted = run(lambda: _core.count_text_words(text.path, threads, progress))  # noqa: B023
-        words.update(dict(counted))
-    built = build_dictionary(
-        words,
-        threshold=config.thresholdsrc,
-        nwords=config.nwordssrc,
-        padding_factor=config.padding_factor,
-    )
-    # After the padding, so that the model has no more rows than asked for.
-    return built if config.max_vocab is None else built.truncated(config.max_vocab)
+    return texts
+
+
+def find_dictionary(
+    config: BinarizeConfig, texts: Sequence[Text], threads: int, ranks: Ranks
+) -> Dictionary:
+    """The one of --srcdict, or one built from the training text of all languages together."""
+    words = Counter[str]() if config.srcdict else count_words(texts, threads, ranks)
+    return ranks.on_first(lambda: dictionary_of(config, words))
+
+
+def dictionary_of(config: BinarizeConfig, words: Counter[str]) -> Dictionary:
+    if config.srcdict is not None:
+        found = Dictionary.load(
+            config.srcdict, on_duplicate=config.on_duplicate, max_vocab=config.max_vocab
+        )
+    else:
+        found = build_dictionary(
+            words,
+            threshold=config.thresholdsrc,
+            nwords=config.nwordssrc,
+            padding_factor=config.padding_factor,
+        )
+        if config.max_vocab is not None:
+            # After the padding, so that the model has no more rows than asked for.
+            found = found.truncated(config.max_vocab)
+    if len(found) == len(SPECIAL_SYMBOLS):
+        raise InputError(
+            f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
+        )
+    return found
+
+
+def count_words(texts: Sequence[Text], threads: int, ranks: Ranks) -> Counter[str]:
+    """Of the training text; on ranks other than 0 not all of it."""
+    training = [text for text in texts if text.split == "train"]
+    share = ranks.on_first(lambda: divide(training, ranks.size))[ranks.rank]
+    pieces = [_core.Piece(*stretch) for stretches in share.values() for stretch in stretches]
+    progress = _core.Progress()
+
+    def count() -> Counter[str]:
+        with interruptible(progress, ranks) as run:
+            return Counter(dict(run(lambda: _core.count_text_words(pieces, threads, progress))))
+
+    def merge(one: Counter[str], other: Counter[str]) -> Counter[str]:
+        one.update(other)
+        return one
+
+    return ranks.merged(ranks.together(count), merge)
+
+
+def start_folder(config: BinarizeConfig, dictionary: Dictionary) -> None:
+    """Makes OUT, its log and OUT/dict.txt. Raises InputError if another dictionary is there."""
+    config.destdir.mkdir(parents=True, exist_ok=True)
+    add_log_file(config.destdir / "preprocess.log")
+    # The recipe's loop over languages may run in parallel: they must not write the same file.
+    with locked(config.destdir / ".dict.txt.lock"):
+        write_dictionary(config, dictionary)
 
 
 def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
-    """OUT/dict.txt. Raises InputError if another one is there: its pairs would mean other words."""
     path = config.destdir / "dict.txt"
     if path.exists():
+        # Its pairs would mean other words.
         if Dictionary.load(path).sha256 != dictionary.sha256:
             raise InputError(
                 f"{path}: another dictionary is there already; binarize into an empty --destdir, "
                 f"or use this one with --srcdict {path}"
             )
         return
-    # The recipe's loop over languages may run in parallel: they must not write the same file.
-    temporary = path.with_name(f".dict.txt.{os.getpid()}.tmp")
-    dictionary.save(temporary)
-    sync_file(temporary)
-    temporary.replace(path)
     if config.srcdict is not None:
         for name in COMPANIONS:
             if (config.srcdict.parent / name).is_file() and not (config.destdir / name).exists():
                 shutil.copyfile(config.srcdict.parent / name, config.destdir / name)
+    temporary = path.with_name(".dict.txt.tmp")
+    dictionary.save(temporary)
+    sync_file(temporary)
+    temporary.replace(path)
 
 
-# ------------------------------------------------------------------------------------ one pair
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raises InputError on a rank for which `folder` is another than rank 0's."""
+    with ExitStack() as stack:
+        path = folder / ".shared.lock"
 
+        def write() -> str:
+            stack.enter_context(locked(path))
+            path.write_text(secrets.token_hex(), encoding="utf-8")
+            return path.read_text(encoding="utf-8")
 
-def write_pair(
-    text: Text,
-    config: BinarizeConfig,
-    dictionary: Dictionary,
-    core_dictionary: _core.Dictionary,
-    threads: int,
-    bar: "tqdm[None]",
-) -> _core.TextCounts:
-    """Binarizes one file under temporary names and renames them when all is on disk."""
-    base = f"{text.split}.{text.language}"
-    final = {
-        kind: config.destdir / f"{base}.{kind}" for kind in ("bin", "counts.npy", "json", "idx")
-    }
-    temporary = {kind: path.with_name(f".{path.name}.tmp") for kind, path in final.items()}
-    lengths = config.destdir / f".{base}.lengths.tmp"
-    kind = _core.IndexKind.mmap if config.dataset_impl == "mmap" else _core.IndexKind.lazy
-    paths = _core.PairPaths(temporary["bin"], temporary["idx"], lengths)
-    progress = _core.Progress()
-    try:
-        with interruptible(progress, bar) as run:
-            counts = run(
-                lambda: _core.binarize_file(
-                    text.path, core_dictionary, kind, paths, threads, progress
+        def compare() -> None:
+            if not path.exists() or path.read_text(encoding="utf-8") != written:
+                raise InputError(
+                    f"{folder}: on {socket.gethostname()} it is not the folder that the first rank writes to; "
+                    "give a --destdir that all hosts share"
                 )
-            )
-        with temporary["counts.npy"].open("wb") as file:
-            np.save(file, counts.by_id)
-        description = {
-            "language": text.language,
-            "split": text.split,
-            "lines": counts.lines,
-            "tokens": counts.tokens,
-            "unknown": counts.unknown,
-            "blank": counts.blank_lines,
-            "literal_specials": counts.literal_specials,
-            "unigram_entropy_bits": entropy_bits(counts.by_id),
-            "dictionary_sha256": dictionary.sha256,
-            "sha256": {kind: file_sha256(temporary[kind]) for kind in ("bin", "idx")},
+
+        written = ranks.on_first(write)
+        ranks.together(compare)
+
+
+# ------------------------------------------------------------------------------------ pairs
+
+
+def make_pairs(texts: Sequence[Text], job: Job) -> dict[str, Counts]:
+    """Makes those that are not there already, and returns what they contain, by pair.
+
+    Every rank encodes its share into parts; then one rank for each text joins them, and renames the pair when all ranks
+    have come so far.
+    """
+    ranks = job.ranks
+    wanted = ranks.on_first(lambda: [text for text in texts if not is_there(text, job)])
+    shares = ranks.on_first(lambda: divide(wanted, ranks.size))
+    own = [number for number in range(len(wanted)) if owner(shares, number) == ranks.rank]
+    with ExitStack() as stack:
+        ranks.together(lambda: [stack.enter_context(alone_at(wanted[n], job)) for n in own])
+        ranks.together(lambda: encode_share(wanted, shares[ranks.rank], job))
+        made = ranks.together(
+            lambda: {wanted[n].pair: finish_pair(wanted[n], readers(shares, n), job) for n in own}
+        )
+        ranks.together(lambda: publish([wanted[number] for number in own], job))
+    return {pair: counts for part in ranks.gathered(made) for pair, counts in part.items()}
+
+
+def readers(shares: Sequence[Share], number: int) -> list[int]:
+    """The ranks that have a part of the text, in the order of its bytes."""
+    return [rank for rank, share in enumerate(shares) if number in share]
+
+
+def owner(shares: Sequence[Share], number: int) -> int:
+    """The rank with the largest part."""
+    return max(
+        readers(shares, number), key=lambda r: sum(s.end - s.begin for s in shares[r][number])
+    )
+
+
+@contextmanager
+def alone_at(text: Text, job: Job) -> Iterator[None]:
+    """Holds the text's pair for this run, without temporary files before and after, also those of a killed run."""
+    folder = job.config.destdir
+    busy = f"{folder / text.pair}: another binarize is making this pair; wait for it, or give another --destdir"
+    with locked(folder / f".{text.pair}.lock", busy):
+        remove_temporary(text, job)
+        try:
+            yield
+        finally:
+            remove_temporary(text, job)
+
+
+def remove_temporary(text: Text, job: Job) -> None:
+    for path in job.config.destdir.glob(f".{text.pair}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def temporary(text: Text, job: Job, what: str, rank: int | None = None) -> Path:
+    """Of a file on its way, or of a rank's part of it."""
+    part = "" if rank is None else f".part{rank}"
+    return job.config.destdir / f".{text.pair}{part}.{what}.tmp"
+
+
+def made_from(text: Text, job: Job) -> dict[str, Any]:
+    """What decides the bytes of the pair."""
+    return {
+        "inputs": [
+            {"name": file.path.name, "bytes": file.size, "mtime_ns": file.mtime_ns}
+            for file in text.inputs
+        ],
+        "dictionary_sha256": job.dictionary.sha256,
+        "dataset_impl": job.kind.name,
+    }
+
+
+def is_there(text: Text, job: Job) -> bool:
+    """Whether the pair is whole and made from the same. Of standard input nobody knows."""
+    base = job.config.destdir / text.pair
+    try:
+        record = json.loads(Path(f"{base}.json").read_bytes())
+        sizes = {
+            kind: Path(f"{base}.{kind}").stat().st_size for kind in ("bin", "counts.npy", "idx")
         }
-        temporary["json"].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        for path in temporary.values():
-            sync_file(path)
-        # An .idx says that its pair is whole: an old one goes first, the new one comes last.
-        final["idx"].unlink(missing_ok=True)
-        for kind_of_file, path in temporary.items():
-            if kind_of_file == "idx":
-                sync_file(config.destdir)  # or a loss of power could undo the other names only
-            path.replace(final[kind_of_file])
-        sync_file(config.destdir)
-    finally:
-        for path in (*temporary.values(), lengths):
-            path.unlink(missing_ok=True)
+    except (FileNotFoundError, ValueError):
+        return False
+    return (
+        not text.is_standard_input
+        and isinstance(record, dict)
+        and record.get("made_from") == made_from(text, job)
+        and record.get("bytes") == sizes
+    )
+
+
+def encode_share(texts: Sequence[Text], share: Share, job: Job) -> None:
+    """This rank's parts: ids, lengths of the lines, and counts."""
+    for number, stretches in share.items():
+        text = texts[number]
+        pieces = [_core.Piece(*stretch) for stretch in stretches]
+        if text.is_standard_input:
+            pieces = [_core.Piece(_core.STANDARD_INPUT)]
+        data, lengths, counts = (
+            temporary(text, job, what, job.ranks.rank) for what in ("bin", "lengths", "counts")
+        )
+        encoded = encode(pieces, data, lengths, job)
+        figures = [getattr(encoded, field) for field in Counts._fields]
+        with counts.open("wb") as file:
+            np.save(file, np.concatenate([np.array(figures, np.uint64), encoded.by_id]))
+
+
+def encode(pieces: Sequence[_core.Piece], data: Path, lengths: Path, job: Job) -> _core.TextCounts:
+    progress = _core.Progress()
+    with interruptible(progress, job.ranks, job.bar) as run:
+        return run(
+            lambda: _core.encode_text(
+                pieces, job.core_dictionary, job.kind, data, lengths, job.threads, progress
+            )
+        )
+
+
+def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
+    """Joins the parts of `ranks` and adds what belongs to a pair; all is on disk then, under temporary names."""
+    job.ranks.check_stop()
+    new = {kind: temporary(text, job, kind) for kind in KINDS}
+    lengths = temporary(text, job, "lengths")
+    join([temporary(text, job, "bin", rank) for rank in ranks], new["bin"])
+    join([temporary(text, job, "lengths", rank) for rank in ranks], lengths)
+    figures = sum(np.load(temporary(text, job, "counts", rank)) for rank in ranks)
+    counts = Counts(*(int(figure) for figure in figures[: len(Counts._fields)]))
+    by_id = figures[len(Counts._fields) :]
+    _core.write_text_index(new["idx"], job.kind, len(job.dictionary), lengths)
+    with new["counts.npy"].open("wb") as file:
+        np.save(file, by_id)
+    description = {
+        "language": text.language,
+        "split": text.split,
+        "lines": counts.lines,
+        "tokens": counts.tokens,
+        "unknown": counts.unknown,
+        "blank": counts.blank_lines,
+        "literal_specials": counts.literal_specials,
+        "unigram_entropy_bits": entropy_bits(by_id),
+        "dictionary_sha256": job.dictionary.sha256,
+        "sha256": {kind: file_sha256(new[kind]) for kind in ("bin", "idx")},
+        "bytes": {kind: new[kind].stat().st_size for kind in ("bin", "counts.npy", "idx")},
+        "made_from": made_from(text, job),
+    }
+    new["json"].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    for path in new.values():
+        sync_file(path)
     return counts
+
+
+def join(parts: Sequence[Path], whole: Path) -> None:
+    parts[0].replace(whole)
+    with whole.open("ab") as file:
+        for part in parts[1:]:
+            with part.open("rb") as content:
+                shutil.copyfileobj(content, file, JOIN_BYTES)
+            part.unlink()
+
+
+def publish(texts: Sequence[Text], job: Job) -> None:
+    """Gives finished pairs their names. An .idx says that its pair is whole: the old goes first, the new comes last."""
+    folder = job.config.destdir
+    for text in texts:
+        (folder / f"{text.pair}.idx").unlink(missing_ok=True)
+        for kind in KINDS:
+            if kind == "idx":
+                sync_file(folder)  # or a loss of power could undo the other names only
+            temporary(text, job, kind).replace(folder / f"{text.pair}.{kind}")
+    sync_file(folder)
 
 
 def entropy_bits(counts: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> float:
@@ -244,14 +433,15 @@ def entropy_bits(counts: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> float
 
 @contextmanager
 def interruptible(
-    progress: _core.Progress, bar: "tqdm[None] | None" = None
+    progress: _core.Progress, ranks: Ranks, bar: "tqdm[None] | None" = None
 ) -> Iterator[Callable[[Callable[[], Result]], Result]]:
-    """Runs calls of the core on another thread, so that Ctrl-C ends them at once and the bar moves."""
+    """Runs calls of the core on another thread, so that Ctrl-C or another rank's failure ends them; moves the bar."""
 
     def result_of(future: "Future[Result]") -> Result:
         shown = 0
         while not future.done():
             wait([future], timeout=POLL_SECONDS)
+            ranks.check_stop()
             if bar is not None:
                 bar.update(progress.done_bytes - shown)
                 shown = progress.done_bytes
@@ -260,7 +450,7 @@ def interruptible(
     with ThreadPoolExecutor(max_workers=1) as thread:
         try:
             yield lambda call: result_of(thread.submit(call))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             progress.cancel()
             raise
 

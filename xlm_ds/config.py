@@ -105,12 +105,19 @@ class BinarizeConfig:
         "dictionary (lines `symbol count`); without it, one is built from the training text",
         default=None,
     )
-    trainpref: str | None = knob("training text is PREF.LANG", default=None)
-    validpref: str | None = knob("validation text is PREF.LANG", default=None)
-    testpref: str | None = knob("test text is PREF.LANG", default=None)
+    trainpref: str | None = knob(
+        "training text is PREF.LANG, PREF,PREF… are joined; - is standard input (one language, with --srcdict)",
+        default=None,
+    )
+    validpref: str | None = knob(
+        "validation text is PREF.LANG; PREF,PREF… become valid, valid1, …", default=None
+    )
+    testpref: str | None = knob(
+        "test text is PREF.LANG; PREF,PREF… become test, test1, …", default=None
+    )
     destdir: Path = knob("folder for dict.txt and the .bin/.idx pairs")
     workers: int = knob(
-        "threads; the bytes written do not depend on it (default: all cores)",
+        "threads of a rank; the bytes written do not depend on it (default: all cores that the rank may use)",
         default=0,
         bounds="[0, inf)",
     )

@@ -64,6 +64,39 @@ def _where_not_utf8(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Holds the lock file `path`, also on a shared folder; a process that dies lets go of it.
+
+    If another process has it: raises InputError(busy), or without `busy` waits.
+    """
+    handle = _lock_handle(path, busy)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock_handle(path: Path, busy: str | None) -> int:
+    while True:
+        handle = os.open(
+            path, os.O_RDWR | os.O_CREAT, 0o666
+        )  # NFS locks only what is open to write
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it before may have removed the file since it was opened here.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+                return handle
+        except BlockingIOError as error:
+            os.close(handle)
+            raise InputError(str(busy)) from error
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def alone_in(folder: Path, what: str) -> Iterator[None]:
     """Holds `folder` for this process. Raises InputError if another one, doing `what`, has it."""
     handle = os.open(folder, os.O_RDONLY)

@@ -90,13 +90,29 @@ void register_binarize(py::module_& m) {
       .def_readonly("blank_lines", &TextCounts::blank_lines)
       .def_readonly("literal_specials", &TextCounts::literal_specials)
       .def_property_readonly("by_id", [](const TextCounts& counts) { return as_array(counts.by_id); });
-  py::class_<xlm_ds::PairPaths>(m, "PairPaths")
-      .def(py::init<std::filesystem::path, std::filesystem::path, std::filesystem::path>(), "data"_a, "index"_a,
-           "temporary"_a);
-  m.def("binarize_file", &xlm_ds::binarize_file, "text_path"_a, "dictionary"_a, "kind"_a, "paths"_a, "threads"_a,
+  py::class_<xlm_ds::Piece>(m, "Piece")
+      .def(py::init<std::filesystem::path, std::uint64_t, std::uint64_t>(), "path"_a, "begin"_a = 0,
+           "end"_a = xlm_ds::Piece::kToTheEnd);
+  m.attr("STANDARD_INPUT") = xlm_ds::kStandardInput;
+  m.def("encode_text",
+        [](const std::vector<xlm_ds::Piece>& text, const xlm_ds::Dictionary& dictionary,
+           xlm_ds::IndexKind kind, const std::filesystem::path& data_path,
+           const std::filesystem::path& lengths_path, std::size_t threads,
+           xlm_ds::Progress& progress, std::size_t chunk_bytes) {
+          return xlm_ds::encode_text(text, dictionary, kind, {data_path, lengths_path}, threads,
+                                     progress, chunk_bytes);
+        },
+        "text"_a, "dictionary"_a, "kind"_a, "data_path"_a, "lengths_path"_a, "threads"_a,
         "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
-  m.def("count_text_words", &xlm_ds::count_text_words, "text_path"_a, "threads"_a, "progress"_a,
-        "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
+  m.def("write_text_index", &xlm_ds::write_text_index, "index_path"_a, "kind"_a,
+        "dictionary_size"_a, "lengths_path"_a, Unlock());
+  m.def("count_text_words",
+        [](const std::vector<xlm_ds::Piece>& text, std::size_t threads, xlm_ds::Progress& progress,
+           std::size_t chunk_bytes) {
+          return xlm_ds::count_text_words(text, threads, progress, chunk_bytes);
+        },
+        "text"_a, "threads"_a, "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes,
+        Unlock());
 }
 
 void register_datasets(py::module_& m) {

@@ -19,27 +19,34 @@
 namespace xlm_ds {
 namespace {
 
-/// Reads the text again up to the bad byte: counting lines on the way would slow every good text.
-[[noreturn]] void refuse_byte(const std::filesystem::path& path, std::uint64_t offset, char found) {
-  constexpr std::string_view kDigits = "0123456789abcdef";
-  const auto byte = static_cast<unsigned char>(found);
-  ChunkReader reader(path, kBinarizeChunkBytes);
+/// Lines before the byte at `offset`, and its own. Reads the file again: counting lines on the way
+/// would slow every good text.
+std::uint64_t line_at(const std::filesystem::path& path, std::uint64_t offset) {
+  const std::array file{Piece{.path = path}};
+  const Progress progress;
+  ChunkReader reader(file, kBinarizeChunkBytes, progress);
   std::uint64_t line = 1;
   for (Chunk chunk; reader.next(chunk) && chunk.offset < offset;) {
     line += count_line_ends(chunk.text.substr(0, offset - chunk.offset));
   }
-  throw InputError(path.string() + ", line " + std::to_string(line) + ", byte " +
-                   std::to_string(offset) + ": 0x" + kDigits[byte >> 4U] + kDigits[byte & 15U] +
-                   " is not UTF-8; convert the file to UTF-8");
+  return line;
 }
 
-/// Refuses a part of the chunk that is not UTF-8. A symbol of the dictionary is, and so is every blank: when ids are
-/// made, only unknown words need a look.
-void check_utf8(const std::filesystem::path& path, const Chunk& chunk, std::string_view part) {
+/// Refuses a part of the chunk that is not UTF-8. A symbol of the dictionary is, and so is every
+/// blank: when ids are made, only unknown words need a look.
+void check_utf8(const Chunk& chunk, std::string_view part) {
   const std::size_t bad = first_invalid_utf8(part);
   if (bad == part.size()) return;
-  const auto offset = static_cast<std::size_t>(part.data() - chunk.text.data()) + bad;
-  refuse_byte(path, chunk.offset + offset, part[bad]);
+  constexpr std::string_view kDigits = "0123456789abcdef";
+  const auto byte = static_cast<unsigned char>(part[bad]);
+  const std::uint64_t offset =
+      chunk.offset + static_cast<std::size_t>(part.data() - chunk.text.data()) + bad;
+  const auto& path = chunk.piece->path;
+  const std::string where = path == kStandardInput
+                                ? "standard input"
+                                : path.string() + ", line " + std::to_string(line_at(path, offset));
+  throw InputError(where + ", byte " + std::to_string(offset) + ": 0x" + kDigits[byte >> 4U] +
+                   kDigits[byte & 15U] + " is not UTF-8; convert the text to UTF-8");
 }
 
 /// Calls take(words) for every block of the chunk's words and line ends.
@@ -81,10 +88,9 @@ struct Written {
 /// Turns chunks into ids; one per thread.
 class ChunkEncoder {
  public:
-  ChunkEncoder(const std::filesystem::path& text_path, const Dictionary& dictionary,
-               StoreIds store_ids, std::size_t id_bytes, Written& written)
-      : text_path_(&text_path),
-        dictionary_(&dictionary),
+  ChunkEncoder(const Dictionary& dictionary, StoreIds store_ids, std::size_t id_bytes,
+               Written& written)
+      : dictionary_(&dictionary),
         store_ids_(store_ids),
         id_bytes_(id_bytes),
         written_(&written),
@@ -137,7 +143,7 @@ class ChunkEncoder {
     const auto ids = std::span(id_block).first(words.size());
     const auto unknown = std::span(unknown_block).first(words.size());
     const auto unknown_words = unknown.first(dictionary_->look_up(words, ids, unknown));
-    for (const std::uint32_t place : unknown_words) check_utf8(*text_path_, chunk, words[place]);
+    for (const std::uint32_t place : unknown_words) check_utf8(chunk, words[place]);
     unknown_ += unknown_words.size();
     store_ids_(ids, bytes_.data() + tokens_ * id_bytes_);
     std::size_t line_ends = 0;
@@ -153,7 +159,6 @@ class ChunkEncoder {
     tokens_ += words.size();
   }
 
-  const std::filesystem::path* text_path_;
   const Dictionary* dictionary_;
   StoreIds store_ids_;
   std::size_t id_bytes_;
@@ -172,10 +177,8 @@ class ChunkEncoder {
 /// Counts the words of chunks; one per thread.
 class ChunkCounter {
  public:
-  explicit ChunkCounter(const std::filesystem::path& text_path) : text_path_(&text_path) {}
-
   void read(const Chunk& chunk) {
-    check_utf8(*text_path_, chunk, chunk.text);
+    check_utf8(chunk, chunk.text);
     for_each_block(chunk, [this](auto words) {
       for (const std::string_view word : words) {
         if (!word.empty()) count(word, 1);
@@ -207,28 +210,22 @@ class ChunkCounter {
     counts_[number] += times;
   }
 
-  const std::filesystem::path* text_path_;
   ByteTable words_;
   std::vector<std::uint64_t> counts_;  // by number in words_
 };
 
 }  // namespace
 
-TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary,
-                         IndexKind kind, const PairPaths& paths, std::size_t threads,
-                         Progress& progress, std::size_t chunk_bytes) {
+TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary, IndexKind kind,
+                       const EncodedPaths& paths, std::size_t threads, Progress& progress,
+                       std::size_t chunk_bytes) {
   const Dtype dtype = dtype_to_write(kind, dictionary.size());
-  ChunkReader reader(text_path, chunk_bytes);
-  Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.temporary)};
+  ChunkReader reader(text, chunk_bytes, progress);
+  Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.line_lengths)};
   std::vector<ChunkEncoder> encoders(
       std::max<std::size_t>(threads, 1),
-      ChunkEncoder(text_path, dictionary, store_ids_of(kind, dtype), element_bytes(dtype), written));
+      ChunkEncoder(dictionary, store_ids_of(kind, dtype), element_bytes(dtype), written));
   read_in_order(reader, std::span(encoders), progress);
-  if (!progress.cancelled()) {
-    const MappedFile line_lengths(paths.temporary);
-    write_index(paths.index, kind, dtype, line_lengths.bytes());
-  }
-  std::filesystem::remove(paths.temporary);
 
   TextCounts counts{.lines = written.lines,
                     .tokens = written.data_bytes / element_bytes(dtype),
@@ -240,11 +237,19 @@ TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionar
   return counts;
 }
 
-std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
-    const std::filesystem::path& text_path, std::size_t threads, Progress& progress,
-    std::size_t chunk_bytes) {
-  ChunkReader reader(text_path, chunk_bytes);
-  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1), ChunkCounter(text_path));
+void write_text_index(const std::filesystem::path& index, IndexKind kind,
+                      std::uint64_t dictionary_size, const std::filesystem::path& line_lengths) {
+  const MappedFile lengths(line_lengths);
+  write_index(index, kind, dtype_to_write(kind, dictionary_size), lengths.bytes(),
+              [&] { lengths.release_pages(); });
+}
+
+std::vector<std::pair<std::string, std::uint64_t>> count_text_words(std::span<const Piece> text,
+                                                                    std::size_t threads,
+                                                                    Progress& progress,
+                                                                    std::size_t chunk_bytes) {
+  ChunkReader reader(text, chunk_bytes, progress);
+  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1));
   read_in_order(reader, std::span(counters), progress);
   for (const ChunkCounter& counter : std::span(counters).subspan(1)) counters.front().add(counter);
   return counters.front().counts();

@@ -1,7 +1,11 @@
 #include "xlm_ds/chunk_reader.hpp"
 
 #include <algorithm>
-#include <span>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "xlm_ds/error.hpp"
 
 namespace xlm_ds {
 namespace {
@@ -17,36 +21,95 @@ bool is_line_end(char c) { return c == '\n' || c == '\r'; }
 
 }  // namespace
 
-ChunkReader::ChunkReader(const std::filesystem::path& path, std::size_t chunk_bytes)
-    : file_(path), chunk_bytes_(std::max<std::size_t>(chunk_bytes, 1)) {}
+std::span<char> Buffer::room(std::size_t count) {
+  if (size_ + count > capacity_) {
+    // Twice as much as there is, so that one long word is not copied for each of its chunks.
+    const std::size_t capacity = std::max(size_ + count, 2 * size_);
+    auto larger = std::make_unique_for_overwrite<char[]>(capacity);
+    if (size_ != 0) std::memcpy(larger.get(), bytes_.get(), size_);
+    bytes_ = std::move(larger);
+    capacity_ = capacity;
+  }
+  return {bytes_.get() + size_, count};
+}
+
+void Buffer::append(std::string_view text) {
+  std::ranges::copy(text, room(text.size()).begin());
+  size_ += text.size();
+}
+
+ChunkReader::ChunkReader(std::span<const Piece> pieces, std::size_t chunk_bytes,
+                         const Progress& progress)
+    : pieces_(pieces), chunk_bytes_(std::max<std::size_t>(chunk_bytes, 1)), progress_(&progress) {
+  open_piece();
+}
+
+void ChunkReader::open_piece() {
+  file_.reset();
+  if (pieces_.empty()) return;
+  file_.emplace(pieces_.front().path, pieces_.front().begin);
+  offset_ = pieces_.front().begin;
+  unread_ = pieces_.front().end - offset_;
+  line_open_ = false;
+}
 
 bool ChunkReader::next(Chunk& chunk) {
   const std::lock_guard lock(mutex_);
+  while (file_ && !progress_->cancelled()) {
+    if (next_of_piece(chunk)) return !progress_->cancelled();
+    pieces_ = pieces_.subspan(1);
+    open_piece();
+  }
+  return false;
+}
+
+bool ChunkReader::read_into(Buffer& buffer) {
+  const Piece& piece = pieces_.front();
+  const auto wanted = static_cast<std::size_t>(std::min<std::uint64_t>(chunk_bytes_, unread_));
+  // Also what next_of_piece adds behind it, so that this alone decides the buffer's capacity.
+  const auto room = buffer.room(wanted + 1 + kReadableAfter);
+  const std::size_t read = file_->read(room.first(wanted), *progress_);
+  buffer.set_size(buffer.size() + read);
+  unread_ -= read;
+  const bool ended = read < wanted;
+  if (ended && piece.end != Piece::kToTheEnd && !progress_->cancelled()) {
+    throw InputError(piece.path.string() + ": ends at byte " + std::to_string(piece.end - unread_) +
+                     ", but had at least " + std::to_string(piece.end) +
+                     " when the run began; start again when nothing writes to it");
+  }
+  return ended || unread_ == 0;
+}
+
+bool ChunkReader::next_of_piece(Chunk& chunk) {
   auto& buffer = chunk.buffer;
-  buffer.assign(tail_.begin(), tail_.end());
+  buffer.set_size(0);
+  buffer.append(tail_.text());
   std::size_t cut = 0;
   bool at_end = false;
   while (cut == 0 && !at_end) {
     const std::size_t known = buffer.size();
-    buffer.resize(known + chunk_bytes_);
-    const std::size_t read = file_.read(std::span(buffer).subspan(known));
-    buffer.resize(known + read);
-    at_end = read < chunk_bytes_;
-    const std::size_t in_new = last_cut(std::string_view(buffer.data() + known, read));
+    at_end = read_into(buffer);
+    const std::size_t in_new = last_cut(buffer.text().substr(known));
     if (in_new != 0) cut = known + in_new;
   }
   if (at_end) {
-    if (buffer.empty() ? line_open_ : !is_line_end(buffer.back())) buffer.push_back('\n');
+    const auto text = buffer.text();
+    if (text.empty() ? line_open_ : !is_line_end(text.back())) buffer.append("\n");
     cut = buffer.size();
   }
-  tail_.assign(buffer.begin() + static_cast<std::ptrdiff_t>(cut), buffer.end());
-  buffer.resize(cut + kReadableAfter);
-  chunk.text = {buffer.data(), cut};
-  chunk.number = number_++;
+  tail_.set_size(0);
+  tail_.append(buffer.text().substr(cut));
+  const auto after = buffer.room(kReadableAfter);
+  std::memset(after.data(), 0, after.size());
+  chunk.text = buffer.text().substr(0, cut);
+  chunk.number = number_;
+  chunk.piece = &pieces_.front();
   chunk.offset = offset_;
+  if (cut == 0) return false;
+  ++number_;
   offset_ += cut;
-  line_open_ = cut != 0 && !is_line_end(chunk.text.back());
-  return cut != 0;
+  line_open_ = !is_line_end(chunk.text.back());
+  return true;
 }
 
 }  // namespace xlm_ds

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <fcntl.h>
+#include <poll.h>
 #include <string>
 #include <system_error>
 #include <unistd.h>
@@ -24,6 +25,27 @@ FileHandle open_or_throw(const std::filesystem::path& path, int flags, const cha
   return FileHandle(descriptor);
 }
 
+/// A duplicate of descriptor 0 and not /dev/stdin: that cannot be opened when it is a socket, and
+/// of a file it would begin anew.
+FileHandle open_input(const std::filesystem::path& path) {
+  if (path != kStandardInput) return open_or_throw(path, O_RDONLY, "read");
+  const int descriptor = ::fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 0);
+  if (descriptor < 0) throw_errno("read", path);
+  return FileHandle(descriptor);
+}
+
+/// Returns whether there is something to read, the end of the file included; at once for a regular
+/// file. False if `progress` is cancelled before.
+bool wait_for_bytes(int descriptor, const Progress& progress) {
+  constexpr int kMilliseconds = 100;
+  pollfd waiting{.fd = descriptor, .events = POLLIN, .revents = 0};
+  while (!progress.cancelled()) {
+    // A failing poll is the read's to report.
+    if (::poll(&waiting, 1, kMilliseconds) != 0) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 FileHandle::~FileHandle() {
@@ -38,18 +60,22 @@ FileHandle& FileHandle::operator=(FileHandle&& other) noexcept {
   return *this;
 }
 
-InputFile::InputFile(std::filesystem::path path)
-    : path_(std::move(path)), handle_(open_or_throw(path_, O_RDONLY, "read")) {}
+InputFile::InputFile(std::filesystem::path path, std::uint64_t begin)
+    : path_(std::move(path)), handle_(open_input(path_)) {
+  if (begin != 0 && ::lseek(handle_.descriptor(), static_cast<off_t>(begin), SEEK_SET) < 0) {
+    throw_errno("read", path_);
+  }
+}
 
-std::size_t InputFile::read(std::span<char> bytes) {
+std::size_t InputFile::read(std::span<char> bytes, const Progress& progress) {
   std::size_t filled = 0;
-  while (filled < bytes.size()) {
+  while (filled < bytes.size() && wait_for_bytes(handle_.descriptor(), progress)) {
     const auto rest = bytes.subspan(filled);
     const ssize_t count = ::read(handle_.descriptor(), rest.data(), rest.size());
     if (count == 0) break;
     if (count > 0) {
       filled += static_cast<std::size_t>(count);
-    } else if (errno != EINTR) {
+    } else if (errno != EINTR && errno != EAGAIN) {
       throw_errno("read", path_);
     }
   }

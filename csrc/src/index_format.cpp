@@ -5,12 +5,14 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <ios>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "xlm_ds/error.hpp"
@@ -150,7 +152,8 @@ Index read_lazy_header(std::span<const std::byte> bytes, const std::filesystem::
 /// A file written through one buffer; close() reports what a destructor would have to swallow.
 class IndexFile {
  public:
-  explicit IndexFile(const std::filesystem::path& path) : path_(path), stream_(path, std::ios::binary | std::ios::trunc) {
+  explicit IndexFile(const std::filesystem::path& path, std::function<void()> after_block = {})
+      : path_(path), stream_(path, std::ios::binary | std::ios::trunc), after_block_(std::move(after_block)) {
     buffer_.reserve(kWriteBufferBytes);
     if (!stream_) fail();
   }
@@ -172,12 +175,14 @@ class IndexFile {
     stream_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size()));
     if (!stream_) fail();
     buffer_.clear();
+    if (after_block_) after_block_();
   }
   [[noreturn]] void fail() const {
     throw std::system_error(errno, std::generic_category(), "cannot write " + path_.string());
   }
   std::filesystem::path path_;
   std::ofstream stream_;
+  std::function<void()> after_block_;
   std::vector<char> buffer_;
 };
 
@@ -334,8 +339,9 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
   }
 }
 
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths) {
-  IndexFile file(index_path);
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
+                 const std::function<void()>& after_block) {
+  IndexFile file(index_path, after_block);
   const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
   switch (kind) {
     case IndexKind::mmap:

@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <unistd.h>
 #include <vector>
 
@@ -52,10 +53,10 @@ Result binarized(const Scratch& scratch, const std::string& text, xlm_ds::IndexK
                  std::size_t threads = 1, std::size_t chunk_bytes = xlm_ds::kBinarizeChunkBytes) {
   write(scratch / "text", text);
   xlm_ds::Progress progress;
-  const xlm_ds::PairPaths paths{scratch / "bin", scratch / "idx", scratch / "lengths"};
-  auto counts = xlm_ds::binarize_file(scratch / "text", kDictionary, kind, paths, threads, progress,
-                                      chunk_bytes);
-  CHECK(!std::filesystem::exists(scratch / "lengths"));
+  const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text"}};
+  auto counts = xlm_ds::encode_text(pieces, kDictionary, kind, {scratch / "bin", scratch / "lengths"},
+                                    threads, progress, chunk_bytes);
+  xlm_ds::write_text_index(scratch / "idx", kind, kDictionary.size(), scratch / "lengths");
   return {read(scratch / "bin"), read(scratch / "idx"), std::move(counts)};
 }
 
@@ -121,9 +122,9 @@ TEST(files_that_cannot_be_opened_are_system_errors) {
   write(scratch / "text", "the");
   xlm_ds::Progress progress;
   const auto attempt = [&](const char* text, const char* data) {
-    const xlm_ds::PairPaths paths{scratch / data, scratch / "idx", scratch / "lengths"};
-    (void)xlm_ds::binarize_file(scratch / text, kDictionary, xlm_ds::IndexKind::mmap, paths, 1,
-                                progress);
+    const std::vector<xlm_ds::Piece> pieces{{.path = scratch / text}};
+    (void)xlm_ds::encode_text(pieces, kDictionary, xlm_ds::IndexKind::mmap,
+                              {scratch / data, scratch / "lengths"}, 1, progress);
   };
   CHECK_THROWS(attempt("none", "bin"), std::system_error);
   CHECK_THROWS(attempt("text", "none/bin"), std::system_error);
@@ -135,7 +136,8 @@ TEST(a_cancelled_call_returns_early) {
   for (const std::size_t threads : {1, 3}) {
     xlm_ds::Progress progress;
     progress.cancel();
-    CHECK(xlm_ds::count_text_words(scratch / "text", threads, progress, 10).empty());
+    const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text"}};
+    CHECK(xlm_ds::count_text_words(pieces, threads, progress, 10).empty());
     CHECK(progress.done_bytes() == 0);
   }
 }
@@ -145,7 +147,8 @@ TEST(words_are_counted) {
   write(scratch / "text", "the cat the\n\u00A0the");
   for (const std::size_t threads : {1, 2, 7}) {
     xlm_ds::Progress progress;
-    const auto counts = xlm_ds::count_text_words(scratch / "text", threads, progress, 4);
+    const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text"}};
+    const auto counts = xlm_ds::count_text_words(pieces, threads, progress, 4);
     const std::map<std::string, std::uint64_t> found(counts.begin(), counts.end());
     CHECK(counts.size() == 2 && found.at("the") == 3 && found.at("cat") == 1);
     CHECK(progress.done_bytes() >= 18);
@@ -156,8 +159,10 @@ TEST(chunks_are_the_text_cut_after_blanks) {
   const Scratch scratch;
   const std::string text = "ab cd\r\nefghijklmnop q\rr";
   write(scratch / "text", text);
+  const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text"}};
+  const xlm_ds::Progress progress;
   for (std::size_t chunk_bytes = 1; chunk_bytes < 30; ++chunk_bytes) {
-    xlm_ds::ChunkReader reader(scratch / "text", chunk_bytes);
+    xlm_ds::ChunkReader reader(pieces, chunk_bytes, progress);
     xlm_ds::Chunk chunk;
     std::string all;
     for (std::uint64_t number = 0; reader.next(chunk); ++number) {
@@ -167,4 +172,45 @@ TEST(chunks_are_the_text_cut_after_blanks) {
     }
     CHECK(all == text + "\n");
   }
+}
+
+TEST(pieces_follow_each_other_and_each_ends_its_line) {
+  const Scratch scratch;
+  write(scratch / "a", "one\ntwo three\nfour");
+  write(scratch / "empty", "");
+  write(scratch / "b", "five\r");
+  write(scratch / "c", "\nsix ");
+  const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "a", .begin = 4, .end = 18},
+                                          {.path = scratch / "empty"},
+                                          {.path = scratch / "a", .begin = 4, .end = 4},
+                                          {.path = scratch / "b"},
+                                          {.path = scratch / "c"},
+                                          {.path = scratch / "a", .begin = 0, .end = 14}};
+  const std::vector<std::pair<std::size_t, std::string>> expected{
+      {0, "two three\nfour\n"}, {3, "five\r"}, {4, "\nsix \n"}, {5, "one\ntwo three\n"}};
+  const xlm_ds::Progress progress;
+  for (std::size_t chunk_bytes = 1; chunk_bytes < 30; ++chunk_bytes) {
+    xlm_ds::ChunkReader reader(pieces, chunk_bytes, progress);
+    xlm_ds::Chunk chunk;
+    std::vector<std::pair<std::size_t, std::string>> found;
+    while (reader.next(chunk)) {
+      const auto piece = static_cast<std::size_t>(chunk.piece - pieces.data());
+      if (found.empty() || found.back().first != piece) found.emplace_back(piece, "");
+      CHECK(chunk.offset == chunk.piece->begin + found.back().second.size());
+      found.back().second += chunk.text;
+    }
+    CHECK(found == expected);
+  }
+}
+
+TEST(a_file_that_is_shorter_than_its_piece_is_refused) {
+  const Scratch scratch;
+  write(scratch / "text", "the cat\n");
+  const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text", .begin = 0, .end = 9}};
+  const auto attempt = [&](std::size_t threads, std::size_t chunk_bytes) {
+    xlm_ds::Progress progress;
+    (void)xlm_ds::count_text_words(pieces, threads, progress, chunk_bytes);
+  };
+  CHECK_THROWS(attempt(1, 3), xlm_ds::InputError);
+  CHECK_THROWS(attempt(2, 100), xlm_ds::InputError);
 }

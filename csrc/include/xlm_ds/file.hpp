@@ -5,6 +5,8 @@
 #include <filesystem>
 #include <span>
 
+#include "xlm_ds/progress.hpp"
+
 namespace xlm_ds {
 
 /// An open file, closed with the object. Movable, not copyable.
@@ -22,13 +24,17 @@ class FileHandle {
   int descriptor_;
 };
 
-/// A file read from front to back. All throw std::system_error naming the file.
+/// The name under which InputFile reads standard input.
+inline constexpr const char* kStandardInput = "-";
+
+/// A file read from some byte onwards. All throw std::system_error naming the file.
 class InputFile {
  public:
-  explicit InputFile(std::filesystem::path path);
+  /// Standard input is read from where it is; it has no other `begin` than 0.
+  explicit InputFile(std::filesystem::path path, std::uint64_t begin = 0);
   /// Fills `bytes` from the front; returns how many, fewer than asked for only at the end of the
-  /// file.
-  [[nodiscard]] std::size_t read(std::span<char> bytes);
+  /// file, or when `progress` is cancelled while a pipe has nothing to give.
+  [[nodiscard]] std::size_t read(std::span<char> bytes, const Progress& progress);
 
  private:
   std::filesystem::path path_;
