@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from xlm_ds import binarize
+from xlm_ds.ranks import LAUNCHERS
 
 ROOT = Path(__file__).parent.parent
 BESIDE_PYTHON = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
@@ -229,9 +230,9 @@ sys.exit(run_stage("binarize", binarize.main))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("launcher", ["PMI", "OMPI_COMM_WORLD"])
-def test_without_mpi4py_rank_0_says_what_to_install(rank: int, launcher: str) -> None:
-    environment = {f"{launcher}_RANK": str(rank), f"{launcher}_SIZE": "2"}
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_without_mpi4py_rank_0_says_what_to_install(rank: int, launcher: tuple[str, str]) -> None:
+    environment = dict(zip(launcher, (str(rank), "2"), strict=True))
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_MPI4PY, "--langs=en"],
         cwd=ROOT,
