@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# What launchers tell a process, (rank, number of ranks): MPICH's Hydra, Intel MPI and Slurm's PMI-2; Open MPI; Slurm with
-# PMIx. Run with MPICH 5.0.2; the others by their manuals.
+# What launchers tell a process, (rank, number of ranks): MPICH's Hydra, Intel MPI and Slurm's PMI-2; Open MPI; Slurm
+# with PMIx. Run with MPICH 5.0.2; the others by their manuals.
 LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
