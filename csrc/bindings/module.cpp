@@ -21,6 +21,7 @@
 #include "xlm_ds/mask.hpp"
 #include "xlm_ds/order.hpp"
 #include "xlm_ds/progress.hpp"
+#include "xlm_ds/shards.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/token_dataset.hpp"
 
@@ -136,6 +137,42 @@ void register_datasets(py::module_& m) {
            py::kw_only(), "vocab_size"_a);
 }
 
+void register_shards(py::module_& m) {
+  using xlm_ds::Dtype;
+  using xlm_ds::Pair;
+  using xlm_ds::PairWriter;
+  auto dtypes = py::enum_<Dtype>(m, "Dtype");
+  for (const Dtype dtype : {Dtype::uint8, Dtype::int8, Dtype::int16, Dtype::int32, Dtype::int64,
+                            Dtype::uint16, Dtype::uint32, Dtype::uint64}) {
+    dtypes.value(std::string(xlm_ds::dtype_name(dtype)).c_str(), dtype);
+  }
+  m.def("dtype_to_write", &xlm_ds::dtype_to_write, "kind"_a, "dictionary_size"_a);
+  py::class_<Pair>(m, "Pair")
+      .def(py::init<const std::filesystem::path&>(), "prefix"_a, Unlock())
+      .def_property_readonly("kind", [](const Pair& pair) { return pair.index().kind; })
+      .def_property_readonly("dtype", [](const Pair& pair) { return pair.index().dtype; })
+      .def_property_readonly("lines", [](const Pair& pair) { return pair.index().sequences; })
+      .def_property_readonly("tokens", [](const Pair& pair) { return pair.index().tokens; })
+      .def("tokens_before", &Pair::tokens_before, "line"_a, Unlock())
+      .def("lines_within", &Pair::lines_within, "tokens"_a, Unlock())
+      .def("line", [](const Pair& pair, std::uint64_t number) { return as_array(pair.line(number)); }, "number"_a)
+      .def("count_lengths", &Pair::count_lengths, Unlock());
+  m.def("verify_pair", &xlm_ds::verify_pair, "pair"_a, "vocab_size"_a, "progress"_a, Unlock());
+  py::class_<PairWriter>(m, "PairWriter")
+      .def(py::init<const xlm_ds::PairPaths&, xlm_ds::IndexKind, Dtype, std::uint64_t>(), "paths"_a,
+           "kind"_a, "dtype"_a, "vocab_size"_a, Unlock())
+      .def("append", &PairWriter::append, "pair"_a, "first"_a, "end"_a, "progress"_a, Unlock())
+      .def("append_ids",
+           [](PairWriter& writer, const Int64Array& ids, const Int64Array& lengths) {
+             const auto from = readable(ids);
+             const auto of = readable(lengths);
+             const py::gil_scoped_release unlocked;
+             writer.append_ids(from, of);
+           },
+           "ids"_a.noconvert(), "lengths"_a.noconvert())
+      .def("finish", &PairWriter::finish, Unlock());
+}
+
 void register_order(py::module_& m) {
   py::class_<xlm_ds::Permutation>(m, "Permutation")
       .def(py::init<std::uint64_t, std::uint64_t>(), py::kw_only(), "key"_a, "size"_a)
@@ -199,6 +236,7 @@ PYBIND11_MODULE(_core, m) {
   register_bpe(m);
   register_binarize(m);
   register_datasets(m);
+  register_shards(m);
   register_order(m);
   register_batches(m);
 }

@@ -56,6 +56,22 @@ std::size_t InputFile::read(std::span<char> bytes) {
   return filled;
 }
 
+std::size_t InputFile::read_at(std::uint64_t offset, std::span<std::byte> bytes) const {
+  std::size_t filled = 0;
+  while (filled < bytes.size()) {
+    const auto rest = bytes.subspan(filled);
+    const ssize_t count = ::pread(handle_.descriptor(), rest.data(), rest.size(),
+                                  static_cast<off_t>(offset + filled));
+    if (count == 0) break;
+    if (count > 0) {
+      filled += static_cast<std::size_t>(count);
+    } else if (errno != EINTR) {
+      throw_errno("read", path_);
+    }
+  }
+  return filled;
+}
+
 OutputFile::OutputFile(std::filesystem::path path)
     : path_(std::move(path)),
       handle_(open_or_throw(path_, O_WRONLY | O_CREAT | O_TRUNC, "write")) {}
