@@ -16,7 +16,7 @@ FLOORS = [
     {"flags", "files"},
     {"config", "dictionary"},
     {"tokenisation", "merges"},
-    {"prepare", "binarize", "shards"},
+    {"prepare", "binarize", "pairs", "xlm_pth", "shards"},
     {"dataset"},
     {"order"},
     {"batches"},

@@ -3,10 +3,10 @@
     text = load_xlm_text(Path("valid.en.pth"))
     text.words, text.sentences, text.positions
 
-A .pth is a pickle, and Python's own reader of pickles calls whatever function the file names. The reader here has no way
-to call one: it knows the opcodes that such a file needs, and of the classes only numpy's arrays, plain numeric dtypes
-and numbers, and XLM's Dictionary, which it takes apart itself. Everything else is refused. Arrays stay in the mapped
-file; what else is built is bounded by the file's size and by MAX_OPCODES.
+A .pth is a pickle, and Python's own reader of pickles calls whatever function the file names. The reader here has no
+way to call one: it knows the opcodes that such a file needs, and of the classes only numpy's arrays, plain numeric
+dtypes and numbers, and XLM's Dictionary, all of which it puts together itself. Everything else is refused. Arrays stay
+in the mapped file; what else is built is bounded by the file's size and by MAX_OPCODES.
 
 Source of the format: XLM cd281d3, xlm/data/dictionary.py and preprocess.py; torch 1.0 to 2.13, torch/serialization.py.
 """
@@ -30,7 +30,9 @@ from xlm_ds.log import InputError
 
 XLM_SPECIALS = ("<s>", "</s>", "<pad>", "<unk>", *(f"<special{i}>" for i in range(10)))
 XLM_EOS, XLM_UNK = 1, 3
-MAX_OPCODES = 20_000_000  # a word of the dictionary takes 7; each makes an object of at most some 100 bytes
+MAX_OPCODES = (
+    20_000_000  # a word of the dictionary takes 7; each makes an object of at most some 100 bytes
+)
 CHUNK_BYTES = 1 << 22
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -94,7 +96,9 @@ def _words_of(dico: Any, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
         raise InputError(f"{path}: its Dictionary has no id2word or no counts")
     symbols = [words.get(i) for i in range(len(words))]
     if not all(isinstance(s, str) and type(counts.get(s)) is int for s in symbols):
-        raise InputError(f"{path}: its Dictionary does not give every id a word and every word a count")
+        raise InputError(
+            f"{path}: its Dictionary does not give every id a word and every word a count"
+        )
     if tuple(symbols[: len(XLM_SPECIALS)]) != XLM_SPECIALS:
         raise InputError(
             f"{path}: its Dictionary begins with {symbols[: len(XLM_SPECIALS)]!r:.120}, not with XLM's special words"
@@ -122,7 +126,7 @@ def _load(path: Path) -> Any:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except ValueError as error:
             raise InputError(f"{path}: is empty") from error
-    if data[:4] == b"PK\3\4":
+    if bytes(data[:4]) == b"PK\3\4":
         start, end = _find_data_pkl(path, data)
         return _Machine(path, data[:end], start).run()[0]
     expected = (_LEGACY_MAGIC, _LEGACY_VERSION)
@@ -146,7 +150,9 @@ def _find_data_pkl(path: Path, data: memoryview) -> tuple[int, int]:
         raise InputError(f"{path}: a zip archive without data.pkl is not a file of torch.save")
     entry = entries[0]
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise InputError(f"{path}: its data.pkl is compressed or encrypted, which torch.save never does")
+        raise InputError(
+            f"{path}: its data.pkl is compressed or encrypted, which torch.save never does"
+        )
     header = data[entry.header_offset :][:_ZIP_LOCAL_HEADER_BYTES]
     names = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     start = entry.header_offset + _ZIP_LOCAL_HEADER_BYTES + names
@@ -155,7 +161,9 @@ def _find_data_pkl(path: Path, data: memoryview) -> tuple[int, int]:
     for at in range(start, min(end, len(data)), CHUNK_BYTES):
         checksum = zlib.crc32(data[at : min(at + CHUNK_BYTES, end)], checksum)
     if checksum != entry.CRC:
-        raise InputError(f"{path}: the checksum of its data.pkl is wrong: it is damaged; copy it again")
+        raise InputError(
+            f"{path}: the checksum of its data.pkl is wrong: it is damaged; copy it again"
+        )
     return start, end
 
 
@@ -197,19 +205,16 @@ class _Machine:
 
     def run(self) -> tuple[Any, int]:
         """The object, and where its pickle ends."""
-        stop = pickle.STOP[0]
         for _ in range(MAX_OPCODES):
-            opcode = self._take(1)[0]
-            if opcode == stop:
-                value = self._pop()
-                return value, self._at
-            handler = _HANDLERS.get(opcode)
-            if handler is None:
-                known = pickletools.code2op.get(chr(opcode))
-                what = f"opcode {known.name}" if known else f"byte 0x{opcode:02x}"
-                self._refuse(f"{what} at byte {self._at - 1}")
-            handler(self)
-        self._refuse(f"more than {MAX_OPCODES:,} opcodes")
+            opcode = bytes(self._take(1))
+            if opcode == pickle.STOP:
+                return self._pop(), self._at
+            if opcode not in _HANDLERS:
+                self._refuse(f"opcode {_opcode_name(opcode)} at byte {self._at - 1}")
+            _HANDLERS[opcode](self)
+        raise InputError(
+            f"{self._path}: not read: its pickle has more than {MAX_OPCODES:,} opcodes"
+        )
 
     def _refuse(self, found: str) -> NoReturn:
         raise InputError(
@@ -220,7 +225,9 @@ class _Machine:
     def _take(self, count: int) -> memoryview:
         taken = self._data[self._at : self._at + count]
         if len(taken) < count:
-            raise InputError(f"{self._path}: ends at byte {len(self._data)}, within a value; copy it again")
+            raise InputError(
+                f"{self._path}: ends at byte {len(self._data)}, within a value; copy it again"
+            )
         self._at += count
         return taken
 
@@ -302,8 +309,14 @@ class _Machine:
         target = self._pop()
         keys = items[::2]
         # Only keys whose hash costs nothing: that of nested tuples can take for ever.
-        if type(target) is not dict or len(items) % 2 or not all(type(k) in (str, int) for k in keys):
-            self._refuse(f"something else than a dictionary of words and numbers before byte {self._at}")
+        if (
+            type(target) is not dict
+            or len(items) % 2
+            or not all(type(k) in (str, int) for k in keys)
+        ):
+            self._refuse(
+                f"something else than a dictionary of words and numbers before byte {self._at}"
+            )
         target.update(zip(keys, items[1::2], strict=True))
         self.push(target)
 
@@ -424,11 +437,16 @@ class _Machine:
         target.array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _handlers() -> dict[int, Callable[[_Machine], None]]:
+def _opcode_name(opcode: bytes) -> str:
+    names = (op.name for op in pickletools.opcodes if op.code.encode("latin-1") == opcode)
+    return next(names, f"0x{opcode[0]:02x}")
+
+
+def _handlers() -> dict[bytes, Callable[[_Machine], None]]:
     def push_new(make: Callable[[], Any]) -> Callable[[_Machine], None]:
         return lambda machine: machine.push(make())
 
-    table: dict[bytes, Callable[[_Machine], None]] = {
+    return {
         pickle.PROTO: lambda m: m.skip(1),
         pickle.FRAME: lambda m: m.skip(8),
         pickle.MARK: _Machine.mark,
@@ -469,7 +487,6 @@ def _handlers() -> dict[int, Callable[[_Machine], None]]:
         pickle.NEWOBJ: _Machine.new_object,
         pickle.BUILD: _Machine.build,
     }
-    return {opcode[0]: handler for opcode, handler in table.items()}
 
 
 _HANDLERS = _handlers()

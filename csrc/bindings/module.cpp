@@ -79,7 +79,8 @@ void register_binarize(py::module_& m) {
       .def("__len__", &xlm_ds::Dictionary::size);
   py::enum_<xlm_ds::IndexKind>(m, "IndexKind")
       .value("mmap", xlm_ds::IndexKind::mmap)
-      .value("lazy", xlm_ds::IndexKind::lazy);
+      .value("lazy", xlm_ds::IndexKind::lazy)
+      .value("megatron", xlm_ds::IndexKind::megatron);
   py::class_<xlm_ds::Progress>(m, "Progress")
       .def(py::init<>())
       .def_property_readonly("done_bytes", &xlm_ds::Progress::done_bytes)
@@ -153,14 +154,26 @@ void register_shards(py::module_& m) {
       .def_property_readonly("dtype", [](const Pair& pair) { return pair.index().dtype; })
       .def_property_readonly("lines", [](const Pair& pair) { return pair.index().sequences; })
       .def_property_readonly("tokens", [](const Pair& pair) { return pair.index().tokens; })
+      .def_property_readonly("documents", [](const Pair& pair) { return pair.index().documents; })
       .def("tokens_before", &Pair::tokens_before, "line"_a, Unlock())
       .def("lines_within", &Pair::lines_within, "tokens"_a, Unlock())
       .def("line", [](const Pair& pair, std::uint64_t number) { return as_array(pair.line(number)); }, "number"_a)
-      .def("count_lengths", &Pair::count_lengths, Unlock());
+      .def("count_lengths", &Pair::count_lengths, Unlock())
+      .def("count_ids",
+           [](const Pair& pair, std::uint64_t vocab_size, xlm_ds::Progress& progress) {
+             std::vector<std::uint64_t> counts;
+             {
+               const py::gil_scoped_release unlocked;
+               counts = pair.count_ids(vocab_size, progress);
+             }
+             return as_array(counts);
+           },
+           "vocab_size"_a, "progress"_a);
   m.def("verify_pair", &xlm_ds::verify_pair, "pair"_a, "vocab_size"_a, "progress"_a, Unlock());
   py::class_<PairWriter>(m, "PairWriter")
-      .def(py::init<const xlm_ds::PairPaths&, xlm_ds::IndexKind, Dtype, std::uint64_t>(), "paths"_a,
-           "kind"_a, "dtype"_a, "vocab_size"_a, Unlock())
+      .def(py::init<const std::filesystem::path&, std::filesystem::path, xlm_ds::IndexKind, Dtype,
+                    std::uint64_t>(),
+           "data_path"_a, "lengths_path"_a, "kind"_a, "dtype"_a, "vocab_size"_a, Unlock())
       .def("append", &PairWriter::append, "pair"_a, "first"_a, "end"_a, "progress"_a, Unlock())
       .def("append_ids",
            [](PairWriter& writer, const Int64Array& ids, const Int64Array& lengths) {
@@ -170,7 +183,7 @@ void register_shards(py::module_& m) {
              writer.append_ids(from, of);
            },
            "ids"_a.noconvert(), "lengths"_a.noconvert())
-      .def("finish", &PairWriter::finish, Unlock());
+      .def("finish", &PairWriter::finish, "index_path"_a, Unlock());
 }
 
 void register_order(py::module_& m) {

@@ -7,6 +7,7 @@
 #include <ranges>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/special_ids.hpp"
@@ -98,6 +99,15 @@ void count_words(TextCounts& counts) {
   counts.literal_specials = count_of(kBos) + count_of(kPad) + count_of(kMask) + count_of(kEos) - counts.lines;
 }
 
+/// write_index gives every line a document of its own; another division would be lost without a word.
+void check_documents(const Pair& pair, std::uint64_t first, std::uint64_t end) {
+  bool one_each = pair.index().documents == pair.index().sequences;
+  for (std::uint64_t i = first; one_each && i < end; ++i) one_each = document_start(pair.index(), pair.index_bytes(), i) == i;
+  if (one_each) return;
+  throw InputError(pair.index_path().string() + ": has documents of several lines, which are not kept when a Megatron-LM pair is "
+                   "written anew; convert it with --to mmap first");
+}
+
 }  // namespace
 
 Pair::Pair(const std::filesystem::path& prefix)
@@ -105,7 +115,7 @@ Pair::Pair(const std::filesystem::path& prefix)
       data_path_(with_suffix(prefix, ".bin")),
       index_file_(index_path_),
       data_file_(data_path_),
-      index_(read_index(index_file_.bytes(), std::filesystem::file_size(data_path_), index_path_)) {}
+      index_(read_index(index_file_.bytes(), data_file_.size(), index_path_)) {}
 
 std::uint64_t Pair::tokens_before(std::uint64_t line) const {
   if (line > index_.sequences) throw std::out_of_range("there is no such line");
@@ -156,6 +166,19 @@ void Pair::read_ids(std::uint64_t first, std::uint64_t vocab_size, std::span<std
                    "; it was made with another dictionary, or is damaged: binarize again");
 }
 
+std::vector<std::uint64_t> Pair::count_ids(std::uint64_t vocab_size, Progress& progress) const {
+  TextCounts counts{.by_id = std::vector<std::uint64_t>(vocab_size)};
+  std::vector<std::int64_t> buffer(kTokensPerStep);
+  std::vector<std::byte> scratch;
+  while (counts.tokens < index_.tokens && !progress.cancelled()) {
+    const auto ids = std::span(buffer).first(std::min<std::uint64_t>(kTokensPerStep, index_.tokens - counts.tokens));
+    read_ids(counts.tokens, vocab_size, ids, scratch);
+    xlm_ds::count_ids(ids, counts);
+    progress.add(scratch.size());
+  }
+  return counts.by_id;
+}
+
 TextCounts verify_pair(const Pair& pair, std::uint64_t vocab_size, Progress& progress) {
   verify_index(pair.index(), pair.index_bytes(), pair.index_path());
   TextCounts counts{.by_id = std::vector<std::uint64_t>(vocab_size)};
@@ -166,15 +189,17 @@ TextCounts verify_pair(const Pair& pair, std::uint64_t vocab_size, Progress& pro
   return counts;
 }
 
-PairWriter::PairWriter(const PairPaths& paths, IndexKind kind, Dtype dtype, std::uint64_t vocab_size)
-    : paths_(paths),
-      kind_(kind),
+PairWriter::PairWriter(const std::filesystem::path& data_path, std::filesystem::path lengths_path, IndexKind kind,
+                       Dtype dtype, std::uint64_t vocab_size)
+    : kind_(kind),
       dtype_(dtype),
-      data_(paths.data),
-      lengths_file_(paths.temporary),
+      data_(data_path),
+      lengths_path_(std::move(lengths_path)),
+      lengths_file_(lengths_path_),
       counts_{.by_id = std::vector<std::uint64_t>(vocab_size)} {}
 
 void PairWriter::append(const Pair& pair, std::uint64_t first, std::uint64_t end, Progress& progress) {
+  if (kind_ == IndexKind::megatron && pair.index().kind == IndexKind::megatron) check_documents(pair, first, end);
   walk(
       pair, first, end, counts_.by_id.size(), progress, [&](auto ids) { store(ids); },
       [&](std::uint64_t tokens) { add_line(tokens); });
@@ -195,13 +220,10 @@ void PairWriter::append_ids(std::span<const std::int64_t> ids, std::span<const s
   store(ids);
 }
 
-TextCounts PairWriter::finish() {
+TextCounts PairWriter::finish(const std::filesystem::path& index_path) {
   flush_lengths();
-  {
-    const MappedFile lengths(paths_.temporary);
-    write_index(paths_.index, kind_, dtype_, lengths.bytes());
-  }
-  std::filesystem::remove(paths_.temporary);
+  const MappedFile lengths(lengths_path_);
+  write_index(index_path, kind_, dtype_, lengths.bytes());
   count_words(counts_);
   return counts_;
 }

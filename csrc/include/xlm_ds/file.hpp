@@ -22,15 +22,13 @@ class FileHandle {
   int descriptor_;
 };
 
-/// A file read from front to back, or at any place. All throw std::system_error naming the file.
+/// A file read from front to back. All throw std::system_error naming the file.
 class InputFile {
  public:
   explicit InputFile(std::filesystem::path path);
   /// Fills `bytes` from the front; returns how many, fewer than asked for only at the end of the
   /// file.
   [[nodiscard]] std::size_t read(std::span<char> bytes);
-  /// The same from byte `offset` on, wherever `read` is; by any number of threads.
-  [[nodiscard]] std::size_t read_at(std::uint64_t offset, std::span<std::byte> bytes) const;
 
  private:
   std::filesystem::path path_;
@@ -43,6 +41,20 @@ class OutputFile {
  public:
   explicit OutputFile(std::filesystem::path path);
   void write_at(std::uint64_t offset, std::span<const std::byte> bytes) const;
+
+ private:
+  std::filesystem::path path_;
+  FileHandle handle_;
+};
+
+/// A file read at any place by any number of threads. All throw std::system_error naming the file.
+class RandomAccessFile {
+ public:
+  explicit RandomAccessFile(std::filesystem::path path);
+  [[nodiscard]] std::uint64_t size() const;
+  /// Fills `bytes` from byte `offset` on; returns how many, fewer than asked for only at the end of
+  /// the file.
+  [[nodiscard]] std::size_t read_at(std::uint64_t offset, std::span<std::byte> bytes) const;
 
  private:
   std::filesystem::path path_;

@@ -36,6 +36,9 @@ class Pair {
   /// Every length in tokens that occurs, ascending, and of how many lines. O(lines).
   [[nodiscard]] std::vector<std::pair<std::uint64_t, std::uint64_t>> count_lengths() const;
 
+  /// How often each id occurs, (vocab_size). Throws as read_ids. O(tokens). A cancelled call returns early.
+  [[nodiscard]] std::vector<std::uint64_t> count_ids(std::uint64_t vocab_size, Progress& progress) const;
+
   /// Reads ids.size() ids from token `first` on; `scratch` is reused from call to call. Throws InputError naming the
   /// file and the first bad byte if an id is not below vocab_size; std::system_error.
   void read_ids(std::uint64_t first, std::uint64_t vocab_size, std::span<std::int64_t> ids,
@@ -45,7 +48,7 @@ class Pair {
   std::filesystem::path index_path_;
   std::filesystem::path data_path_;
   MappedFile index_file_;
-  InputFile data_file_;
+  RandomAccessFile data_file_;
   Index index_;
 };
 
@@ -54,10 +57,14 @@ class Pair {
 /// Of the result, `unknown` includes words spelt <unk>, and literal_specials leaves them out: the ids do not tell.
 TextCounts verify_pair(const Pair& pair, std::uint64_t vocab_size, Progress& progress);
 
-/// Writes a new pair from lines of others. In place: callers give temporary names.
+/// Writes a new pair from lines of others, in bounded memory. In place: callers give temporary names. Throws
+/// std::system_error if a file cannot be written.
 class PairWriter {
  public:
-  PairWriter(const PairPaths& paths, IndexKind kind, Dtype dtype, std::uint64_t vocab_size);
+  /// `lengths_path` gets the lines' lengths, native u32 each: they may be more than memory holds. It is the caller's to
+  /// remove.
+  PairWriter(const std::filesystem::path& data_path, std::filesystem::path lengths_path, IndexKind kind, Dtype dtype,
+             std::uint64_t vocab_size);
 
   /// Appends lines [first, end) of a pair, checking them as verify_pair does. Returns early if cancelled.
   void append(const Pair& pair, std::uint64_t first, std::uint64_t end, Progress& progress);
@@ -66,17 +73,17 @@ class PairWriter {
   void append_ids(std::span<const std::int64_t> ids, std::span<const std::int64_t> lengths);
 
   /// Writes the .idx and returns the counts, as verify_pair does. To be called once, at the end.
-  TextCounts finish();
+  TextCounts finish(const std::filesystem::path& index_path);
 
  private:
   void store(std::span<const std::int64_t> ids);
   void add_line(std::uint64_t tokens);
   void flush_lengths();
 
-  PairPaths paths_;
   IndexKind kind_;
   Dtype dtype_;
   OutputFile data_;
+  std::filesystem::path lengths_path_;
   OutputFile lengths_file_;
   TextCounts counts_;
   std::vector<std::uint32_t> lengths_;  // not yet in lengths_file_
