@@ -171,7 +171,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, extra = self.parse_known_args(args, namespace)
+        # Intermixed: `merge OUT --overwrite A B` means the same as `merge OUT A B --overwrite`.
+        parsed, extra = self.parse_known_intermixed_args(args, namespace)
         if extra:
             flag = extra[0].split("=")[0]
             if not flag.startswith("-"):

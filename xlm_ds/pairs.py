@@ -110,8 +110,14 @@ def find_dictionary(prefix: Path) -> Path:
     raise InputError(f"{prefix.parent}: there is no {' and no '.join(names)}; give --dict")
 
 
-@cache
 def load_dictionary(path: Path) -> Dictionary:
+    """The same object for the pairs of one folder."""
+    status = path.stat()
+    return _load_dictionary(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _load_dictionary(path: Path, _size: int, _mtime_ns: int) -> Dictionary:
     return Dictionary.load(path)
 
 

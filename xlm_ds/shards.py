@@ -294,12 +294,17 @@ def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCou
                 "after it was written: copy it again, or binarize again"
             )
     if shard == 0 and "shards" in record:
-        names = [f"{prefix.name}{k or ''}" for k in range(record["shards"] + 1)]
-        there = [beside(prefix.with_name(name), "idx").exists() for name in names]
-        if there != [True] * record["shards"] + [False]:
+        _check_shards(prefix, record["shards"])
+
+
+def _check_shards(first: Path, shards: int) -> None:
+    """All shards are there, and no further one: readers take those they find."""
+    for number in range(1, shards + 1):
+        path = beside(first.with_name(f"{first.name}{number}"), "idx")
+        if path.exists() != (number < shards):
             raise InputError(
-                f"{path}: is of {record['shards']} shards, but {there.count(True)} of {names} are there; expected all "
-                "but the last"
+                f"{path}: is {'missing' if number < shards else 'there'}, but {first.name} was divided into {shards} "
+                f"shards; {'copy it again' if number < shards else 'move it away'}"
             )
 
 
@@ -368,7 +373,8 @@ def reshard(config: ShardsReshardConfig) -> int:
     prefix = without_suffix(config.pair)
     source = open_source(prefix, config.dict)
     ends = shard_ends(source, config)
-    name = ".".join(split_and_language(prefix))
+    split, language = split_and_language(prefix)
+    name = f"{split}.{language}"
     outs = [config.destdir / f"{name}{number or ''}" for number in range(len(ends))]
     folder = source.dictionary_path.parent
     with (
@@ -379,7 +385,8 @@ def reshard(config: ShardsReshardConfig) -> int:
         for number, (new, end) in enumerate(zip(pairs, ends, strict=True)):
             writer = new.writer(source.pair.kind, source.pair.dtype, len(source.dictionary))
             _append(writer, source, first, end, bar)
-            more = {"shard": number, "shards": len(ends), **_made_from("reshard", [source])}
+            place = {"language": language, "shard": number, "shards": len(ends)}
+            more = place | _made_from("reshard", [source])
             counts = new.finish(writer, source.dictionary, unknown=None, more=more)
             logger.info(f"{new.prefix}: {counts.lines} lines, {counts.tokens} tokens")
             first = end
