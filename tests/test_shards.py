@@ -108,7 +108,9 @@ def test_merging_is_binarizing_the_joined_text(
 
 
 @given(
-    st.lists(st.lists(st.integers(3, 9), max_size=6).map(lambda x: [*x, 2]), min_size=1, max_size=12),
+    st.lists(
+        st.lists(st.integers(3, 9), max_size=6).map(lambda x: [*x, 2]), min_size=1, max_size=12
+    ),
     st.sampled_from(list(WRITERS)),
     st.sampled_from(["--shards", "--max-tokens", "--max-bytes"]),
     st.integers(1, 12),
@@ -186,13 +188,19 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
 @pytest.mark.parametrize(
     ("prepare", "expected"),
     [
-        (lambda f: make_pair(f / "b" / "train.en", LINES, "lazy"), "is lazy of int32, but .* is mmap"),
+        (
+            lambda f: make_pair(f / "b" / "train.en", LINES, "lazy"),
+            "is lazy of int32, but .* is mmap",
+        ),
         (lambda f: make_pair(f / "b" / "train.en", LINES, "mmap", "u4"), "is mmap of uint32, but"),
         (
             lambda f: (make_pair(f / "b" / "train.en"), write_dict(f / "b", ("other",) * 1)),
             "has another dictionary than",
         ),
-        (lambda f: make_pair(f / "b" / "train.en", [[5, 6], [2]]), "ends with id 6 instead of </s>"),
+        (
+            lambda f: make_pair(f / "b" / "train.en", [[5, 6], [2]]),
+            "ends with id 6 instead of </s>",
+        ),
         (lambda f: make_pair(f / "b" / "train.en", [[5, 99, 2]]), r"id 99 at byte 2 \(token 1\)"),
     ],
 )
@@ -225,7 +233,10 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
     [
         (["reshard", "{pair}"], "--destdir is missing"),
         (["reshard", "{pair}", "--destdir", "{out}"], "give one of --shards, --max-tokens and"),
-        (["reshard", "{pair}", "--destdir", "{out}", "--shards", "4"], "has 3 lines, which are not"),
+        (
+            ["reshard", "{pair}", "--destdir", "{out}", "--shards", "4"],
+            "has 3 lines, which are not",
+        ),
         (["merge", "{out}/train.en"], "PAIRS is missing"),
         (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
         (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
@@ -333,7 +344,9 @@ def test_inspect_shows_the_text_that_was_binarized(
 ) -> None:
     binarize.main([f"--srcdict={golden / 'vocab.small'}", f"--validpref={golden / 'text' / 'valid'}",
                    "--langs=en,hi", f"--destdir={tmp_path}"])  # fmt: skip
-    for row, language in zip(inspected(capsys, tmp_path, "--lines", "0:80"), ("en", "hi"), strict=True):
+    for row, language in zip(
+        inspected(capsys, tmp_path, "--lines", "0:80"), ("en", "hi"), strict=True
+    ):
         text = (golden / "text" / f"valid.{language}").read_text(encoding="utf-8")
         unknown = sum(line["text"].split().count("<unk>") for line in row["shown"])
         assert row["unknown"] == unknown
@@ -364,7 +377,9 @@ def test_inspect_needs_no_dictionary(tmp_path: Path, capsys: pytest.CaptureFixtu
     (row,) = inspected(capsys, pair)
     assert (row["layout"], row["dtype"], row["lines"], row["lengths"]) == ("lazy", "int32", 0, {})
     assert row["unknown"] is None
-    with pytest.raises(InputError, match=r"there is no dict\.txt and no dict\.en\.txt; give --dict"):
+    with pytest.raises(
+        InputError, match=r"there is no dict\.txt and no dict\.en\.txt; give --dict"
+    ):
         run("merge", tmp_path / "out.en", pair)
 
 
@@ -507,7 +522,9 @@ def test_the_first_bad_byte_is_found_far_into_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Beyond the pieces that are read at a time, and with lines longer than them."""
-    pair = make_pair(tmp_path / "train.en", [[5] * 100_000 + [2], [6] * 9 + [2], [5] * 50_000 + [2]])
+    pair = make_pair(
+        tmp_path / "train.en", [[5] * 100_000 + [2], [6] * 9 + [2], [5] * 50_000 + [2]]
+    )
     assert run("verify", pair) == EXIT_OK
     flip(tmp_path / "train.en.bin", 2 * 123_456, 0x40)
     assert run("verify", pair) == EXIT_BAD_INPUT
@@ -526,7 +543,9 @@ def test_dictionary_and_companions_travel(tmp_path: Path) -> None:
     pair = make_recorded(tmp_path / "in")
     (tmp_path / "in" / "codes").write_text("t h 1\n", encoding="utf-8")
     run("convert", pair, tmp_path / "out" / "train.en", "--to", "lazy")
-    assert Dictionary.load(tmp_path / "out" / "dict.txt") == Dictionary.load(tmp_path / "in" / "dict.txt")
+    assert Dictionary.load(tmp_path / "out" / "dict.txt") == Dictionary.load(
+        tmp_path / "in" / "dict.txt"
+    )
     assert (tmp_path / "out" / "codes").read_text(encoding="utf-8") == "t h 1\n"
     shutil.rmtree(tmp_path / "in")
     assert run("verify", tmp_path / "out") == EXIT_OK
