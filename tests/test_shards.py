@@ -194,7 +194,7 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
         ),
         (lambda f: make_pair(f / "b" / "train.en", LINES, "mmap", "u4"), "is mmap of uint32, but"),
         (
-            lambda f: (make_pair(f / "b" / "train.en"), write_dict(f / "b", ("other",) * 1)),
+            lambda f: write_dict(make_pair(f / "b" / "train.en").parent, ("other",)),
             "has another dictionary than",
         ),
         (
@@ -264,7 +264,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     index = header + np.full(count, 10, "<i4").tobytes() + starts.tobytes()
     (tmp_path / "train.en.idx").write_bytes(index)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "xlm_ds.shards", "merge", out / "train.en"]
+    command: list[str | Path] = [sys.executable, "-m", "xlm_ds.shards", "merge", out / "train.en"]
     process = subprocess.Popen([*command, *[tmp_path / "train.en"] * 20], cwd=ROOT)
     while not (out / ".train.en.bin.tmp").exists():
         assert process.poll() is None
@@ -386,9 +386,10 @@ def test_inspect_needs_no_dictionary(tmp_path: Path, capsys: pytest.CaptureFixtu
 # ------------------------------------------------------------------------------------------ verify
 
 
-def flip(path: Path, at: int, mask: int = 1) -> None:
+def flip(path: Path, *places: int, mask: int = 1) -> None:
     content = bytearray(path.read_bytes())
-    content[at] ^= mask
+    for at in places:
+        content[at] ^= mask
     path.write_bytes(content)
 
 
@@ -407,16 +408,16 @@ def add_count(folder: Path) -> None:
 # The pair's ids are 5 6 2 | 2 | 7 3 5 2 as uint16; its .idx has 3 lengths from byte 26 and 3 starts from byte 38.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an id beyond the dictionary": (
-        lambda f: flip(f / "train.en.bin", 9, 0x40),
+        lambda f: flip(f / "train.en.bin", 9, mask=0x40),
         r"train\.en\.bin: id 16387 at byte 10 \(token 5\)|id 16391 at byte 8 \(token 4\)",
     ),
     "a line without eos": (
         lambda f: flip(f / "train.en.bin", 6),
         r"train\.en\.bin: line 1 ends with id 3 instead of </s> \(2\), at byte 6",
     ),
-    "another word": (lambda f: flip(f / "train.en.bin", 0, 3), r"counts\.npy: says that id 5 occurs"),
+    "another word": (lambda f: flip(f / "train.en.bin", 0, mask=3), r"counts\.npy: says that id 5 occurs"),
     "words swapped": (
-        lambda f: (flip(f / "train.en.bin", 0, 3), flip(f / "train.en.bin", 2, 3)),
+        lambda f: flip(f / "train.en.bin", 0, 2, mask=3),
         r"train\.en\.bin: its SHA-256 is .*, but train\.en\.json says",
     ),
     "a start": (
@@ -424,7 +425,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"train\.en\.idx: sequence 1 starts at token 2 \(at byte 46\), expected 3",
     ),
     "half a token": (lambda f: flip(f / "train.en.idx", 46), r"token 3 and a part of one \(at byte 46"),
-    "a negative length": (lambda f: flip(f / "train.en.idx", 33, 0x80), r"sequence 1 .*at byte 30"),
+    "a negative length": (lambda f: flip(f / "train.en.idx", 33, mask=0x80), r"sequence 1 .*at byte 30"),
     "a cut .bin": (
         lambda f: (f / "train.en.bin").write_bytes((f / "train.en.bin").read_bytes()[:-2]),
         r"lists 8 tokens of uint16, 16 bytes, but the \.bin beside it has 14",
@@ -489,9 +490,9 @@ def test_every_flipped_byte_of_an_index_is_found_without_a_checksum(
     end = 34 + 12 * len(LINES) if layout == "megatron" else index.stat().st_size
     for at in range(end):
         for mask in (1, 0x80):
-            flip(index, at, mask)
+            flip(index, at, mask=mask)
             assert run("verify", pair) == EXIT_BAD_INPUT, (at, mask)
-            flip(index, at, mask)
+            flip(index, at, mask=mask)
     assert run("verify", pair) == EXIT_OK
     capsys.readouterr()
 
@@ -526,14 +527,14 @@ def test_the_first_bad_byte_is_found_far_into_a_file(
         tmp_path / "train.en", [[5] * 100_000 + [2], [6] * 9 + [2], [5] * 50_000 + [2]]
     )
     assert run("verify", pair) == EXIT_OK
-    flip(tmp_path / "train.en.bin", 2 * 123_456, 0x40)
+    flip(tmp_path / "train.en.bin", 2 * 123_456, mask=0x40)
     assert run("verify", pair) == EXIT_BAD_INPUT
     assert f"id 69 at byte {2 * 123_456} (token 123456)" in capsys.readouterr().err
 
 
 def test_the_stage_is_known(tmp_path: Path) -> None:
     make_pair(tmp_path / "train.en")
-    command = [sys.executable, "-m", "xlm_ds", "shards"]
+    command: list[str | Path] = [sys.executable, "-m", "xlm_ds", "shards"]
     for arguments, code in ((["--help"], 0), (["verify", tmp_path], 0), (["verify", "x"], 2)):
         done = subprocess.run([*command, *arguments], cwd=ROOT, check=False, capture_output=True)
         assert done.returncode == code

@@ -1,6 +1,5 @@
 """XLM's .pth: the bytes that binarizing its text gives, and nothing in such a file is ever run."""
 
-import builtins
 import collections
 import copyreg
 import lzma
@@ -62,8 +61,8 @@ def content(module: str = "xlm.data.dictionary", **changes: Any) -> dict[str, An
     } | changes
 
 
-def write_zip(path: Path, raw: bytes, **options: int) -> Path:
-    with zipfile.ZipFile(path, "w", **options) as archive:
+def write_zip(path: Path, raw: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("text/data.pkl", raw)
         archive.writestr("text/version", "3\n")
     return path
@@ -119,7 +118,7 @@ def test_both_formats_of_torch_and_both_names_of_the_class(
     value = content(module)
     if protocol in (2, 5):  # numpy's bytes take a call of _codecs.encode or _frombuffer there
         value["positions"] = value["sentences"] = None
-        with pytest.raises(InputError, match="positions is not an array|sentences is not an array"):
+        with pytest.raises(InputError, match=r"(positions|sentences) is not an array"):
             load_xlm_text(write_pth(tmp_path / "x.pth", value, legacy=legacy, protocol=protocol))
         return
     text = load_xlm_text(write_pth(tmp_path / "x.pth", value, legacy=legacy, protocol=protocol))
@@ -144,7 +143,7 @@ def test_torchs_own_files(tmp_path: Path, legacy: bool) -> None:
 def test_numbers_of_numpy_and_other_array_types(tmp_path: Path) -> None:
     dico = content()["dico"]
     dico.counts = {word: np.int64(count) for word, count in dico.counts.items()}
-    arrays = {
+    arrays: dict[str, Any] = {
         "sentences": np.array([14, 15, 3, 1, 1, 15, 1], ">i4"),
         "positions": np.asfortranarray([[0, 3], [4, 4], [5, 6]]),
     }
@@ -232,9 +231,9 @@ def test_files_that_are_not_torchs(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"the cat\n", "it has a missing mark before byte 1"),
         (b"\x7fELF", "it has opcode 0x7f at byte 0"),
-        (raw, "is not a file of torch.save"),
+        (raw, "is not a file of torch"),
         (b"PK\3\4" + raw, "damaged zip archive"),
-        (pickle.dumps(LEGACY_HEADER[0], protocol=4) * 2, "is not a file of torch.save"),
+        (pickle.dumps(LEGACY_HEADER[0], protocol=4) * 2, "is not a file of torch"),
     ]:
         path.write_bytes(written)
         with pytest.raises(InputError, match=expected):
@@ -243,7 +242,7 @@ def test_files_that_are_not_torchs(tmp_path: Path) -> None:
         load_xlm_text(write_zip(path, raw, compression=zipfile.ZIP_DEFLATED))
     whole = write_zip(path, raw).read_bytes()
     path.write_bytes(whole.replace(b"\x0e\0\x0f\0\3\0", b"\x0e\0\x0e\0\3\0"))
-    with pytest.raises(InputError, match="checksum of its data.pkl is wrong"):
+    with pytest.raises(InputError, match=r"checksum of its data\.pkl is wrong"):
         load_xlm_text(path)
     write_pth(path, content(), legacy=True)
     for size in range(0, path.stat().st_size - 10, 7):
@@ -274,7 +273,8 @@ def opcodes(*parts: bytes) -> bytes:
     return b"\x80\x04" + b"".join(parts) + b"."
 
 
-NESTED = [b"h%ch%c\x86\x940" % (i, i) for i in range(60)] + [b"h\x3c"]
+# Pairs of the same tuple twice, 60 deep.
+NESTED = [b"h%c\x86\x94" % i for i in range(60)]
 
 
 def text_op(text: str) -> bytes:
@@ -334,7 +334,7 @@ def malicious(canary: str) -> dict[str, object]:
         "BYTEARRAY8": opcodes(pickle.BYTEARRAY8, struct.pack("<Q", 1 << 60)),
         "a number of 2 GB": opcodes(pickle.LONG4, struct.pack("<i", -1)),
         # A tuple of the same tuple twice, 60 deep: its hash takes 2^60 steps.
-        "a hash that never ends": opcodes(b"})\x940", *NESTED, b"K\1s"),
+        "a hash that never ends": opcodes(b"})\x94", *NESTED, b"K\1s"),
         "an array of no bytes": opcodes(
             array_stub,
             b"cnumpy\nndarray\nK\0\x85C\1b\x87R(K\1\x8a\5\0\0\0\0\1\x85",
@@ -393,10 +393,10 @@ def test_the_message_names_the_class(tmp_path: Path) -> None:
 
 def test_keys_are_words_and_numbers(tmp_path: Path) -> None:
     """Of nested tuples the hash alone could take for ever; Python's own reader does not come back."""
-    path = write_zip(tmp_path / "x.pth", opcodes(b"})\x940", *NESTED, b"K\1s"))
+    path = write_zip(tmp_path / "x.pth", opcodes(b"})\x94", *NESTED, b"K\1s"))
     with pytest.raises(InputError, match="something else than a dictionary of words and numbers"):
         load_xlm_text(path)
-    short = pickle.loads(opcodes(b"})\x940", *NESTED[:3], b"h\3K\1s"))
+    short = pickle.loads(opcodes(b"})\x94", *NESTED[:3], b"K\1s"))
     assert next(iter(short)) == ((((), ()), ((), ())), (((), ()), ((), ())))
 
 
@@ -417,11 +417,11 @@ def test_a_damaged_file_is_read_or_refused(
     for at, value in changes:
         raw[at % len(raw)] = value
     path.write_bytes(raw)
-    evaluated = builtins.eval
+    refusal = ""
     try:
         text = load_xlm_text(path)
         for _ in shards.xlm_lines(path, text):
             pass
     except InputError as error:
-        assert str(path) in str(error)
-    assert builtins.eval is evaluated
+        refusal = str(error)
+    assert not refusal or refusal.startswith(str(path))
