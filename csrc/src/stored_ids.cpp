@@ -31,8 +31,9 @@ std::uint64_t widen_ids(Dtype dtype, const std::byte* source, std::int64_t id_bi
     std::uint64_t greatest = 0;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       std::memcpy(&stored, source + i * sizeof(stored), sizeof(stored));
-      ids[i] = static_cast<std::int64_t>(stored) - id_bias;
-      greatest = std::max(greatest, static_cast<std::uint64_t>(ids[i]));
+      const std::uint64_t id = static_cast<std::uint64_t>(stored) - static_cast<std::uint64_t>(id_bias);  // may wrap
+      ids[i] = static_cast<std::int64_t>(id);
+      greatest = std::max(greatest, id);
     }
     return greatest;
   });
