@@ -44,7 +44,7 @@ asan: setup
 	XLM_DS_CMAKE_ARGS=-DXLM_DS_SANITIZE=ON $(BIN)/python setup.py -q build --build-base build/asan-python --build-lib build/asan
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider -k "not memory and not killed and not ctrl_c and not standard_input" $(ASAN_TESTS)
-ASAN_TESTS := tests/test_binarize.py tests/test_texts.py tests/test_dataset.py tests/test_order.py tests/test_batches.py tests/test_bpe.py
+ASAN_TESTS := tests/test_binarize.py tests/test_texts.py tests/test_dataset.py tests/test_order.py tests/test_batches.py tests/test_bpe.py tests/test_shards.py
 
 bench: setup
 	$(BIN)/python benchmarks/binarize.py

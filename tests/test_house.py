@@ -16,7 +16,7 @@ FLOORS = [
     {"flags", "files", "ranks"},
     {"config", "dictionary"},
     {"tokenisation", "merges", "texts"},
-    {"prepare", "binarize", "shards"},
+    {"prepare", "binarize", "pairs", "xlm_pth", "shards"},
     {"dataset"},
     {"order"},
     {"batches"},

@@ -57,6 +57,9 @@ class IndexKind:
     name: str
     mmap: Final[IndexKind]
     lazy: Final[IndexKind]
+    megatron: Final[IndexKind]
+    @property
+    def name(self) -> str: ...
 
 class Progress:
     """How far a call on another thread is; `cancel` makes it return early, with worthless files."""
@@ -158,6 +161,76 @@ class TokenDataset:
 
     def count_ids(self, *, vocab_size: int) -> NDArray[np.uint64]:
         """How often each id occurs, (vocab_size,). O(tokens). Raises InputError if an id is not below vocab_size."""
+
+class Dtype:
+    """The integer types that ids are stored in; uint8 … int64."""
+
+    @property
+    def name(self) -> str: ...
+
+def dtype_to_write(kind: IndexKind, dictionary_size: int) -> Dtype:
+    """The type that fairseq (or Megatron-LM) itself would store ids in."""
+
+class Pair:
+    """A .bin/.idx pair seen as lines; opening is O(1). Raises as TokenDataset does."""
+
+    def __init__(self, prefix: StrPath) -> None: ...
+    @property
+    def kind(self) -> IndexKind: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def lines(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def documents(self) -> int:
+        """Of Megatron-LM's layout; 0 in the others."""
+
+    def tokens_before(self, line: int) -> int:
+        """Tokens before a line; `line` may be `lines`, then all."""
+
+    def lines_within(self, tokens: int) -> int:
+        """How many lines from the front end within so many tokens. O(log lines)."""
+
+    def line(self, number: int) -> NDArray[np.int64]:
+        """Its ids, eos included. Raises IndexError beyond the last; InputError if the .idx is damaged there."""
+
+    def count_lengths(self) -> list[tuple[int, int]]:
+        """Every length in tokens that occurs, ascending, and of how many lines. O(lines)."""
+
+    def count_ids(self, vocab_size: int, progress: Progress) -> NDArray[np.uint64]:
+        """How often each id occurs, (vocab_size,). O(tokens). Raises InputError naming the first bad id's byte."""
+
+def verify_pair(pair: Pair, vocab_size: int, progress: Progress) -> TextCounts:
+    """Checks every start, length and id, and that every line ends with eos. O(bytes), in bounded memory.
+
+    Raises InputError naming file and byte of the first that is wrong. Of the result, `unknown` includes words spelt
+    <unk> and `literal_specials` leaves them out: the ids do not tell.
+    """
+
+class PairWriter:
+    """Writes a new pair in place from lines of others, in bounded memory.
+
+    `lengths_path` gets the lines' lengths; it is the caller's to remove.
+    """
+
+    def __init__(
+        self,
+        data_path: StrPath,
+        lengths_path: StrPath,
+        kind: IndexKind,
+        dtype: Dtype,
+        vocab_size: int,
+    ) -> None: ...
+    def append(self, pair: Pair, first: int, end: int, progress: Progress) -> None:
+        """Appends lines [first, end), checked as verify_pair does. Returns early if cancelled."""
+
+    def append_ids(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Appends lines of these lengths, eos included. Raises ValueError unless they are lines of the dictionary."""
+
+    def finish(self, index_path: StrPath) -> TextCounts:
+        """Writes the .idx; to be called once, at the end. Counts as verify_pair does."""
 
 class Permutation:
     """A random permutation of [0, size), 1 <= size <= 2^63, computed in O(1) memory and time; keeps the lock."""

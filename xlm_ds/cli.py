@@ -9,6 +9,7 @@ from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK
 STAGES = {
     "prepare": "raw text -> tokenised and BPE'd splits, codes, vocabulary",
     "binarize": "splits -> .bin/.idx pairs and dict.txt",
+    "shards": "looks into, checks, joins, divides and converts .bin/.idx pairs",
     "train": "binarized data -> checkpoints",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
     "report": "a run's metrics -> a picture of its curves",

@@ -160,6 +160,84 @@ BINARIZE_ANSWERED = (
 )
 
 
+# --------------------------------------------------------------------------------------- shards
+
+_SHARDS_DICT = "dictionary of the pairs (default: dict.txt, or dict.LANG.txt, beside each)"
+_SHARDS_OVERWRITE = "replace what is there, instead of refusing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsInspectConfig:
+    """Shows what pairs hold."""
+
+    pairs: tuple[Path, ...] = knob("pairs PATH/SPLIT.LANG, or folders of them", positional=True)
+    lines: str | None = knob("show these lines as words: A:B, or one number from 0", default=None)
+    blocks: str | None = knob("show these blocks as words, as training reads them", default=None)
+    tokens_per_sample: int = knob(
+        "length of a sample for --blocks: one eos and N - 1 tokens of text",
+        default=256,
+        bounds="[2, inf)",
+    )
+    json: bool = knob("one JSON object per pair and line, for programs", default=False)
+    dict: Path | None = knob(_SHARDS_DICT, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsVerifyConfig:
+    """Checks every byte of pairs against their index, dictionary, counts and checksums; exit code 2 if one is bad."""
+
+    pairs: tuple[Path, ...] = knob("pairs PATH/SPLIT.LANG, or folders of them", positional=True)
+    dict: Path | None = knob(_SHARDS_DICT, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsMergeConfig:
+    """Joins pairs of one dictionary: the bytes that binarizing their texts one after another gives."""
+
+    out: Path = knob("pair to write, PATH/SPLIT.LANG", positional=True)
+    pairs: tuple[Path, ...] = knob("pairs to join, in this order", positional=True)
+    dict: Path | None = knob(_SHARDS_DICT, default=None)
+    overwrite: bool = knob(_SHARDS_OVERWRITE, default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsReshardConfig:
+    """Divides a pair at line ends into SPLIT.LANG, SPLIT.LANG1, SPLIT.LANG2, …, which fairseq reads as one."""
+
+    pair: Path = knob("pair to divide, PATH/SPLIT.LANG", positional=True)
+    destdir: Path = knob("folder for the shards")
+    shards: int | None = knob("so many, of about as many tokens", default=None, bounds="[1, inf)")
+    max_tokens: int | None = knob(
+        "at most N tokens each; a longer line stands alone", default=None, bounds="[1, inf)"
+    )
+    max_bytes: int | None = knob(
+        "a .bin of at most N bytes each; a longer line stands alone",
+        default=None,
+        bounds="[1, inf)",
+    )
+    dict: Path | None = knob(_SHARDS_DICT, default=None)
+    overwrite: bool = knob(_SHARDS_OVERWRITE, default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsConvertConfig:
+    """Writes a pair in another layout; reads also XLM's TEXT.pth."""
+
+    source: Path = knob("pair to read, PATH/SPLIT.LANG, or XLM's PATH.pth", positional=True)
+    out: Path = knob("pair to write, PATH/SPLIT.LANG", positional=True)
+    to: str = knob(
+        "layout: mmap (fairseq's MMIDIDX), lazy or cached (TNTIDX), megatron (Megatron-LM's)",
+        default="mmap",
+        choices=("mmap", "lazy", "cached", "megatron"),
+    )
+    dict: Path | None = knob(
+        "dictionary: of a pair, its own (default: dict.txt beside it); of a .pth, that of the result, whose words are "
+        "found by their spelling (default: the one in the .pth)",
+        default=None,
+    )
+    overwrite: bool = knob(_SHARDS_OVERWRITE, default=False)
+
+
 # --------------------------------------------------------------------------------------- train
 
 

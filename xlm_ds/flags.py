@@ -60,10 +60,14 @@ def parse(
     *,
     answered: tuple[Answered, ...] = (),
     description: str | None = None,
+    stage: str | None = None,
 ) -> Config:
-    """`config_class` filled from `argv`, a TOML file named by --config, and the defaults, in this order."""
+    """`config_class` filled from `argv`, a TOML file named by --config, and the defaults, in this order.
+
+    `stage` is what the user typed after xlm-ds, if it is not the class's name.
+    """
     parser = _Parser(
-        prog=f"python -m xlm_ds.{config_class.__name__.removesuffix('Config').lower()}",
+        prog=f"python -m xlm_ds.{stage or config_class.__name__.removesuffix('Config').lower()}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -167,7 +171,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, extra = self.parse_known_args(args, namespace)
+        # Intermixed: `merge OUT --overwrite A B` means the same as `merge OUT A B --overwrite`.
+        parsed, extra = self.parse_known_intermixed_args(args, namespace)
         if extra:
             flag = extra[0].split("=")[0]
             if not flag.startswith("-"):
@@ -194,7 +199,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: _Knob) -> None:
         help_text += f" (default: {_shown(item.default)})"
     help_text = help_text.replace("%", "%%")
     if item.meta["positional"]:
-        parser.add_argument(item.name, nargs="?", help=help_text, metavar=item.name.upper())
+        nargs = "*" if typing.get_origin(item.kind) is tuple else "?"
+        parser.add_argument(item.name, nargs=nargs, help=help_text, metavar=item.name.upper())
         return
     flags = [item.shown, *item.meta["aliases"]]
     # The recipe's flags have hyphens, DeepSpeed's (--deepspeed_config, --local_rank) underscores: both are taken.
@@ -220,8 +226,10 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _from_text(text: str, item: _Knob) -> Any:
+def _from_text(text: str | list[str], item: _Knob) -> Any:
     try:
+        if isinstance(text, list):  # a positional that is given several times
+            return tuple(typing.get_args(item.kind)[0](part) for part in text)
         if item.kind is bool:
             return text == "true"
         if typing.get_origin(item.kind) is tuple:

@@ -21,6 +21,7 @@
 #include "xlm_ds/mask.hpp"
 #include "xlm_ds/order.hpp"
 #include "xlm_ds/progress.hpp"
+#include "xlm_ds/shards.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/token_dataset.hpp"
 
@@ -78,7 +79,8 @@ void register_binarize(py::module_& m) {
       .def("__len__", &xlm_ds::Dictionary::size);
   py::enum_<xlm_ds::IndexKind>(m, "IndexKind")
       .value("mmap", xlm_ds::IndexKind::mmap)
-      .value("lazy", xlm_ds::IndexKind::lazy);
+      .value("lazy", xlm_ds::IndexKind::lazy)
+      .value("megatron", xlm_ds::IndexKind::megatron);
   py::class_<xlm_ds::Progress>(m, "Progress")
       .def(py::init<>())
       .def_property_readonly("done_bytes", &xlm_ds::Progress::done_bytes)
@@ -152,6 +154,54 @@ void register_datasets(py::module_& m) {
            py::kw_only(), "vocab_size"_a);
 }
 
+void register_shards(py::module_& m) {
+  using xlm_ds::Dtype;
+  using xlm_ds::Pair;
+  using xlm_ds::PairWriter;
+  auto dtypes = py::enum_<Dtype>(m, "Dtype");
+  for (const Dtype dtype : {Dtype::uint8, Dtype::int8, Dtype::int16, Dtype::int32, Dtype::int64,
+                            Dtype::uint16, Dtype::uint32, Dtype::uint64}) {
+    dtypes.value(std::string(xlm_ds::dtype_name(dtype)).c_str(), dtype);
+  }
+  m.def("dtype_to_write", &xlm_ds::dtype_to_write, "kind"_a, "dictionary_size"_a);
+  py::class_<Pair>(m, "Pair")
+      .def(py::init<const std::filesystem::path&>(), "prefix"_a, Unlock())
+      .def_property_readonly("kind", [](const Pair& pair) { return pair.index().kind; })
+      .def_property_readonly("dtype", [](const Pair& pair) { return pair.index().dtype; })
+      .def_property_readonly("lines", [](const Pair& pair) { return pair.index().sequences; })
+      .def_property_readonly("tokens", [](const Pair& pair) { return pair.index().tokens; })
+      .def_property_readonly("documents", [](const Pair& pair) { return pair.index().documents; })
+      .def("tokens_before", &Pair::tokens_before, "line"_a, Unlock())
+      .def("lines_within", &Pair::lines_within, "tokens"_a, Unlock())
+      .def("line", [](const Pair& pair, std::uint64_t number) { return as_array(pair.line(number)); }, "number"_a)
+      .def("count_lengths", &Pair::count_lengths, Unlock())
+      .def("count_ids",
+           [](const Pair& pair, std::uint64_t vocab_size, xlm_ds::Progress& progress) {
+             std::vector<std::uint64_t> counts;
+             {
+               const py::gil_scoped_release unlocked;
+               counts = pair.count_ids(vocab_size, progress);
+             }
+             return as_array(counts);
+           },
+           "vocab_size"_a, "progress"_a);
+  m.def("verify_pair", &xlm_ds::verify_pair, "pair"_a, "vocab_size"_a, "progress"_a, Unlock());
+  py::class_<PairWriter>(m, "PairWriter")
+      .def(py::init<const std::filesystem::path&, std::filesystem::path, xlm_ds::IndexKind, Dtype,
+                    std::uint64_t>(),
+           "data_path"_a, "lengths_path"_a, "kind"_a, "dtype"_a, "vocab_size"_a, Unlock())
+      .def("append", &PairWriter::append, "pair"_a, "first"_a, "end"_a, "progress"_a, Unlock())
+      .def("append_ids",
+           [](PairWriter& writer, const Int64Array& ids, const Int64Array& lengths) {
+             const auto from = readable(ids);
+             const auto of = readable(lengths);
+             const py::gil_scoped_release unlocked;
+             writer.append_ids(from, of);
+           },
+           "ids"_a.noconvert(), "lengths"_a.noconvert())
+      .def("finish", &PairWriter::finish, "index_path"_a, Unlock());
+}
+
 void register_order(py::module_& m) {
   py::class_<xlm_ds::Permutation>(m, "Permutation")
       .def(py::init<std::uint64_t, std::uint64_t>(), py::kw_only(), "key"_a, "size"_a)
@@ -215,6 +265,7 @@ PYBIND11_MODULE(_core, m) {
   register_bpe(m);
   register_binarize(m);
   register_datasets(m);
+  register_shards(m);
   register_order(m);
   register_batches(m);
 }

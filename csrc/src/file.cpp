@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <string>
+#include <sys/stat.h>
 #include <system_error>
 #include <unistd.h>
 #include <utility>
@@ -97,6 +98,31 @@ void OutputFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes
       throw_errno("write", path_);
     }
   }
+}
+
+RandomAccessFile::RandomAccessFile(std::filesystem::path path)
+    : path_(std::move(path)), handle_(open_or_throw(path_, O_RDONLY, "read")) {}
+
+std::uint64_t RandomAccessFile::size() const {
+  struct stat status{};
+  if (::fstat(handle_.descriptor(), &status) != 0) throw_errno("read the size of", path_);
+  return static_cast<std::uint64_t>(status.st_size);
+}
+
+std::size_t RandomAccessFile::read_at(std::uint64_t offset, std::span<std::byte> bytes) const {
+  std::size_t filled = 0;
+  while (filled < bytes.size()) {
+    const auto rest = bytes.subspan(filled);
+    const ssize_t count = ::pread(handle_.descriptor(), rest.data(), rest.size(),
+                                  static_cast<off_t>(offset + filled));
+    if (count == 0) break;
+    if (count > 0) {
+      filled += static_cast<std::size_t>(count);
+    } else if (errno != EINTR) {
+      throw_errno("read", path_);
+    }
+  }
+  return filled;
 }
 
 }  // namespace xlm_ds

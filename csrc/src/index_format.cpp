@@ -227,13 +227,15 @@ void put_lazy(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) 
 void verify_dimensions(const Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
   for (std::uint64_t i = 0; i <= index.sequences; ++i) {
     if (load<std::uint64_t>(bytes, kLazyDimOffset + 8 * i) != i) {
-      refuse(path, "item " + std::to_string(i) + " is not of one dimension; the file is damaged, binarize again");
+      refuse(path, "item " + std::to_string(i) + " is not of one dimension, at byte " +
+                       std::to_string(kLazyDimOffset + 8 * i) + "; the file is damaged, binarize again");
     }
   }
   const auto total = load<std::uint64_t>(bytes, index.pointers_offset + 8 * index.sequences);
   if (total != index.tokens) {
     refuse(path, "says " + std::to_string(total) + " tokens after its last sequence, expected " + std::to_string(index.tokens) +
-                     " from the lengths; the file is damaged, binarize again");
+                     " from the lengths, at byte " + std::to_string(index.pointers_offset + 8 * index.sequences) +
+                     "; the file is damaged, binarize again");
   }
 }
 
@@ -321,20 +323,23 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
     if (pointer != expected * unit) {
       refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + std::to_string(sequence_start(index, index_bytes, i)) +
                              (pointer % unit != 0 ? " and a part of one" : "") + ", expected " + std::to_string(expected) +
-                             " from the lengths before it; the file is damaged, binarize again");
+                             " from the lengths before it, at byte " + std::to_string(index.pointers_offset + 8 * i) +
+                             "; the file is damaged, binarize again");
     }
     const std::uint64_t length = sequence_length(index, index_bytes, i);
     if (length > index.tokens - expected) {  // also a negative one, which the next start might agree with
       refuse(index_path, "sequence " + std::to_string(i) + " has a length of " + std::to_string(static_cast<std::int64_t>(length)) +
-                             ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin; the file is "
-                             "damaged, binarize again");
+                             ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin, at byte " +
+                             std::to_string(index.sizes_offset + (index.kind == IndexKind::lazy ? 8 : 4) * i) +
+                             "; the file is damaged, binarize again");
     }
     expected += length;
   }
   if (index.kind == IndexKind::lazy) verify_dimensions(index, index_bytes, index_path);
   for (std::uint64_t i = 0; i < index.documents; ++i) {
     if (document_start(index, index_bytes, i + 1) < document_start(index, index_bytes, i)) {
-      refuse(index_path, "document " + std::to_string(i) + " ends before it starts; the file is damaged, write it again");
+      refuse(index_path, "document " + std::to_string(i) + " ends before it starts, at byte " +
+                             std::to_string(index.documents_offset + 8 * (i + 1)) + "; the file is damaged, write it again");
     }
   }
 }

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/stored_ids.hpp"
 
 namespace xlm_ds {
 namespace {
@@ -23,36 +23,6 @@ constexpr std::uint64_t kMaxTableTokens = std::uint64_t{1} << (64 - kLengthBits)
 
 std::filesystem::path with_suffix(const std::filesystem::path& prefix, const char* suffix) {
   return std::filesystem::path(prefix) += suffix;  // replace_extension would take ".ar" for one
-}
-
-/// Widens stored values to ids and returns the greatest as unsigned, so that a negative one is too
-/// great as well.
-template <typename Stored>
-std::uint64_t widen(const std::byte* source, std::int64_t id_bias,
-                    std::span<std::int64_t> ids) noexcept {
-  std::uint64_t greatest = 0;
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    Stored stored;
-    std::memcpy(&stored, source + i * sizeof(Stored), sizeof(Stored));
-    ids[i] = static_cast<std::int64_t>(stored) - id_bias;
-    greatest = std::max(greatest, static_cast<std::uint64_t>(ids[i]));
-  }
-  return greatest;
-}
-
-std::uint64_t widen(Dtype dtype, const std::byte* source, std::int64_t id_bias,
-                    std::span<std::int64_t> ids) {
-  switch (dtype) {
-    case Dtype::uint8: return widen<std::uint8_t>(source, id_bias, ids);
-    case Dtype::int8: return widen<std::int8_t>(source, id_bias, ids);
-    case Dtype::int16: return widen<std::int16_t>(source, id_bias, ids);
-    case Dtype::int32: return widen<std::int32_t>(source, id_bias, ids);
-    case Dtype::int64: return widen<std::int64_t>(source, id_bias, ids);
-    case Dtype::uint16: return widen<std::uint16_t>(source, id_bias, ids);
-    case Dtype::uint32: return widen<std::uint32_t>(source, id_bias, ids);
-    case Dtype::uint64: return widen<std::uint64_t>(source, id_bias, ids);
-  }
-  throw std::logic_error("a dtype that read_index does not return");
 }
 
 /// Calls take(first token, tokens) for every block of fairseq's modes complete and complete_doc, of
@@ -180,7 +150,7 @@ std::size_t TokenDataset::fill_block(std::uint64_t block, std::int64_t vocab_siz
 void TokenDataset::fill_ids(std::uint64_t first, std::int64_t vocab_size,
                             std::span<std::int64_t> out) const {
   const std::byte* const source = data_file_.bytes().data() + first * element_bytes(index_.dtype);
-  const std::uint64_t greatest = widen(index_.dtype, source, index_.id_bias(), out);
+  const std::uint64_t greatest = widen_ids(index_.dtype, source, index_.id_bias(), out);
   if (!out.empty() && greatest >= static_cast<std::uint64_t>(vocab_size)) {
     throw InputError(with_suffix(prefix_, ".bin").string() + ": has the id " +
                      std::to_string(static_cast<std::int64_t>(greatest)) +

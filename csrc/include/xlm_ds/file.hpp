@@ -53,4 +53,18 @@ class OutputFile {
   FileHandle handle_;
 };
 
+/// A file read at any place by any number of threads. All throw std::system_error naming the file.
+class RandomAccessFile {
+ public:
+  explicit RandomAccessFile(std::filesystem::path path);
+  [[nodiscard]] std::uint64_t size() const;
+  /// Fills `bytes` from byte `offset` on; returns how many, fewer than asked for only at the end of
+  /// the file.
+  [[nodiscard]] std::size_t read_at(std::uint64_t offset, std::span<std::byte> bytes) const;
+
+ private:
+  std::filesystem::path path_;
+  FileHandle handle_;
+};
+
 }  // namespace xlm_ds

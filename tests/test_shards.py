@@ -1,0 +1,552 @@
+"""Looking after pairs: joined and divided without a byte lost, every damaged byte named, nothing left of a failure."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairs import write_lazy, write_megatron, write_mmap
+from xlm_ds import _core, binarize, shards
+from xlm_ds.dictionary import Dictionary
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError
+from xlm_ds.pairs import PAIR_FIELDS
+
+ROOT = Path(__file__).parent.parent
+LINES = [[5, 6, 2], [2], [7, 3, 5, 2]]
+WRITERS: dict[str, Callable[..., None]] = {
+    "mmap": write_mmap,
+    "lazy": write_lazy,
+    "megatron": write_megatron,
+}
+WORDS = ("the", "cat", "sat", "dog", "ran")
+
+
+def run(*arguments: object) -> int:
+    return shards.main([str(argument) for argument in arguments])
+
+
+def write_dict(folder: Path, words: tuple[str, ...] = WORDS) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dict.txt").write_text("".join(f"{w} 1\n" for w in words), encoding="utf-8")
+
+
+def make_pair(
+    prefix: Path, lines: list[list[int]] = LINES, layout: str = "mmap", dtype: str = "u2"
+) -> Path:
+    """A pair without a record, as another program writes it, and its dictionary of 10 symbols."""
+    write_dict(prefix.parent)
+    WRITERS[layout](prefix, lines, *([dtype] if layout != "lazy" else []))
+    return prefix
+
+
+def make_recorded(folder: Path, name: str = "train.en") -> Path:
+    """A pair with all that binarize writes beside it."""
+    write_dict(folder)
+    text = folder / "text" / name
+    text.parent.mkdir(exist_ok=True)
+    text.write_text("the cat\n\nsat xyz the\n", encoding="utf-8")
+    split, language = name.split(".")
+    flags = [f"--{split}pref={text.with_suffix('')}", f"--source-lang={language}"]
+    assert binarize.main([*flags, f"--srcdict={folder / 'dict.txt'}", f"--destdir={folder}"]) == 0
+    return folder / name
+
+
+def contents(prefix: Path) -> tuple[bytes, bytes]:
+    data, index = (prefix.with_name(f"{prefix.name}.{kind}") for kind in ("bin", "idx"))
+    return data.read_bytes(), index.read_bytes()
+
+
+def record_of(prefix: Path) -> dict[str, Any]:
+    path = prefix.with_name(f"{prefix.name}.json")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def facts(prefix: Path) -> dict[str, Any]:
+    return {name: value for name, value in record_of(prefix).items() if name in PAIR_FIELDS}
+
+
+# ------------------------------------------------------------------------------- merge and reshard
+
+
+@pytest.mark.parametrize("implementation", ["mmap", "lazy"])
+def test_merging_is_binarizing_the_joined_text(
+    golden: Path, tmp_path: Path, implementation: str
+) -> None:
+    """Blank lines, unknown and special-looking words, and an empty text among them; the record and the counts too."""
+    names = ("xx", "e3", "en", "e1")
+    texts = [(golden / "text" / f"train.{name}").read_bytes() for name in names]
+    assert all(text[-1:] in (b"", b"\n", b"\r") for text in texts[1:])
+    texts[0] += b"\n"  # its last line has no end
+
+    def binarized(folder: Path, text: bytes) -> Path:
+        (tmp_path / "train.en").write_bytes(text)
+        flags = [f"--trainpref={tmp_path / 'train'}", f"--dataset-impl={implementation}"]
+        binarize.main([*flags, f"--srcdict={golden / 'vocab.small'}", "--source-lang=en",
+                       f"--destdir={folder}"])  # fmt: skip
+        return folder / "train.en"
+
+    parts = [binarized(tmp_path / str(i), text) for i, text in enumerate(texts)]
+    whole = binarized(tmp_path / "whole", b"".join(texts))
+    assert run("merge", tmp_path / "out" / "train.en", *parts) == EXIT_OK
+    merged = tmp_path / "out" / "train.en"
+    assert contents(merged) == contents(whole)
+    assert facts(merged) == facts(whole)
+    assert record_of(merged)["literal_specials"] > 0
+    for name in ("train.en.counts.npy", "dict.txt"):
+        assert (merged.parent / name).read_bytes() == (whole.parent / name).read_bytes()
+    assert run("verify", tmp_path / "out") == EXIT_OK
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(3, 9), max_size=6).map(lambda x: [*x, 2]), min_size=1, max_size=12
+    ),
+    st.sampled_from(list(WRITERS)),
+    st.sampled_from(["--shards", "--max-tokens", "--max-bytes"]),
+    st.integers(1, 12),
+)
+@settings(max_examples=40, deadline=None)
+def test_merge_undoes_reshard(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[list[int]],
+    layout: str,
+    how: str,
+    size: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("reshard")
+    pair = make_pair(folder / "train.en", lines, layout)
+    if how == "--shards":
+        size = min(size, len(lines))
+    assert run("reshard", pair, how, size, "--destdir", folder / "out") == EXIT_OK
+    count = len(list((folder / "out").glob("*.idx")))
+    outs = [folder / "out" / f"train.en{k or ''}" for k in range(count)]
+    read = [[core.line(i).tolist() for i in range(core.lines)] for core in map(_core.Pair, outs)]
+    assert [line for shard in read for line in shard] == lines
+    assert all(read)
+    tokens = [sum(map(len, shard)) for shard in read]
+    if how == "--shards":
+        assert count == size
+    else:
+        limit = size if how == "--max-tokens" else size // (4 if layout == "lazy" else 2)
+        assert all(n <= limit or len(s) == 1 for n, s in zip(tokens, read, strict=True))
+        # None was ended early.
+        pairs = zip(tokens, read[1:], strict=False)
+        assert all(n + len(following[0]) > limit for n, following in pairs)
+    assert run("verify", folder / "out") == EXIT_OK
+    assert run("merge", folder / "again" / "train.en", *outs) == EXIT_OK
+    assert contents(folder / "again" / "train.en") == contents(pair)
+
+
+def test_shards_are_of_one_size(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "train.en", [[5, 6, 2]] * 1000)
+    run("reshard", pair, "--shards", 7, "--destdir", tmp_path / "out")
+    sizes = [_core.Pair(tmp_path / "out" / f"train.en{k or ''}").lines for k in range(7)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_merging_back_keeps_facts_and_history(tmp_path: Path) -> None:
+    """Fields of a record that this version does not know stay with what is made of the pair."""
+    pair = make_recorded(tmp_path / "in")
+    record = record_of(pair) | {"flavour": "plain"}
+    (tmp_path / "in" / "train.en.json").write_text(json.dumps(record), encoding="utf-8")
+    run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "out")
+    outs = [tmp_path / "out" / f"train.en{k or ''}" for k in range(3)]
+    assert [record_of(out)["shard"] for out in outs] == [0, 1, 2]
+    assert {record_of(out)["language"] for out in outs} == {"en"}
+    run("merge", tmp_path / "again" / "train.en", *outs)
+    again = tmp_path / "again" / "train.en"
+    assert facts(again) == facts(pair)
+    assert "shard" not in record_of(again)
+    made_from = record_of(again)["made_from"]["pairs"][2]["made_from"]["pairs"][0]
+    assert made_from["flavour"] == "plain"
+
+
+def test_a_lost_shard_is_missed_and_a_further_one_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Readers take the shards they find: fairseq trains on the first of three without a word."""
+    pair = make_recorded(tmp_path / "in")
+    out = tmp_path / "out"
+    run("reshard", pair, "--shards", 3, "--destdir", out)
+    with pytest.raises(InputError, match=r"train\.en2\.idx: would be read as one more shard"):
+        run("reshard", pair, "--shards", 2, "--destdir", out, "--overwrite")
+    (out / "train.en1.idx").unlink()
+    assert run("verify", out / "train.en") == EXIT_BAD_INPUT
+    assert "train.en1.idx: is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (
+            lambda f: make_pair(f / "b" / "train.en", LINES, "lazy"),
+            "is lazy of int32, but .* is mmap",
+        ),
+        (lambda f: make_pair(f / "b" / "train.en", LINES, "mmap", "u4"), "is mmap of uint32, but"),
+        (
+            lambda f: write_dict(make_pair(f / "b" / "train.en").parent, ("other",)),
+            "has another dictionary than",
+        ),
+        (
+            lambda f: make_pair(f / "b" / "train.en", [[5, 6], [2]]),
+            "ends with id 6 instead of </s>",
+        ),
+        (lambda f: make_pair(f / "b" / "train.en", [[5, 99, 2]]), r"id 99 at byte 2 \(token 1\)"),
+    ],
+)
+def test_what_cannot_be_merged(
+    tmp_path: Path, prepare: Callable[[Path], object], expected: str
+) -> None:
+    first = make_pair(tmp_path / "a" / "train.en")
+    prepare(tmp_path)
+    with pytest.raises(InputError, match=expected):
+        run("merge", tmp_path / "out" / "train.en", first, tmp_path / "b" / "train.en")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
+    first, second = make_recorded(tmp_path / "a"), make_recorded(tmp_path / "b")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").glob("train.*")}
+    with pytest.raises(InputError, match=r"a/train\.en\.bin: is there already"):
+        run("merge", first, first, second)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").glob("train.*")} == before
+    assert run("merge", first, "--overwrite", first, second) == EXIT_OK
+    assert record_of(first)["lines"] == 6
+    assert run("verify", tmp_path / "a") == EXIT_OK
+    write_dict(tmp_path / "c", ("other",))
+    with pytest.raises(InputError, match=r"c/dict\.txt: another dictionary is there already"):
+        run("merge", tmp_path / "c" / "train.en", first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["reshard", "{pair}"], "--destdir is missing"),
+        (["reshard", "{pair}", "--destdir", "{out}"], "give one of --shards, --max-tokens and"),
+        (
+            ["reshard", "{pair}", "--destdir", "{out}", "--shards", "4"],
+            "has 3 lines, which are not",
+        ),
+        (["merge", "{out}/train.en"], "PAIRS is missing"),
+        (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
+        (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
+        (["inspect", "{pair}", "--lines", "a:b"], "give A:B"),
+        (["inspect", "{out}"], "cannot open .*out.idx"),
+        (["convert", "{pair}", "{out}/train.en", "--to", "raw"], "is not supported; there is mmap"),
+        (["convert", "{pair}", "{out}/train.en", "--dict", "{out}/x"], "No such file"),
+        (["dance"], "unknown command dance; there are inspect"),
+    ],
+)
+def test_bad_requests(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    pair = make_pair(tmp_path / "train.en")
+    values = [a.format(pair=pair, out=tmp_path / "out") for a in arguments]
+    with pytest.raises((InputError, OSError), match=expected):
+        run(*values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
+    make_pair(tmp_path / "train.en")
+    count = 4_000_000
+    (tmp_path / "train.en.bin").write_bytes(np.array([5] * 9 + [2], "<u2").tobytes() * count)
+    header = b"MMIDIDX\0\0\1\0\0\0\0\0\0\0\x08" + count.to_bytes(8, "little")
+    starts = np.arange(count, dtype="<i8") * 20
+    index = header + np.full(count, 10, "<i4").tobytes() + starts.tobytes()
+    (tmp_path / "train.en.idx").write_bytes(index)
+    out = tmp_path / "out"
+    command: list[str | Path] = [sys.executable, "-m", "xlm_ds.shards", "merge", out / "train.en"]
+    process = subprocess.Popen([*command, *[tmp_path / "train.en"] * 20], cwd=ROOT)
+    while not (out / ".train.en.bin.tmp").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert not out.exists()
+
+
+# ----------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize(("start", "to"), [("mmap", "lazy"), ("lazy", "mmap"), ("lazy", "cached")])
+def test_converted_pairs_are_fairseqs(golden: Path, tmp_path: Path, start: str, to: str) -> None:
+    compared = 0
+    for index in sorted((golden / "bin" / f"small.{start}").glob("*.idx")):
+        wanted = golden / "bin" / f"small.{'mmap' if to == 'mmap' else 'lazy'}" / index.stem
+        out = tmp_path / index.stem
+        if wanted.with_name(f"{wanted.name}.idx").exists():
+            assert run("convert", index, out, "--to", to, "--dict", golden / "vocab.small") == 0
+            assert contents(out) == contents(wanted)
+            compared += 1
+    assert compared >= 10
+    assert run("verify", tmp_path) == EXIT_OK
+
+
+@pytest.mark.parametrize("start", WRITERS)
+@pytest.mark.parametrize("to", WRITERS)
+def test_layouts_convert_into_each_other(tmp_path: Path, start: str, to: str) -> None:
+    pair = make_pair(tmp_path / "in" / "train.en", LINES, start)
+    wanted = make_pair(tmp_path / "wanted" / "train.en", LINES, to)
+    run("convert", pair, tmp_path / "out" / "train.en", "--to", to)
+    assert contents(tmp_path / "out" / "train.en") == contents(wanted)
+
+
+@pytest.mark.parametrize(
+    ("size", "to", "dtype"),
+    [
+        (65_499, "mmap", "uint16"),
+        (65_500, "mmap", "uint32"),
+        (65_499, "megatron", "uint16"),
+        (65_500, "megatron", "int32"),  # Megatron-LM knows no uint32
+        (65_500, "lazy", "int32"),
+    ],
+)
+def test_the_dictionary_decides_the_type(tmp_path: Path, size: int, to: str, dtype: str) -> None:
+    pair = make_pair(tmp_path / "train.en", [[size - 1, 2]], "mmap", "i8")
+    write_dict(tmp_path, tuple(f"w{i}" for i in range(size - 5)))
+    run("convert", pair, tmp_path / "out" / "train.en", "--to", to)
+    found = _core.Pair(tmp_path / "out" / "train.en")
+    assert found.dtype.name == dtype
+    assert found.line(0).tolist() == [size - 1, 2]
+
+
+def test_documents_of_several_lines_are_not_lost_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_dict(tmp_path)
+    write_megatron(tmp_path / "train.en", LINES, document_starts=[0, 2, 3])
+    with pytest.raises(InputError, match="has documents of several lines"):
+        run("merge", tmp_path / "out" / "train.en", tmp_path / "train.en")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run("convert", tmp_path / "train.en", tmp_path / "out" / "train.en")
+    assert "its 2 documents become" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert run("inspect", "--json", *arguments) == EXIT_OK
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_inspect_shows_the_text_that_was_binarized(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    binarize.main([f"--srcdict={golden / 'vocab.small'}", f"--validpref={golden / 'text' / 'valid'}",
+                   "--langs=en,hi", f"--destdir={tmp_path}"])  # fmt: skip
+    for row, language in zip(
+        inspected(capsys, tmp_path, "--lines", "0:80"), ("en", "hi"), strict=True
+    ):
+        text = (golden / "text" / f"valid.{language}").read_text(encoding="utf-8")
+        unknown = sum(line["text"].split().count("<unk>") for line in row["shown"])
+        assert row["unknown"] == unknown
+        for line, shown in zip(text.splitlines(), row["shown"], strict=True):
+            words = zip([*line.split(), "</s>"], shown["text"].split(), strict=True)
+            assert all(a == b or b == "<unk>" for a, b in words)
+        lengths = sorted(len(line["ids"]) for line in row["shown"])
+        assert (row["lines"], row["tokens"]) == (80, sum(lengths))
+        twin = np.percentile(lengths, [0, 1, 5, 25, 50, 75, 95, 99, 100], method="inverted_cdf")
+        assert list(row["lengths"].values()) == twin.tolist()
+
+
+def test_inspect_shows_blocks_as_training_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_pair(tmp_path / "train.en")
+    (row,) = inspected(capsys, pair, "--blocks", "1:9", "--tokens-per-sample", 5)
+    assert [shown["ids"] for shown in row["shown"]] == [[7, 3, 5, 2]]
+    assert row["shown"][0]["text"] == "sat <unk> the </s>"
+    assert row["unknown_share"] == 1 / 8  # counted, as there is no record
+    assert run("inspect", pair, "--lines", "0") == EXIT_OK
+    assert "line 0: the cat </s>" in capsys.readouterr().out
+
+
+def test_inspect_needs_no_dictionary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = make_pair(tmp_path / "train.en", [], "lazy")
+    (tmp_path / "dict.txt").unlink()
+    (row,) = inspected(capsys, pair)
+    assert (row["layout"], row["dtype"], row["lines"], row["lengths"]) == ("lazy", "int32", 0, {})
+    assert row["unknown"] is None
+    with pytest.raises(
+        InputError, match=r"there is no dict\.txt and no dict\.en\.txt; give --dict"
+    ):
+        run("merge", tmp_path / "out.en", pair)
+
+
+# ------------------------------------------------------------------------------------------ verify
+
+
+def flip(path: Path, *places: int, mask: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    for at in places:
+        content[at] ^= mask
+    path.write_bytes(content)
+
+
+def change_record(folder: Path, **changes: object) -> None:
+    path = folder / "train.en.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(record | changes), encoding="utf-8")
+
+
+def add_count(folder: Path) -> None:
+    counts = np.load(folder / "train.en.counts.npy")
+    counts[5] += 1
+    np.save(folder / "train.en.counts.npy", counts)
+
+
+# The pair's ids are 5 6 2 | 2 | 7 3 5 2 as uint16; its .idx has 3 lengths from byte 26 and 3 starts from byte 38.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an id beyond the dictionary": (
+        lambda f: flip(f / "train.en.bin", 9, mask=0x40),
+        r"train\.en\.bin: id 16391 at byte 8 \(token 4\), but the dictionary ends at 9",
+    ),
+    "a line without eos": (
+        lambda f: flip(f / "train.en.bin", 6),
+        r"train\.en\.bin: line 1 ends with id 3 instead of </s> \(2\), at byte 6",
+    ),
+    "another word": (lambda f: flip(f / "train.en.bin", 0, mask=3), r"counts\.npy: says that id 5 occurs"),
+    "words swapped": (
+        lambda f: flip(f / "train.en.bin", 0, 2, mask=3),
+        r"train\.en\.bin: its SHA-256 is .*, but train\.en\.json says",
+    ),
+    "a start": (
+        lambda f: flip(f / "train.en.idx", 46, mask=2),
+        r"train\.en\.idx: sequence 1 starts at token 2, expected 3 .*, at byte 46;",
+    ),
+    "half a token": (lambda f: flip(f / "train.en.idx", 46), r"token 3 and a part of one, expected 3 .*, at byte 46;"),
+    "a negative length": (lambda f: flip(f / "train.en.idx", 33, mask=0x80), r"sequence 1 .*, at byte 30;"),
+    "a cut .bin": (
+        lambda f: (f / "train.en.bin").write_bytes((f / "train.en.bin").read_bytes()[:-2]),
+        r"lists 8 tokens of uint16, 16 bytes, but the \.bin beside it has 14",
+    ),
+    "a cut .idx": (
+        lambda f: (f / "train.en.idx").write_bytes((f / "train.en.idx").read_bytes()[:-1]),
+        r"train\.en\.idx: the header says 3 sequences",
+    ),
+    "no .bin": (lambda f: (f / "train.en.bin").unlink(), r"cannot read .*train\.en\.bin"),
+    "no .idx": (lambda f: (f / "train.en.idx").unlink(), r"cannot open .*train\.en\.idx"),
+    "another dictionary": (
+        lambda f: write_dict(f, ("a", "b", "c", "d", "e")),
+        r"train\.en: was made with the dictionary of SHA-256",
+    ),
+    "counts of another text": (add_count, r"counts\.npy: says that id 5 occurs 3 times, but .* 2 times"),
+    "lines": (lambda f: change_record(f, lines=4), r"json: says lines 4, but it is 3"),
+    "tokens": (lambda f: change_record(f, tokens=9), r"json: says tokens 9, but it is 8"),
+    "blank": (lambda f: change_record(f, blank=0), r"json: says blank 0, but it is 1"),
+    "unknown": (lambda f: change_record(f, unknown=2), r"unknown and literal_specials together 2"),
+    "entropy": (lambda f: change_record(f, unigram_entropy_bits=2.5), r"says unigram_entropy_bits 2\.5"),
+    "no tokens": (lambda f: change_record(f, tokens="8"), r"json: tokens is '8'"),
+    "another split": (lambda f: change_record(f, split="test"), r"was written for test\.en"),
+    "no record": (
+        lambda f: (f / "train.en.json").write_text("[]", encoding="utf-8"),
+        r"json: not the record of a binarized file",
+    ),
+    "counts that are none": (
+        lambda f: (f / "train.en.counts.npy").write_bytes(b"x"),
+        r"counts\.npy: not a numpy array",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_what_is_wrong(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_recorded(tmp_path)
+    make_recorded(tmp_path, "valid.en")
+    assert run("verify", tmp_path) == EXIT_OK
+    break_it, expected = DAMAGES[damage]
+    break_it(tmp_path)
+    capsys.readouterr()
+    assert run("verify", tmp_path) == EXIT_BAD_INPUT
+    out, err = capsys.readouterr()
+    sentences = err.splitlines()
+    assert len(sentences) == (2 if damage == "another dictionary" else 1)
+    assert sentences[0].startswith("shards: error: ")
+    assert re.search(expected, sentences[0]), sentences[0]
+    if damage != "another dictionary":
+        assert "valid.en: good" in out  # the pairs after a bad one are checked too
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_flipped_byte_of_an_index_is_found_without_a_checksum(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_pair(tmp_path / "train.en", LINES, layout)
+    assert run("verify", pair) == EXIT_OK
+    index = tmp_path / "train.en.idx"
+    # Of Megatron-LM's documents, every division of the lines is as good as another.
+    end = 34 + 12 * len(LINES) if layout == "megatron" else index.stat().st_size
+    for at in range(end):
+        for mask in (1, 0x80):
+            flip(index, at, mask=mask)
+            assert run("verify", pair) == EXIT_BAD_INPUT, (at, mask)
+            flip(index, at, mask=mask)
+    assert run("verify", pair) == EXIT_OK
+    capsys.readouterr()
+
+
+def test_every_flipped_byte_of_the_data_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path)
+    for kind in ("bin", "counts.npy"):
+        path = tmp_path / f"train.en.{kind}"
+        first = 0 if kind == "bin" else 128  # after numpy's header, which has blanks of no meaning
+        for at in range(first, path.stat().st_size):
+            flip(path, at)
+            assert run("verify", pair) == EXIT_BAD_INPUT, (kind, at)
+            flip(path, at)
+    assert run("verify", pair) == EXIT_OK
+    capsys.readouterr()
+
+
+def test_fairseqs_own_files_are_good(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for vocabulary in ("small", "odd", "65499", "65500"):
+        folder = golden / "bin" / f"{vocabulary}.mmap"
+        assert run("verify", folder, "--dict", golden / f"vocab.{vocabulary}") == EXIT_OK
+    assert "bad" not in capsys.readouterr().err
+
+
+def test_the_first_bad_byte_is_found_far_into_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond the pieces that are read at a time, and with lines longer than them."""
+    pair = make_pair(
+        tmp_path / "train.en", [[5] * 100_000 + [2], [6] * 9 + [2], [5] * 50_000 + [2]]
+    )
+    assert run("verify", pair) == EXIT_OK
+    flip(tmp_path / "train.en.bin", 2 * 123_456, mask=0x40)
+    assert run("verify", pair) == EXIT_BAD_INPUT
+    assert f"id 69 at byte {2 * 123_456} (token 123456)" in capsys.readouterr().err
+
+
+def test_the_stage_is_known(tmp_path: Path) -> None:
+    make_pair(tmp_path / "train.en")
+    command: list[str | Path] = [sys.executable, "-m", "xlm_ds", "shards"]
+    for arguments, code in ((["--help"], 0), (["verify", tmp_path], 0), (["verify", "x"], 2)):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, check=False, capture_output=True)
+        assert done.returncode == code
+
+
+def test_dictionary_and_companions_travel(tmp_path: Path) -> None:
+    pair = make_recorded(tmp_path / "in")
+    (tmp_path / "in" / "codes").write_text("t h 1\n", encoding="utf-8")
+    run("convert", pair, tmp_path / "out" / "train.en", "--to", "lazy")
+    assert Dictionary.load(tmp_path / "out" / "dict.txt") == Dictionary.load(
+        tmp_path / "in" / "dict.txt"
+    )
+    assert (tmp_path / "out" / "codes").read_text(encoding="utf-8") == "t h 1\n"
+    shutil.rmtree(tmp_path / "in")
+    assert run("verify", tmp_path / "out") == EXIT_OK

@@ -1,0 +1,530 @@
+"""Looking after .bin/.idx pairs: what is in them, whether they are whole, and in another shape.
+
+    xlm-ds shards inspect OUT --lines 0:3
+    xlm-ds shards verify  OUT
+    xlm-ds shards merge   OUT/train.en A/train.en B/train.en
+    xlm-ds shards reshard OUT/train.en --shards 8 --destdir SHARDS
+    xlm-ds shards convert valid.en.pth OUT/valid.en --to mmap
+
+Pairs are read front to back in pieces and written under temporary names, which become the final ones when everything is
+on disk, an .idx last; nothing is left of a command that fails. docs/shards.md has the details.
+"""
+
+import contextlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from xlm_ds import _core
+from xlm_ds.binarize import entropy_bits
+from xlm_ds.config import (
+    ShardsConvertConfig,
+    ShardsInspectConfig,
+    ShardsMergeConfig,
+    ShardsReshardConfig,
+    ShardsVerifyConfig,
+)
+from xlm_ds.dictionary import BOS, EOS, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
+from xlm_ds.files import file_sha256
+from xlm_ds.flags import parse
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, logger, run_stage
+from xlm_ds.pairs import (
+    PAIR_FIELDS,
+    Source,
+    beside,
+    bin_bytes,
+    find_dictionary,
+    find_pairs,
+    load_dictionary,
+    load_record,
+    new_pairs,
+    open_source,
+    progress_bar,
+    run_core,
+    split_and_language,
+    without_suffix,
+)
+from xlm_ds.xlm_pth import XLM_EOS, XLM_SPECIALS, XLM_UNK, XlmText, load_xlm_text
+
+QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # percent, of the lines' lengths
+LINES_PER_STEP = 1 << 14  # of a .pth
+LAYOUTS = {
+    "mmap": _core.IndexKind.mmap,
+    "lazy": _core.IndexKind.lazy,
+    "cached": _core.IndexKind.lazy,
+    "megatron": _core.IndexKind.megatron,
+}
+_XLM_IDS = {"<s>": BOS, "</s>": EOS, "<pad>": PAD, "<unk>": UNK, "<special1>": MASK}
+
+
+def main(argv: Sequence[str]) -> int:
+    commands: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+        "inspect": (ShardsInspectConfig, inspect),
+        "verify": (ShardsVerifyConfig, verify),
+        "merge": (ShardsMergeConfig, merge),
+        "reshard": (ShardsReshardConfig, reshard),
+        "convert": (ShardsConvertConfig, convert),
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:8} {config.__doc__}" for name, (config, _) in commands.items()]
+        text = "usage: xlm-ds shards COMMAND … (xlm-ds shards COMMAND --help for its flags)"
+        sys.stdout.write("\n".join([text, *lines, ""]))
+        return EXIT_OK
+    if argv[0] not in commands:
+        raise InputError(f"unknown command {argv[0]}; there are {', '.join(commands)}")
+    config_class, run = commands[argv[0]]
+    stage = f"shards {argv[0]}"
+    return run(parse(config_class, argv[1:], description=config_class.__doc__, stage=stage))
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def inspect(config: ShardsInspectConfig) -> int:
+    """A table of the pairs, then the lines and blocks asked for; or one JSON object per pair."""
+    rows = []
+    for prefix in find_pairs(config.pairs):
+        row = _facts(prefix, config)
+        if config.json:
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(row)
+    if not config.json:
+        sys.stdout.write(_table(rows))
+        for row in rows:
+            for shown in row["shown"]:
+                sys.stdout.write(
+                    f"{row['pair']} {shown['what']} {shown['number']}: {shown['text']}\n"
+                )
+    return EXIT_OK
+
+
+def _facts(prefix: Path, config: ShardsInspectConfig) -> dict[str, Any]:
+    pair = _core.Pair(prefix)
+    record = load_record(prefix)
+    dictionary = None
+    with contextlib.suppress(InputError):
+        dictionary = load_dictionary(config.dict or find_dictionary(prefix))
+    wants_words = config.lines is not None or config.blocks is not None
+    if dictionary is None and (config.dict or wants_words):
+        dictionary = load_dictionary(config.dict or find_dictionary(prefix))  # says what is wrong
+    unknown = record["unknown"] if record else None
+    if record is None and dictionary is not None:
+        unknown = int(_count_ids(prefix, pair, dictionary)[UNK])
+    return {
+        "pair": str(prefix),
+        "layout": pair.kind.name,
+        "dtype": pair.dtype.name,
+        "lines": pair.lines,
+        "tokens": pair.tokens,
+        "bin_bytes": beside(prefix, "bin").stat().st_size,
+        "idx_bytes": beside(prefix, "idx").stat().st_size,
+        "lengths": quantiles(pair.count_lengths()),
+        "unknown": unknown,
+        "unknown_share": unknown / pair.tokens if unknown is not None and pair.tokens else None,
+        "shown": [
+            {"what": what, "number": number, "text": _text(ids, dictionary), "ids": ids}
+            for what, number, ids in _shown(prefix, pair, config, dictionary)
+        ],
+    }
+
+
+def quantiles(counts: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Percent -> length: of QUANTILES, the smallest length that so many percent of the lines do not exceed."""
+    if not counts:
+        return {}
+    lengths, lines = (np.array(column) for column in zip(*counts, strict=True))
+    up_to = np.cumsum(lines)
+    ranks = [max(math.ceil(int(up_to[-1]) * q / 100), 1) for q in QUANTILES]
+    return {
+        str(q): int(lengths[np.searchsorted(up_to, rank)])
+        for q, rank in zip(QUANTILES, ranks, strict=True)
+    }
+
+
+def _count_ids(prefix: Path, pair: _core.Pair, dictionary: Dictionary) -> NDArray[np.uint64]:
+    with progress_bar(bin_bytes([prefix])) as bar:
+        return run_core(lambda progress: pair.count_ids(len(dictionary), progress), bar)
+
+
+def _shown(
+    prefix: Path, pair: _core.Pair, config: ShardsInspectConfig, dictionary: Dictionary | None
+) -> Iterator[tuple[str, int, list[int]]]:
+    if config.lines is not None:
+        for number in _numbers(config.lines, "--lines", pair.lines, prefix):
+            yield "line", number, pair.line(number).tolist()
+    if config.blocks is not None and dictionary is not None:
+        size = config.tokens_per_sample - 1
+        dataset = _core.TokenDataset(prefix, mode=_core.BreakMode.none, block_size=size)
+        ids = np.empty(size, np.int64)
+        for number in _numbers(config.blocks, "--blocks", dataset.blocks, prefix):
+            count = dataset.fill_block(number, vocab_size=len(dictionary), out=ids)
+            yield "block", number, ids[:count].tolist()
+
+
+def _numbers(text: str, flag: str, total: int, prefix: Path) -> range:
+    """A:B or A, within what there is."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if match is None:
+        raise InputError(f"{flag} {text}: give A:B (from A to before B) or one number, from 0")
+    first = int(match[1])
+    end = int(match[2]) if match[2] else first + 1
+    if not first < min(end, total):
+        raise InputError(f"{flag} {text}: {prefix} has {total}, numbered from 0")
+    return range(first, min(end, total))
+
+
+def _text(ids: Sequence[int], dictionary: Dictionary | None) -> str:
+    symbols = dictionary.symbols if dictionary else ()
+    return " ".join(symbols[i] if 0 <= i < len(symbols) else f"<id {i}>" for i in ids)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = ["pair", "layout", "dtype", "lines", "tokens", "bytes"]
+    header += ["shortest", "median", "99 %", "longest", "unknown"]
+    cells = [header]
+    for row in rows:
+        sizes = (row["lines"], row["tokens"], row["bin_bytes"] + row["idx_bytes"])
+        lengths = [
+            f"{row['lengths'][q]:,}" if row["lengths"] else "" for q in ("0", "50", "99", "100")
+        ]
+        share = "?" if row["unknown_share"] is None else f"{100 * row['unknown_share']:.3f} %"
+        cells.append(
+            [row["pair"], row["layout"], row["dtype"], *(f"{n:,}" for n in sizes), *lengths, share]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = 3  # columns of words
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------ verify
+
+
+def verify(config: ShardsVerifyConfig) -> int:
+    """Checks all pairs; one sentence for each that is bad, and exit code 2 if there is one."""
+    prefixes = find_pairs(config.pairs)
+    bad = 0
+    for prefix in prefixes:
+        try:
+            result = verify_pair(prefix, config.dict)
+        except (InputError, OSError) as error:
+            bad += 1
+            sys.stderr.write(f"shards: error: {getattr(error, 'strerror', None) or error}\n")
+        else:
+            sys.stdout.write(f"{prefix}: good: {result}\n")
+    sys.stdout.write(f"{len(prefixes) - bad} of {len(prefixes)} pairs are good\n")
+    return EXIT_BAD_INPUT if bad else EXIT_OK
+
+
+def verify_pair(prefix: Path, dictionary_path: Path | None) -> str:
+    """What was found of a good pair. Raises InputError with the first thing that is wrong; OSError."""
+    source = open_source(prefix, dictionary_path)
+    with progress_bar(bin_bytes([prefix])) as bar:
+        size = len(source.dictionary)
+        counts = run_core(lambda progress: _core.verify_pair(source.pair, size, progress), bar)
+    _check_counts(beside(prefix, "counts.npy"), counts.by_id)
+    found = f"{counts.lines} lines, {counts.tokens} tokens"
+    if source.record is None:
+        return f"{found}; without a record there are no checksums to compare"
+    _check_record(prefix, source.record, counts)
+    return f"{found}, as recorded"
+
+
+def _check_counts(path: Path, expected: NDArray[np.uint64]) -> None:
+    if not path.exists():
+        return
+    try:
+        counts = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a numpy array; binarize again") from error
+    if counts.dtype != np.uint64 or counts.shape != expected.shape:
+        raise InputError(
+            f"{path}: has {counts.dtype} of shape {counts.shape}, expected uint64 of shape {expected.shape}; "
+            "binarize again"
+        )
+    (wrong,) = np.nonzero(counts != expected)
+    if wrong.size:
+        at = int(wrong[0])
+        raise InputError(
+            f"{path}: says that id {at} occurs {int(counts[at])} times, but in the .bin it occurs {int(expected[at])} "
+            "times; binarize again"
+        )
+
+
+def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCounts) -> None:
+    path = beside(prefix, "json")
+    shard = record.get("shard", 0)
+    named = f"{record['split']}.{record['language']}{shard or ''}"
+    if named != ".".join(split_and_language(prefix)):
+        raise InputError(f"{path}: was written for {named}; binarize again, or rename the files")
+    expected = {
+        "lines": counts.lines,
+        "tokens": counts.tokens,
+        "blank": counts.blank_lines,
+        # Which of them a literal <unk> is, the ids do not tell.
+        "unknown and literal_specials together": counts.unknown + counts.literal_specials,
+        "unigram_entropy_bits": entropy_bits(counts.by_id),
+    }
+    together = record["unknown"] + record["literal_specials"]
+    found = {**record, "unknown and literal_specials together": together}
+    for name, value in expected.items():
+        if not math.isclose(found[name], value, rel_tol=1e-9, abs_tol=1e-9):
+            raise InputError(
+                f"{path}: says {name} {found[name]}, but it is {value}; binarize again"
+            )
+    for kind in ("bin", "idx"):
+        recorded, computed = record["sha256"].get(kind), file_sha256(beside(prefix, kind))
+        if recorded != computed:
+            raise InputError(
+                f"{beside(prefix, kind)}: its SHA-256 is {computed}, but {path.name} says {recorded}; it was changed "
+                "after it was written: copy it again, or binarize again"
+            )
+    if shard == 0 and "shards" in record:
+        _check_shards(prefix, record["shards"])
+
+
+def _check_shards(first: Path, shards: int) -> None:
+    """All shards are there, and no further one: readers take those they find."""
+    for number in range(1, shards + 1):
+        path = beside(first.with_name(f"{first.name}{number}"), "idx")
+        if path.exists() != (number < shards):
+            raise InputError(
+                f"{path}: is {'missing' if number < shards else 'there'}, but {first.name} was divided into {shards} "
+                f"shards; {'copy it again' if number < shards else 'move it away'}"
+            )
+
+
+# ------------------------------------------------------------------------------- merge and reshard
+
+
+def merge(config: ShardsMergeConfig) -> int:
+    prefixes = [without_suffix(prefix) for prefix in config.pairs]
+    if not prefixes:
+        raise InputError("PAIRS is missing: give the pairs to join after the one to write")
+    sources = [open_source(prefix, config.dict) for prefix in prefixes]
+    first = sources[0]
+    for other in sources[1:]:
+        if (other.pair.kind, other.pair.dtype) != (first.pair.kind, first.pair.dtype):
+            raise InputError(
+                f"{other.prefix}: is {other.pair.kind.name} of {other.pair.dtype.name}, but {first.prefix} is "
+                f"{first.pair.kind.name} of {first.pair.dtype.name}; convert one of them first"
+            )
+        if other.dictionary.sha256 != first.dictionary.sha256:
+            raise InputError(
+                f"{other.prefix}: has another dictionary than {first.prefix}; binarize both with one --srcdict"
+            )
+    folder = first.dictionary_path.parent
+    with (
+        new_pairs([config.out], first.dictionary, folder, overwrite=config.overwrite) as (new,),
+        progress_bar(bin_bytes(prefixes)) as bar,
+    ):
+        writer = new.writer(first.pair.kind, first.pair.dtype, len(first.dictionary))
+        for source in sources:
+            _append(writer, source, 0, source.pair.lines, bar)
+        counts = new.finish(
+            writer,
+            first.dictionary,
+            unknown=_unknown_words(sources),
+            more=_made_from("merge", sources),
+        )
+    logger.info(f"{config.out}: {counts.lines} lines, {counts.tokens} tokens")
+    return EXIT_OK
+
+
+def _unknown_words(sources: Sequence[Source]) -> int | None:
+    """Of all together, if each has a record."""
+    known = [source.record["unknown"] for source in sources if source.record is not None]
+    return sum(known) if len(known) == len(sources) else None
+
+
+def _append(
+    writer: _core.PairWriter, source: Source, first: int, end: int, bar: "tqdm[None]"
+) -> None:
+    run_core(lambda progress: writer.append(source.pair, first, end, progress), bar)
+
+
+def _made_from(command: str, sources: Iterable[Source]) -> dict[str, Any]:
+    """What a record keeps of those it was made from: what they say beyond their pair itself."""
+    pairs = [
+        {"name": source.prefix.name, **_more_fields(source.record or {})} for source in sources
+    ]
+    return {"made_from": {"shards": command, "pairs": pairs}}
+
+
+def _more_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in PAIR_FIELDS}
+
+
+def reshard(config: ShardsReshardConfig) -> int:
+    prefix = without_suffix(config.pair)
+    source = open_source(prefix, config.dict)
+    ends = shard_ends(source, config)
+    split, language = split_and_language(prefix)
+    name = f"{split}.{language}"
+    outs = [config.destdir / f"{name}{number or ''}" for number in range(len(ends))]
+    folder = source.dictionary_path.parent
+    with (
+        new_pairs(outs, source.dictionary, folder, overwrite=config.overwrite) as pairs,
+        progress_bar(bin_bytes([prefix])) as bar,
+    ):
+        first = 0
+        for number, (new, end) in enumerate(zip(pairs, ends, strict=True)):
+            writer = new.writer(source.pair.kind, source.pair.dtype, len(source.dictionary))
+            _append(writer, source, first, end, bar)
+            place = {"language": language, "shard": number, "shards": len(ends)}
+            more = place | _made_from("reshard", [source])
+            counts = new.finish(writer, source.dictionary, unknown=None, more=more)
+            logger.info(f"{new.prefix}: {counts.lines} lines, {counts.tokens} tokens")
+            first = end
+    return EXIT_OK
+
+
+def shard_ends(source: Source, config: ShardsReshardConfig) -> list[int]:
+    """The line before which each shard ends; the last is the number of lines. No shard is without a line."""
+    pair = source.pair
+    given = [f for f in ("shards", "max_tokens", "max_bytes") if getattr(config, f) is not None]
+    if len(given) != 1:
+        raise InputError("give one of --shards, --max-tokens and --max-bytes")
+    if pair.lines < (config.shards or 1):
+        raise InputError(
+            f"{source.prefix}: has {pair.lines} lines, which are not enough for {config.shards or 1} shards"
+        )
+    ends: list[int] = []
+    if config.shards is not None:
+        for number in range(1, config.shards + 1):
+            wanted = pair.lines_within(pair.tokens * number // config.shards)
+            at_least = (ends[-1] if ends else 0) + 1
+            ends.append(min(max(wanted, at_least), pair.lines - (config.shards - number)))
+        return ends
+    width = np.dtype(pair.dtype.name).itemsize
+    size = config.max_tokens or (config.max_bytes or 0) // width
+    while not ends or ends[-1] < pair.lines:
+        first = ends[-1] if ends else 0
+        ends.append(max(pair.lines_within(pair.tokens_before(first) + size), first + 1))
+    return ends
+
+
+# ----------------------------------------------------------------------------------------- convert
+
+
+def convert(config: ShardsConvertConfig) -> int:
+    kind = LAYOUTS[config.to]
+    if config.source.suffix == ".pth":
+        return _convert_xlm(config, kind)
+    source = open_source(without_suffix(config.source), config.dict)
+    folder = source.dictionary_path.parent
+    if source.pair.documents not in (0, source.pair.lines):
+        logger.info(
+            f"{source.prefix}: its {source.pair.documents} documents become one per line, or none"
+        )
+    with (
+        new_pairs([config.out], source.dictionary, folder, overwrite=config.overwrite) as (new,),
+        progress_bar(bin_bytes([source.prefix])) as bar,
+    ):
+        size = len(source.dictionary)
+        writer = new.writer(kind, _core.dtype_to_write(kind, size), size)
+        _append(writer, source, 0, source.pair.lines, bar)
+        counts = new.finish(
+            writer,
+            source.dictionary,
+            unknown=_unknown_words([source]),
+            more=_made_from("convert", [source]),
+        )
+    logger.info(f"{config.out}: {counts.lines} lines, {counts.tokens} tokens, {config.to}")
+    return EXIT_OK
+
+
+def _convert_xlm(config: ShardsConvertConfig, kind: _core.IndexKind) -> int:
+    text = load_xlm_text(config.source)
+    if config.dict is None:
+        special = [1] * len(SPECIAL_SYMBOLS)
+        dictionary = Dictionary((*SPECIAL_SYMBOLS, *text.words), (*special, *text.counts))
+    else:
+        dictionary = load_dictionary(config.dict)
+    ids = ids_of_xlm(text, dictionary, same_words=config.dict is None)
+    companions = (config.dict or config.source).parent
+    with (
+        new_pairs([config.out], dictionary, companions, overwrite=config.overwrite) as (new,),
+        progress_bar(text.sentences.nbytes) as bar,
+    ):
+        size = len(dictionary)
+        writer = new.writer(kind, _core.dtype_to_write(kind, size), size)
+        unknown_before = unknown = 0
+        for tokens, lengths in xlm_lines(config.source, text):
+            ours = ids[tokens]
+            writer.append_ids(ours, lengths)
+            unknown_before += int(np.count_nonzero(tokens == XLM_UNK))
+            unknown += int(np.count_nonzero(ours == UNK))
+            bar.update(tokens.nbytes)
+        more = {"made_from": {"shards": "convert", "pairs": [{"name": config.source.name}]}}
+        literal = text.unknown_words.get(SPECIAL_SYMBOLS[UNK], 0)  # XLM counts it as unknown
+        counts = new.finish(writer, dictionary, unknown=unknown - literal, more=more)
+    logger.info(f"{config.out}: {counts.lines} lines, {counts.tokens} tokens, {config.to}")
+    if unknown > unknown_before:
+        logger.info(
+            f"{config.source}: {unknown - unknown_before} of {counts.tokens} tokens are words that {config.dict} has "
+            "not; they became <unk>"
+        )
+    return EXIT_OK
+
+
+def ids_of_xlm(text: XlmText, dictionary: Dictionary, *, same_words: bool) -> NDArray[np.int64]:
+    """Our id of each of XLM's, in the order of theirs; UNK for what `dictionary` has not. `same_words`: it was made
+    from the text's own words."""
+    special = [_XLM_IDS.get(symbol, UNK) for symbol in XLM_SPECIALS]
+    if same_words:
+        words = list(range(len(SPECIAL_SYMBOLS), len(dictionary)))
+    else:
+        ours = {symbol: number for number, symbol in enumerate(dictionary.symbols)}
+        words = [ours.get(word, UNK) for word in text.words]
+    return np.array([*special, *words], np.int64)
+
+
+def xlm_lines(path: Path, text: XlmText) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+    """Some lines at a time: XLM's ids of all of them, and their lengths with eos. Raises InputError unless the
+    positions divide the sentences into lines that end with eos."""
+    total = len(XLM_SPECIALS) + len(text.words)
+    begin = 0
+    for at in range(0, len(text.positions), LINES_PER_STEP):
+        starts, ends = text.positions[at : at + LINES_PER_STEP].T
+        follow = np.concatenate(([begin], ends[:-1] + 1))
+        good = (starts == follow) & (ends >= starts) & (ends < len(text.sentences))
+        # Only places that are in the array are looked up.
+        good[good] = text.sentences[ends[good]] == XLM_EOS
+        if not good.all():
+            line = at + int(np.argmin(good))
+            raise InputError(
+                f"{path}: sentence {line} is not where the one before it ends, or has no eos; the file is damaged"
+            )
+        tokens = text.sentences[begin : int(ends[-1]) + 1]
+        if tokens.min() < 0 or tokens.max() >= total:
+            bad = int(np.argmax((tokens < 0) | (tokens >= total)))
+            raise InputError(
+                f"{path}: token {begin + bad} is {tokens[bad]}, but its Dictionary ends at {total - 1}; the file is "
+                "damaged"
+            )
+        yield tokens, ends - starts + 1
+        begin = int(ends[-1]) + 1
+    if begin != len(text.sentences):
+        raise InputError(
+            f"{path}: its sentences go on after the last of its positions; the file is damaged"
+        )
+
+
+if __name__ == "__main__":
+    # What is asked for goes to stdout, what is said about it to stderr: --json is read by programs.
+    sys.exit(run_stage("shards", main, log_to=sys.stderr))
