@@ -36,8 +36,11 @@ class Bpe:
     def apply_file(self, input_path: StrPath, output_path: StrPath, threads: int = 1) -> None:
         """`apply_line` on a whole file, written in place; the bytes do not depend on `threads`."""
 
-def count_words(paths: Sequence[StrPath], output_path: StrPath) -> int:
-    """Writes lines `word count` of all files together, most frequent first, then by bytes; returns how many."""
+def count_words(paths: Sequence[StrPath], output_path: StrPath, threads: int = 1) -> int:
+    """Writes lines `word count` of all files together, most frequent first, then by bytes; returns how many.
+
+    The bytes do not depend on `threads`; each holds the distinct words it has met.
+    """
 
 BOS: Final = 0
 PAD: Final = 1
@@ -93,16 +96,23 @@ def binarize_file(
     threads: int,
     progress: Progress,
     chunk_bytes: int = ...,
+    bpe: Bpe | None = None,
 ) -> TextCounts:
     """Writes a pair in place; the bytes do not depend on `threads` or `chunk_bytes`.
+
+    With `bpe`, the pair that its `apply_file` and then this function without it would give.
 
     Raises InputError for text that is not UTF-8, with file, line and byte.
     """
 
 def count_text_words(
-    text_path: StrPath, threads: int, progress: Progress, chunk_bytes: int = ...
+    text_path: StrPath,
+    threads: int,
+    progress: Progress,
+    chunk_bytes: int = ...,
+    bpe: Bpe | None = None,
 ) -> list[tuple[str, int]]:
-    """Every distinct word of a text and how often it occurs, in no particular order."""
+    """Every distinct word of a text, or of what `bpe` makes of it, and how often it occurs, in no particular order."""
 
 class BreakMode:
     """none: blocks run across lines. eos: one line per block, cut at the block's size."""

@@ -68,7 +68,7 @@ void register_bpe(py::module_& m) {
            "vocab_path"_a = py::none(), Unlock())
       .def("apply_line", [](const xlm_ds::Bpe& bpe, const py::bytes& line) { return py::bytes(bpe.apply(line)); }, "line"_a)
       .def("apply_file", &xlm_ds::Bpe::apply_file, "input_path"_a, "output_path"_a, "threads"_a = 1, Unlock());
-  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, Unlock());
+  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, "threads"_a = 1, Unlock());
 }
 
 void register_binarize(py::module_& m) {
@@ -94,9 +94,9 @@ void register_binarize(py::module_& m) {
       .def(py::init<std::filesystem::path, std::filesystem::path, std::filesystem::path>(), "data"_a, "index"_a,
            "temporary"_a);
   m.def("binarize_file", &xlm_ds::binarize_file, "text_path"_a, "dictionary"_a, "kind"_a, "paths"_a, "threads"_a,
-        "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
+        "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, "bpe"_a = py::none(), Unlock());
   m.def("count_text_words", &xlm_ds::count_text_words, "text_path"_a, "threads"_a, "progress"_a,
-        "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
+        "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, "bpe"_a = py::none(), Unlock());
 }
 
 void register_datasets(py::module_& m) {

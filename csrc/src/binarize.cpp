@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
 
+#include "xlm_ds/bpe_encoder.hpp"
+#include "xlm_ds/bpe_splitter.hpp"
 #include "xlm_ds/byte_table.hpp"
 #include "xlm_ds/chunk_reader.hpp"
 #include "xlm_ds/error.hpp"
@@ -40,11 +43,11 @@ void check_utf8(const std::filesystem::path& path, const Chunk& chunk) {
   if (bad != chunk.text.size()) refuse_byte(path, chunk.offset + bad, chunk.text[bad]);
 }
 
-/// Calls take(words) for every block of the chunk's words and line ends.
+/// Calls take(words) for every block of the text's words and line ends.
 template <typename Take>
-void for_each_block(const Chunk& chunk, Take take) {
+void for_each_block(std::string_view text, Take take) {
   std::array<std::string_view, kWordsPerBlock> words;
-  WordSplitter splitter(chunk.text);
+  WordSplitter splitter(text);
   while (const std::size_t count = splitter.next(words)) {
     take(std::span<const std::string_view>(words).first(count));
   }
@@ -84,19 +87,25 @@ struct Written {
 class ChunkEncoder {
  public:
   ChunkEncoder(const std::filesystem::path& text_path, const Dictionary& dictionary,
-               AppendIds append_ids, Written& written)
+               AppendIds append_ids, Written& written, const Bpe* bpe)
       : text_path_(&text_path),
         dictionary_(&dictionary),
         append_ids_(append_ids),
         written_(&written),
-        id_counts_(dictionary.size()) {}
+        id_counts_(dictionary.size()) {
+    if (bpe != nullptr) bpe_encoder_.emplace(*bpe, dictionary);
+  }
 
   void read(const Chunk& chunk) {
     check_utf8(*text_path_, chunk);
     bytes_.clear();
     line_lengths_.clear();
     open_line_tokens_ = 0;
-    for_each_block(chunk, [this](auto words) { encode(words); });
+    if (bpe_encoder_) {
+      add_codes(bpe_encoder_->encode(chunk.text));
+    } else {
+      for_each_block(chunk.text, [this](auto words) { encode(words); });
+    }
   }
 
   /// Joins the chunk to those before it: its first line may have begun there.
@@ -146,10 +155,27 @@ class ChunkEncoder {
     }
   }
 
+  void add_codes(std::span<std::uint32_t> codes) {
+    for (std::uint32_t& code : codes) {
+      const bool flagged = (code & BpeEncoder::kFlag) != 0;
+      code &= ~BpeEncoder::kFlag;
+      ++id_counts_[code];
+      ++open_line_tokens_;
+      if (code >= kSpecials) continue;
+      if (flagged && code == kEos) {
+        line_lengths_.push_back(checked_length(std::exchange(open_line_tokens_, 0)));
+      } else {
+        ++(flagged ? unknown_ : literal_specials_);
+      }
+    }
+    append_ids_(codes, bytes_);
+  }
+
   const std::filesystem::path* text_path_;
   const Dictionary* dictionary_;
   AppendIds append_ids_;
   Written* written_;
+  std::optional<BpeEncoder> bpe_encoder_;
   std::vector<std::uint64_t> id_counts_;
   std::uint64_t unknown_ = 0;
   std::uint64_t literal_specials_ = 0;
@@ -164,11 +190,13 @@ class ChunkEncoder {
 /// Counts the words of chunks; one per thread.
 class ChunkCounter {
  public:
-  explicit ChunkCounter(const std::filesystem::path& text_path) : text_path_(&text_path) {}
+  ChunkCounter(const std::filesystem::path& text_path, const Bpe* bpe) : text_path_(&text_path) {
+    if (bpe != nullptr) splitter_.emplace(*bpe);
+  }
 
   void read(const Chunk& chunk) {
     check_utf8(*text_path_, chunk);
-    for_each_block(chunk, [this](auto words) {
+    for_each_block(splitter_ ? splitter_->apply(chunk.text) : chunk.text, [this](auto words) {
       for (const std::string_view word : words) {
         if (!word.empty()) count(word, 1);
       }
@@ -200,6 +228,7 @@ class ChunkCounter {
   }
 
   const std::filesystem::path* text_path_;
+  std::optional<BpeSplitter> splitter_;
   ByteTable words_;
   std::vector<std::uint64_t> counts_;  // by number in words_
 };
@@ -208,13 +237,13 @@ class ChunkCounter {
 
 TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary,
                          IndexKind kind, const PairPaths& paths, std::size_t threads,
-                         Progress& progress, std::size_t chunk_bytes) {
+                         Progress& progress, std::size_t chunk_bytes, const Bpe* bpe) {
   const Dtype dtype = dtype_to_write(kind, dictionary.size());
   ChunkReader reader(text_path, chunk_bytes);
   Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.temporary)};
   std::vector<ChunkEncoder> encoders(
       std::max<std::size_t>(threads, 1),
-      ChunkEncoder(text_path, dictionary, append_ids_of(kind, dtype), written));
+      ChunkEncoder(text_path, dictionary, append_ids_of(kind, dtype), written, bpe));
   read_in_order(reader, std::span(encoders), progress);
   if (!progress.cancelled()) {
     const MappedFile line_lengths(paths.temporary);
@@ -232,9 +261,10 @@ TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionar
 
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
     const std::filesystem::path& text_path, std::size_t threads, Progress& progress,
-    std::size_t chunk_bytes) {
+    std::size_t chunk_bytes, const Bpe* bpe) {
   ChunkReader reader(text_path, chunk_bytes);
-  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1), ChunkCounter(text_path));
+  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1),
+                                     ChunkCounter(text_path, bpe));
   read_in_order(reader, std::span(counters), progress);
   for (const ChunkCounter& counter : std::span(counters).subspan(1)) counters.front().add(counter);
   return counters.front().counts();

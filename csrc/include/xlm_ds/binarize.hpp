@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "xlm_ds/bpe.hpp"
 #include "xlm_ds/dictionary.hpp"
 #include "xlm_ds/index_format.hpp"
 #include "xlm_ds/progress.hpp"
@@ -37,19 +38,20 @@ struct PairPaths {
 inline constexpr std::size_t kBinarizeChunkBytes = std::size_t{1} << 18;
 
 /// Writes the ids of every line of `text_path`, each line ended by eos, as a pair of files
-/// (index_format.hpp). The bytes written do not depend on `threads` or `chunk_bytes` (at least 1).
+/// (index_format.hpp). With `bpe`, of what it makes of the text. The bytes written do not depend on `threads` or `chunk_bytes` (at least 1).
 /// Memory: a few chunks per thread, whatever the size of the text and of its lines (ChunkReader).
 ///
 /// Throws InputError for text that is not UTF-8 (naming file, line and byte), std::system_error if
 /// a file cannot be read or written. A cancelled call returns early; its files are then worthless.
 TextCounts binarize_file(const std::filesystem::path& text_path, const Dictionary& dictionary,
                          IndexKind kind, const PairPaths& paths, std::size_t threads,
-                         Progress& progress, std::size_t chunk_bytes = kBinarizeChunkBytes);
+                         Progress& progress, std::size_t chunk_bytes = kBinarizeChunkBytes,
+                         const Bpe* bpe = nullptr);
 
-/// The words of a text file and how often each occurs, in no particular order; memory for each
+/// The words of a text file, or of what `bpe` makes of it, and how often each occurs, in no particular order; memory for each
 /// distinct word once per thread. Throws as binarize_file does.
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
     const std::filesystem::path& text_path, std::size_t threads, Progress& progress,
-    std::size_t chunk_bytes = kBinarizeChunkBytes);
+    std::size_t chunk_bytes = kBinarizeChunkBytes, const Bpe* bpe = nullptr);
 
 }  // namespace xlm_ds
