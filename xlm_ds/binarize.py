@@ -54,7 +54,8 @@ def binarize(config: BinarizeConfig) -> None:
     """Writes everything `config` asks for. Raises InputError or OSError; what was finished before stays."""
     texts = texts_of(config)
     threads = config.workers or len(os.sched_getaffinity(0))
-    dictionary = find_dictionary(config, texts, threads)
+    bpe = load_bpe(config)
+    dictionary = find_dictionary(config, texts, threads, bpe)
     if len(dictionary) == len(SPECIAL_SYMBOLS):
         raise InputError(
             f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
@@ -70,7 +71,7 @@ def binarize(config: BinarizeConfig) -> None:
             if text.language not in announced:
                 logger.info(f"[{text.language}] Dictionary: {len(dictionary)} types")
                 announced.add(text.language)
-            counts = write_pair(text, config, dictionary, core_dictionary, threads, bar)
+            counts = write_pair(text, config, dictionary, core_dictionary, bpe, threads, bar)
             logger.info(f"[{text.language}] {text.path}: {summary(counts)}")
             if counts.unknown > MANY_UNKNOWN * counts.tokens:
                 logger.info(
@@ -124,7 +125,19 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
     return texts
 
 
-def find_dictionary(config: BinarizeConfig, texts: Sequence[Text], threads: int) -> Dictionary:
+def load_bpe(config: BinarizeConfig) -> _core.Bpe | None:
+    if config.bpe_codes is None:
+        if config.bpe_vocab is not None:
+            raise InputError(
+                "--bpe-vocab goes with --bpe-codes, whose merges it limits; give both or neither"
+            )
+        return None
+    return _core.Bpe(config.bpe_codes, config.bpe_vocab)
+
+
+def find_dictionary(
+    config: BinarizeConfig, texts: Sequence[Text], threads: int, bpe: _core.Bpe | None
+) -> Dictionary:
     """The one of --srcdict, or one built from the training text of all languages together."""
     if config.srcdict is not None:
         return Dictionary.load(
@@ -144,7 +157,7 @@ def find_dictionary(config: BinarizeConfig, texts: Sequence[Text], threads: int)
     for text in training:
         progress = _core.Progress()
         with interruptible(progress) as run:
-            counted = run(lambda: _core.count_text_words(text.path, threads, progress))  # noqa: B023
+            counted = run(lambda: _core.count_text_words(text.path, threads, progress, bpe=bpe))  # noqa: B023
         words.update(dict(counted))
     built = build_dictionary(
         words,
@@ -159,12 +172,15 @@ def find_dictionary(config: BinarizeConfig, texts: Sequence[Text], threads: int)
 def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
     """OUT/dict.txt. Raises InputError if another one is there: its pairs would mean other words."""
     path = config.destdir / "dict.txt"
-    if path.exists():
-        if Dictionary.load(path).sha256 != dictionary.sha256:
-            raise InputError(
-                f"{path}: another dictionary is there already; binarize into an empty --destdir, "
-                f"or use this one with --srcdict {path}"
-            )
+    exists = path.exists()
+    if exists and Dictionary.load(path).sha256 != dictionary.sha256:
+        raise InputError(
+            f"{path}: another dictionary is there already; binarize into an empty --destdir, "
+            f"or use this one with --srcdict {path}"
+        )
+    if config.bpe_codes is not None:
+        write_codes(config.bpe_codes, config.destdir)
+    if exists:
         return
     # The recipe's loop over languages may run in parallel: they must not write the same file.
     temporary = path.with_name(f".dict.txt.{os.getpid()}.tmp")
@@ -177,6 +193,22 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
                 shutil.copyfile(config.srcdict.parent / name, config.destdir / name)
 
 
+def write_codes(codes: Path, folder: Path) -> None:
+    """OUT/codes, instead of those beside --srcdict. Raises InputError if others are there: they split other pieces."""
+    path = folder / "codes"
+    if path.exists():
+        if file_sha256(path) != file_sha256(codes):
+            raise InputError(
+                f"{path}: other codes than {codes} are there already; binarize into an empty --destdir, or use "
+                f"these with --bpe-codes {path}"
+            )
+        return
+    temporary = path.with_name(f".codes.{os.getpid()}.tmp")
+    shutil.copyfile(codes, temporary)
+    sync_file(temporary)
+    temporary.replace(path)
+
+
 # ------------------------------------------------------------------------------------ one pair
 
 
@@ -185,6 +217,7 @@ def write_pair(
     config: BinarizeConfig,
     dictionary: Dictionary,
     core_dictionary: _core.Dictionary,
+    bpe: _core.Bpe | None,
     threads: int,
     bar: "tqdm[None]",
 ) -> _core.TextCounts:
@@ -202,7 +235,7 @@ def write_pair(
         with interruptible(progress, bar) as run:
             counts = run(
                 lambda: _core.binarize_file(
-                    text.path, core_dictionary, kind, paths, threads, progress
+                    text.path, core_dictionary, kind, paths, threads, progress, bpe=bpe
                 )
             )
         with temporary["counts.npy"].open("wb") as file:

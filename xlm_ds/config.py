@@ -108,6 +108,15 @@ class BinarizeConfig:
     trainpref: str | None = knob("training text is PREF.LANG", default=None)
     validpref: str | None = knob("validation text is PREF.LANG", default=None)
     testpref: str | None = knob("test text is PREF.LANG", default=None)
+    bpe_codes: Path | None = knob(
+        "split the text, tokenised only, with these codes on the way; the pairs are those of the text that "
+        "fastBPE's applybpe would write",
+        default=None,
+    )
+    bpe_vocab: Path | None = knob(
+        "split it, with --bpe-codes, into pieces of this vocabulary (lines `word count`) and characters",
+        default=None,
+    )
     destdir: Path = knob("folder for dict.txt and the .bin/.idx pairs")
     workers: int = knob(
         "threads; the bytes written do not depend on it (default: all cores)",
