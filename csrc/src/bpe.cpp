@@ -123,7 +123,7 @@ void run_in_threads(std::size_t count, Work work) {
 }  // namespace
 
 std::uint32_t Bpe::NumberTable::insert(std::uint64_t key, std::uint32_t value) {
-  if (4 * (used_ + 1) > slots_.size()) grow();
+  if (2 * (used_ + 1) > slots_.size()) grow();
   Slot& slot = slots_[slot_of(key)];
   if (slot.value == kNone) {
     slot = {key, value};

@@ -87,11 +87,14 @@ class Bpe {
       constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
       const std::size_t mask = slots_.size() - 1;
       std::size_t at = (key * kOdd >> 32) & mask;
-      while (slots_[at].value != kNone && slots_[at].key != key) at = (at + 1) & mask;
+      // One condition: whether a pair can be merged cannot be predicted, that the first slot tells it can.
+      while (static_cast<int>(slots_[at].value == kNone) + static_cast<int>(slots_[at].key == key) == 0) {
+        at = (at + 1) & mask;
+      }
       return at;
     }
     void grow();
-    std::vector<Slot> slots_ = std::vector<Slot>(64);  // a power of two of them, at most a quarter in use
+    std::vector<Slot> slots_ = std::vector<Slot>(64);  // a power of two of them, at most half in use: it is the processor's cache that misses
     std::size_t used_ = 0;
   };
 

@@ -81,7 +81,9 @@ class WordCache {
     return word.substr(word.size() < kKeyBytes ? word.size() : kKeyBytes);
   }
   [[nodiscard]] bool holds(const Entry& entry, std::string_view word, const Key& key) const noexcept {
-    if (entry.first != key.first || entry.length != key.length) return false;
+    std::uint64_t different = entry.length ^ key.length;
+    for (std::size_t i = 0; i < key.first.size(); ++i) different |= entry.first[i] ^ key.first[i];
+    if (different != 0) return false;
     const auto rest = rest_of(word);
     return rest.empty() || std::memcmp(more_of(entry), rest.data(), rest.size()) == 0;
   }
