@@ -26,7 +26,7 @@ std::span<std::uint32_t> BpeEncoder::encode(std::string_view text) {
   const auto add_line_ends = [this, &text](const char* begin, const char* end) {
     for (const char* at = begin; at != end; ++at) {
       // A word that ends in CR has given the line end of CR, LF.
-      const bool given = at == begin && at != text.data() && at[-1] == '\r';
+      const bool given = at != text.data() && at[-1] == '\r';
       if (*at == '\n' && !given) text_codes_.append(kLineEnd);
     }
   };
