@@ -36,8 +36,11 @@ class Bpe:
     def apply_file(self, input_path: StrPath, output_path: StrPath, threads: int = 1) -> None:
         """`apply_line` on a whole file, written in place; the bytes do not depend on `threads`."""
 
-def count_words(paths: Sequence[StrPath], output_path: StrPath) -> int:
-    """Writes lines `word count` of all files together, most frequent first, then by bytes; returns how many."""
+def count_words(paths: Sequence[StrPath], output_path: StrPath, threads: int = 1) -> int:
+    """Writes lines `word count` of all files together, most frequent first, then by bytes; returns how many.
+
+    The bytes do not depend on `threads`; each holds the distinct words it has met.
+    """
 
 BOS: Final = 0
 PAD: Final = 1
@@ -58,8 +61,6 @@ class IndexKind:
     mmap: Final[IndexKind]
     lazy: Final[IndexKind]
     megatron: Final[IndexKind]
-    @property
-    def name(self) -> str: ...
 
 class Progress:
     """How far a call on another thread is; `cancel` makes it return early, with worthless files."""
@@ -101,12 +102,13 @@ def encode_text(
     threads: int,
     progress: Progress,
     chunk_bytes: int = ...,
+    bpe: Bpe | None = None,
 ) -> TextCounts:
     """Writes a .bin and the lengths of its lines (native u32), in place.
 
-    The bytes do not depend on `threads` or `chunk_bytes`; those of a text's parts, one file after another, are
-    those of the text. Raises InputError for text that is not UTF-8, with file, line and byte (of standard input
-    the byte only), or that has become shorter than `end`.
+    With `bpe`, of what its `apply_file` would make of the text. The bytes do not depend on `threads` or `chunk_bytes`;
+    those of a text's parts, one file after another, are those of the text. Raises InputError for text that is not
+    UTF-8, with file, line and byte (of standard input the byte only), or that has become shorter than `end`.
     """
 
 def write_text_index(
@@ -115,9 +117,13 @@ def write_text_index(
     """Writes the .idx that belongs to a file of line lengths."""
 
 def count_text_words(
-    text: Sequence[Piece], threads: int, progress: Progress, chunk_bytes: int = ...
+    text: Sequence[Piece],
+    threads: int,
+    progress: Progress,
+    chunk_bytes: int = ...,
+    bpe: Bpe | None = None,
 ) -> list[tuple[str, int]]:
-    """Every distinct word of a text and how often it occurs, in no particular order."""
+    """Every distinct word of a text, or of what `bpe` makes of it, and how often it occurs, in no particular order."""
 
 class BreakMode:
     """none: blocks run across lines. eos: one line per block. complete: as many whole lines as fit. complete_doc: the

@@ -63,6 +63,7 @@ class Job(NamedTuple):
     config: BinarizeConfig
     dictionary: Dictionary
     core_dictionary: _core.Dictionary
+    bpe: _core.Bpe | None
     kind: _core.IndexKind
     threads: int
     ranks: Ranks
@@ -85,7 +86,8 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     """
     texts = ranks.on_first(lambda: texts_for(config, ranks.size))
     threads = config.workers or ranks.threads()
-    dictionary = find_dictionary(config, texts, threads, ranks)
+    bpe = ranks.together(lambda: load_bpe(config))
+    dictionary = find_dictionary(config, texts, bpe, threads, ranks)
     ranks.on_first(lambda: start_folder(config, dictionary))
     check_shared(config.destdir, ranks)
     sizes = [text.size for text in texts]
@@ -98,7 +100,7 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     ) as bar:
         kind = _core.IndexKind.mmap if config.dataset_impl == "mmap" else _core.IndexKind.lazy
         core_dictionary = _core.Dictionary(dictionary.symbols)
-        job = Job(config, dictionary, core_dictionary, kind, threads, ranks, bar)
+        job = Job(config, dictionary, core_dictionary, bpe, kind, threads, ranks, bar)
         announced: set[str] = set()
         for group in [[text] for text in texts] if ranks.size == 1 else [texts]:
             made = make_pairs(group, job)
@@ -157,11 +159,25 @@ def texts_for(config: BinarizeConfig, ranks: int) -> list[Text]:
     return texts
 
 
+def load_bpe(config: BinarizeConfig) -> _core.Bpe | None:
+    if config.bpe_codes is None:
+        if config.bpe_vocab is not None:
+            raise InputError(
+                "--bpe-vocab goes with --bpe-codes, whose merges it limits; give both or neither"
+            )
+        return None
+    return _core.Bpe(config.bpe_codes, config.bpe_vocab)
+
+
 def find_dictionary(
-    config: BinarizeConfig, texts: Sequence[Text], threads: int, ranks: Ranks
+    config: BinarizeConfig,
+    texts: Sequence[Text],
+    bpe: _core.Bpe | None,
+    threads: int,
+    ranks: Ranks,
 ) -> Dictionary:
     """The one of --srcdict, or one built from the training text of all languages together."""
-    words = Counter[str]() if config.srcdict else count_words(texts, threads, ranks)
+    words = Counter[str]() if config.srcdict else count_words(texts, bpe, threads, ranks)
     return ranks.on_first(lambda: dictionary_of(config, words))
 
 
@@ -187,7 +203,9 @@ def dictionary_of(config: BinarizeConfig, words: Counter[str]) -> Dictionary:
     return found
 
 
-def count_words(texts: Sequence[Text], threads: int, ranks: Ranks) -> Counter[str]:
+def count_words(
+    texts: Sequence[Text], bpe: _core.Bpe | None, threads: int, ranks: Ranks
+) -> Counter[str]:
     """Of the training text; on ranks other than 0 not all of it."""
     training = [text for text in texts if text.split == "train"]
     share = ranks.on_first(lambda: divide(training, ranks.size))[ranks.rank]
@@ -196,7 +214,8 @@ def count_words(texts: Sequence[Text], threads: int, ranks: Ranks) -> Counter[st
 
     def count() -> Counter[str]:
         with interruptible(progress, ranks) as run:
-            return Counter(dict(run(lambda: _core.count_text_words(pieces, threads, progress))))
+            counted = run(lambda: _core.count_text_words(pieces, threads, progress, bpe=bpe))
+            return Counter(dict(counted))
 
     def merge(one: Counter[str], other: Counter[str]) -> Counter[str]:
         one.update(other)
@@ -212,6 +231,8 @@ def start_folder(config: BinarizeConfig, dictionary: Dictionary) -> None:
     # The recipe's loop over languages may run in parallel: they must not write the same file.
     with locked(config.destdir / ".dict.txt.lock"):
         write_dictionary(config, dictionary)
+        if config.bpe_codes is not None:
+            write_codes(config.bpe_codes, config.destdir)
 
 
 def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
@@ -226,10 +247,28 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
         return
     if config.srcdict is not None:
         for name in COMPANIONS:
-            if (config.srcdict.parent / name).is_file() and not (config.destdir / name).exists():
-                shutil.copyfile(config.srcdict.parent / name, config.destdir / name)
+            other_codes = name == "codes" and config.bpe_codes is not None
+            here = config.srcdict.parent / name
+            if here.is_file() and not other_codes and not (config.destdir / name).exists():
+                shutil.copyfile(here, config.destdir / name)
     temporary = path.with_name(".dict.txt.tmp")
     dictionary.save(temporary)
+    sync_file(temporary)
+    temporary.replace(path)
+
+
+def write_codes(codes: Path, folder: Path) -> None:
+    """OUT/codes, instead of those beside --srcdict. Raises InputError if others are there: they split other pieces."""
+    path = folder / "codes"
+    if path.exists():
+        if file_sha256(path) != file_sha256(codes):
+            raise InputError(
+                f"{path}: other codes than {codes} are there already; binarize into an empty --destdir, or use "
+                f"these with --bpe-codes {path}"
+            )
+        return
+    temporary = path.with_name(".codes.tmp")
+    shutil.copyfile(codes, temporary)
     sync_file(temporary)
     temporary.replace(path)
 
@@ -323,6 +362,11 @@ def made_from(text: Text, job: Job) -> dict[str, Any]:
         ],
         "dictionary_sha256": job.dictionary.sha256,
         "dataset_impl": job.kind.name,
+        **{
+            f"{flag}_sha256": file_sha256(path)
+            for flag in ("bpe_codes", "bpe_vocab")
+            if (path := getattr(job.config, flag)) is not None
+        },
     }
 
 
@@ -365,7 +409,14 @@ def encode(pieces: Sequence[_core.Piece], data: Path, lengths: Path, job: Job) -
     with interruptible(progress, job.ranks, job.bar) as run:
         return run(
             lambda: _core.encode_text(
-                pieces, job.core_dictionary, job.kind, data, lengths, job.threads, progress
+                pieces,
+                job.core_dictionary,
+                job.kind,
+                data,
+                lengths,
+                job.threads,
+                progress,
+                bpe=job.bpe,
             )
         )
 

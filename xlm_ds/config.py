@@ -115,6 +115,15 @@ class BinarizeConfig:
     testpref: str | None = knob(
         "test text is PREF.LANG; PREF,PREF… become test, test1, …", default=None
     )
+    bpe_codes: Path | None = knob(
+        "split the text, tokenised only, with these codes on the way; the pairs are those of the text that "
+        "fastBPE's applybpe would write",
+        default=None,
+    )
+    bpe_vocab: Path | None = knob(
+        "split it, with --bpe-codes, into pieces of this vocabulary (lines `word count`) and characters",
+        default=None,
+    )
     destdir: Path = knob("folder for dict.txt and the .bin/.idx pairs")
     workers: int = knob(
         "threads of a rank; the bytes written do not depend on it (default: all cores that the rank may use)",

@@ -102,8 +102,9 @@ def count_merges(
     `codes` is a file of these merges; files beside `scratch`, with other suffixes, are made and removed.
     """
     split, counted = scratch.with_suffix(".bpe"), scratch.with_suffix(".counts")
-    _core.Bpe(codes).apply_file(sample, split, threads=len(os.sched_getaffinity(0)))
-    _core.count_words([split], counted)
+    threads = len(os.sched_getaffinity(0))
+    _core.Bpe(codes).apply_file(sample, split, threads=threads)
+    _core.count_words([split], counted, threads=threads)
     counts: Counter[str] = Counter()
     with counted.open(encoding="utf-8", newline="\n") as file:
         for piece, count in (line.split(" ") for line in file):

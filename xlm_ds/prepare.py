@@ -88,7 +88,7 @@ def _make(
             _tokenise_language(record, lang, splits, config, in_order)
     _make_codes(record, config, list(sources))
     _apply_codes(record, _texts(sources), config.vocab, workers)
-    _make_vocabulary(record, config.vocab, [f"train.{lang}" for lang in sources])
+    _make_vocabulary(record, config.vocab, [f"train.{lang}" for lang in sources], workers)
     logger.info(
         "%s is ready; binarize it with --srcdict %s", config.destdir, record.path("vocab_mlm")
     )
@@ -409,14 +409,16 @@ def _apply_codes(record: "Record", names: Sequence[str], vocab: Path | None, wor
     logger.info("bpe: %d files split with %s", len(missing), record.path("codes"))
 
 
-def _make_vocabulary(record: "Record", vocab: Path | None, trains: Sequence[str]) -> None:
+def _make_vocabulary(
+    record: "Record", vocab: Path | None, trains: Sequence[str], workers: int
+) -> None:
     if record.has("vocab_mlm"):
         return
     temporary = record.temporary("vocab_mlm")
     if vocab is not None:
         shutil.copyfile(vocab, temporary)
     else:
-        _core.count_words([record.path(name) for name in trains], temporary)
+        _core.count_words([record.path(name) for name in trains], temporary, threads=workers)
     words = _count_lines(temporary)
     record.publish("vocab_mlm", {"words": words})
     logger.info("vocab_mlm: %d words", words)

@@ -69,7 +69,7 @@ void register_bpe(py::module_& m) {
            "vocab_path"_a = py::none(), Unlock())
       .def("apply_line", [](const xlm_ds::Bpe& bpe, const py::bytes& line) { return py::bytes(bpe.apply(line)); }, "line"_a)
       .def("apply_file", &xlm_ds::Bpe::apply_file, "input_path"_a, "output_path"_a, "threads"_a = 1, Unlock());
-  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, Unlock());
+  m.def("count_words", &xlm_ds::count_words, "paths"_a, "output_path"_a, "threads"_a = 1, Unlock());
 }
 
 void register_binarize(py::module_& m) {
@@ -100,21 +100,21 @@ void register_binarize(py::module_& m) {
         [](const std::vector<xlm_ds::Piece>& text, const xlm_ds::Dictionary& dictionary,
            xlm_ds::IndexKind kind, const std::filesystem::path& data_path,
            const std::filesystem::path& lengths_path, std::size_t threads,
-           xlm_ds::Progress& progress, std::size_t chunk_bytes) {
+           xlm_ds::Progress& progress, std::size_t chunk_bytes, const xlm_ds::Bpe* bpe) {
           return xlm_ds::encode_text(text, dictionary, kind, {data_path, lengths_path}, threads,
-                                     progress, chunk_bytes);
+                                     progress, chunk_bytes, bpe);
         },
         "text"_a, "dictionary"_a, "kind"_a, "data_path"_a, "lengths_path"_a, "threads"_a,
-        "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, Unlock());
+        "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes, "bpe"_a = py::none(), Unlock());
   m.def("write_text_index", &xlm_ds::write_text_index, "index_path"_a, "kind"_a,
         "dictionary_size"_a, "lengths_path"_a, Unlock());
   m.def("count_text_words",
         [](const std::vector<xlm_ds::Piece>& text, std::size_t threads, xlm_ds::Progress& progress,
-           std::size_t chunk_bytes) {
-          return xlm_ds::count_text_words(text, threads, progress, chunk_bytes);
+           std::size_t chunk_bytes, const xlm_ds::Bpe* bpe) {
+          return xlm_ds::count_text_words(text, threads, progress, chunk_bytes, bpe);
         },
         "text"_a, "threads"_a, "progress"_a, "chunk_bytes"_a = xlm_ds::kBinarizeChunkBytes,
-        Unlock());
+        "bpe"_a = py::none(), Unlock());
 }
 
 void register_datasets(py::module_& m) {

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
 
+#include "xlm_ds/bpe_encoder.hpp"
+#include "xlm_ds/bpe_splitter.hpp"
 #include "xlm_ds/byte_table.hpp"
 #include "xlm_ds/chunk_reader.hpp"
 #include "xlm_ds/error.hpp"
@@ -49,11 +52,11 @@ void check_utf8(const Chunk& chunk, std::string_view part) {
                    kDigits[byte & 15U] + " is not UTF-8; convert the text to UTF-8");
 }
 
-/// Calls take(words) for every block of the chunk's words and line ends.
+/// Calls take(words) for every block of the text's words and line ends.
 template <typename Take>
-void for_each_block(const Chunk& chunk, Take take) {
+void for_each_block(std::string_view text, Take take) {
   std::array<std::string_view, kWordsPerBlock> words;
-  WordSplitter splitter(chunk.text);
+  WordSplitter splitter(text);
   while (const std::size_t count = splitter.next(words)) {
     take(std::span<const std::string_view>(words).first(count));
   }
@@ -89,21 +92,27 @@ struct Written {
 class ChunkEncoder {
  public:
   ChunkEncoder(const Dictionary& dictionary, StoreIds store_ids, std::size_t id_bytes,
-               Written& written)
+               Written& written, const Bpe* bpe)
       : dictionary_(&dictionary),
         store_ids_(store_ids),
         id_bytes_(id_bytes),
         written_(&written),
-        id_counts_(dictionary.size()) {}
+        id_counts_(dictionary.size()) {
+    if (bpe != nullptr) bpe_encoder_.emplace(*bpe, dictionary);
+  }
 
   void read(const Chunk& chunk) {
-    // Every token has a byte of its own in the text, if only its line's end. Never shrunk: filling
-    // with zeros again for every chunk would cost.
-    bytes_.resize(std::max(bytes_.size(), chunk.text.size() * id_bytes_));
     tokens_ = 0;
     line_begin_ = 0;
     line_lengths_.clear();
-    for_each_block(chunk, [&](auto words) { encode(chunk, words); });
+    if (bpe_encoder_) {
+      check_utf8(chunk, chunk.text);
+      add_codes(bpe_encoder_->encode(chunk.text));
+    } else {
+      // Every token has a byte of its own in the text, if only its line's end.
+      make_room(chunk.text.size());
+      for_each_block(chunk.text, [&](auto words) { encode(chunk, words); });
+    }
   }
 
   /// Joins the chunk to those before it: its first line may have begun there.
@@ -159,10 +168,31 @@ class ChunkEncoder {
     tokens_ += words.size();
   }
 
+  /// Never shrinks: filling with zeros again for every chunk would cost.
+  void make_room(std::size_t tokens) { bytes_.resize(std::max(bytes_.size(), tokens * id_bytes_)); }
+
+  void add_codes(std::span<std::uint32_t> codes) {
+    for (std::size_t i = 0; i < codes.size(); ++i) {
+      const bool flagged = (codes[i] & BpeEncoder::kFlag) != 0;
+      codes[i] &= ~BpeEncoder::kFlag;
+      ++id_counts_[codes[i]];
+      if (!flagged) continue;
+      if (codes[i] == kEos) {
+        line_lengths_.push_back(checked_length(i + 1 - std::exchange(line_begin_, i + 1)));
+      } else {
+        ++unknown_;
+      }
+    }
+    make_room(codes.size());
+    store_ids_(codes, bytes_.data());
+    tokens_ = codes.size();
+  }
+
   const Dictionary* dictionary_;
   StoreIds store_ids_;
   std::size_t id_bytes_;
   Written* written_;
+  std::optional<BpeEncoder> bpe_encoder_;
   std::vector<std::uint64_t> id_counts_;
   std::uint64_t unknown_ = 0;
   // of the present chunk:
@@ -177,9 +207,13 @@ class ChunkEncoder {
 /// Counts the words of chunks; one per thread.
 class ChunkCounter {
  public:
+  explicit ChunkCounter(const Bpe* bpe) {
+    if (bpe != nullptr) splitter_.emplace(*bpe);
+  }
+
   void read(const Chunk& chunk) {
     check_utf8(chunk, chunk.text);
-    for_each_block(chunk, [this](auto words) {
+    for_each_block(splitter_ ? splitter_->apply(chunk.text) : chunk.text, [this](auto words) {
       for (const std::string_view word : words) {
         if (!word.empty()) count(word, 1);
       }
@@ -210,6 +244,7 @@ class ChunkCounter {
     counts_[number] += times;
   }
 
+  std::optional<BpeSplitter> splitter_;
   ByteTable words_;
   std::vector<std::uint64_t> counts_;  // by number in words_
 };
@@ -218,13 +253,13 @@ class ChunkCounter {
 
 TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary, IndexKind kind,
                        const EncodedPaths& paths, std::size_t threads, Progress& progress,
-                       std::size_t chunk_bytes) {
+                       std::size_t chunk_bytes, const Bpe* bpe) {
   const Dtype dtype = dtype_to_write(kind, dictionary.size());
   ChunkReader reader(text, chunk_bytes, progress);
   Written written{.data = OutputFile(paths.data), .line_lengths = OutputFile(paths.line_lengths)};
   std::vector<ChunkEncoder> encoders(
       std::max<std::size_t>(threads, 1),
-      ChunkEncoder(dictionary, store_ids_of(kind, dtype), element_bytes(dtype), written));
+      ChunkEncoder(dictionary, store_ids_of(kind, dtype), element_bytes(dtype), written, bpe));
   read_in_order(reader, std::span(encoders), progress);
 
   TextCounts counts{.lines = written.lines,
@@ -247,9 +282,10 @@ void write_text_index(const std::filesystem::path& index, IndexKind kind,
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(std::span<const Piece> text,
                                                                     std::size_t threads,
                                                                     Progress& progress,
-                                                                    std::size_t chunk_bytes) {
+                                                                    std::size_t chunk_bytes,
+                                                                    const Bpe* bpe) {
   ChunkReader reader(text, chunk_bytes, progress);
-  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1));
+  std::vector<ChunkCounter> counters(std::max<std::size_t>(threads, 1), ChunkCounter(bpe));
   read_in_order(reader, std::span(counters), progress);
   for (const ChunkCounter& counter : std::span(counters).subspan(1)) counters.front().add(counter);
   return counters.front().counts();

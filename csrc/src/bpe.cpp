@@ -6,12 +6,16 @@
 #include <fstream>
 #include <functional>
 #include <ios>
+#include <mutex>
+#include <numeric>
 #include <queue>
 #include <span>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "xlm_ds/bpe_splitter.hpp"
+#include "xlm_ds/bpe_words.hpp"
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/mapped_file.hpp"
 
@@ -20,36 +24,39 @@ namespace {
 
 constexpr std::string_view kWordEnd = "</w>";
 constexpr std::string_view kPieceMark = "@@";
-constexpr std::string_view kSeparators = " \n";
-constexpr std::size_t kChunkBytes = std::size_t{1} << 22;  // of text that a thread splits at a time
-constexpr std::size_t kCacheBytes = std::size_t{1} << 26;  // of words and their pieces, per thread
-constexpr std::size_t kLongestCachedWord = 256;            // bytes
+constexpr std::string_view kPieceEnd = "@@ ";
+constexpr std::size_t kChunkBytes = std::size_t{1} << 22;  // of text that a thread takes at a time
+constexpr std::size_t kPackable = 8;  // bytes of a character that pack() takes
 // Characters from which merge_long is used. Measured on words of equal length that are never seen again (4,000 merges,
 // 3 MB, 2026-11): at 32 characters merge_short takes 0.87 of merge_long's time, at 64 0.93, at 128 1.3, at 256 1.6.
 constexpr std::size_t kLongWord = 64;
-
-bool is_separator(char c) { return c == ' ' || c == '\n'; }
 
 std::string_view text_of(const MappedFile& file) {
   return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
 }
 
-/// The first separator at or after `at`, or the end.
-std::size_t word_end(std::string_view text, std::size_t at) {
-  while (at < text.size() && !is_separator(text[at])) ++at;
-  return at;
-}
-
-/// The first byte of a word at or after `at`, or the end.
-std::size_t word_begin(std::string_view text, std::size_t at) {
-  while (at < text.size() && is_separator(text[at])) ++at;
-  return at;
+/// The first place at or after `at` where `text` may be cut: a separator, or the end.
+std::size_t cut_after(std::string_view text, std::size_t at) {
+  return static_cast<std::size_t>(word_end(text.data() + at, text.data() + text.size()) - text.data());
 }
 
 std::size_t character_end(std::string_view word, std::size_t at) {
   do ++at;
   while (at < word.size() && (static_cast<unsigned char>(word[at]) & 0xC0) == 0x80);
   return at;
+}
+
+bool is_packable_character(std::string_view bytes) {
+  return bytes.size() <= kPackable && character_end(bytes, 0) == bytes.size();
+}
+
+/// Different characters give different numbers: none but the first byte can be zero.
+std::uint64_t pack(std::string_view character) {
+  std::uint64_t packed = 0;
+  for (std::size_t i = 0; i < character.size(); ++i) {
+    packed |= std::uint64_t{static_cast<unsigned char>(character[i])} << (8 * i);
+  }
+  return packed;
 }
 
 std::string_view without_word_end(std::string_view symbol) {
@@ -115,57 +122,21 @@ void run_in_threads(std::size_t count, Work work) {
 
 }  // namespace
 
-/// The pieces of the words seen so far. Emptied when full: what is frequent is back at once.
-class Bpe::WordCache {
- public:
-  /// The cached result for `word`, valid until the next call; `make(word)` is called if there is none.
-  template <typename Make>
-  std::string_view find_or_make(std::string_view word, Make make) {
-    if (words_.stored_bytes() + results_.size() > kCacheBytes) *this = WordCache();
-    const std::size_t known = ends_.size();
-    const std::size_t number = words_.insert(word);
-    if (number == known) {
-      results_ += make(word);
-      ends_.push_back(results_.size());
-    }
-    const std::size_t begin = number == 0 ? 0 : ends_[number - 1];
-    return std::string_view(results_).substr(begin, ends_[number] - begin);
-  }
-
- private:
-  ByteTable words_;
-  std::string results_;
-  std::vector<std::size_t> ends_;  // in results_, by number in words_
-};
-
-std::size_t Bpe::PairRanks::slot_of(std::uint64_t pair) const noexcept {
-  constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
-  const std::size_t mask = slots_.size() - 1;
-  std::size_t at = (pair * kOdd >> 32) & mask;
-  while (slots_[at].rank != kNoRank && slots_[at].pair != pair) at = (at + 1) & mask;
-  return at;
-}
-
-Bpe::Rank Bpe::PairRanks::find(SymbolId left, SymbolId right) const noexcept {
-  return slots_[slot_of(std::uint64_t{left} << 32 | right)].rank;
-}
-
-Bpe::Rank Bpe::PairRanks::insert(SymbolId left, SymbolId right, Rank rank) {
-  if (4 * (used_ + 1) > slots_.size()) grow();
-  const auto pair = std::uint64_t{left} << 32 | right;
-  Slot& slot = slots_[slot_of(pair)];
-  if (slot.rank == kNoRank) {
-    slot = {pair, rank};
+std::uint32_t Bpe::NumberTable::insert(std::uint64_t key, std::uint32_t value) {
+  if (2 * (used_ + 1) > slots_.size()) grow();
+  Slot& slot = slots_[slot_of(key)];
+  if (slot.value == kNone) {
+    slot = {key, value};
     ++used_;
   }
-  return slot.rank;
+  return slot.value;
 }
 
-void Bpe::PairRanks::grow() {
+void Bpe::NumberTable::grow() {
   std::vector<Slot> smaller(2 * slots_.size());
   slots_.swap(smaller);
   for (const Slot& slot : smaller) {
-    if (slot.rank != kNoRank) slots_[slot_of(slot.pair)] = slot;
+    if (slot.value != kNone) slots_[slot_of(slot.key)] = slot;
   }
 }
 
@@ -195,7 +166,7 @@ void Bpe::add_merge(std::string_view left, std::string_view right, const std::fi
   const auto rank = narrow_or_throw<Rank>(merges_.size(), "merges in a codes file");
   const Merge merge{add_symbol(left), add_symbol(right), add_symbol(std::string(left).append(right))};
   const char* const cure = "; learnbpe writes such lines once it has run out of pairs: keep those before this one";
-  const Rank same_pair = ranks_.insert(merge.left, merge.right, rank);
+  const Rank same_pair = ranks_.insert(std::uint64_t{merge.left} << 32 | merge.right, rank);
   if (same_pair != rank) refuse(path, rank + 1, "same pair as line " + std::to_string(same_pair + 1) + cure);
   Rank& made_by = symbols_[merge.merged].made_by;
   if (made_by != kNoRank) refuse(path, rank + 1, "makes the same symbol as line " + std::to_string(made_by + 1) + cure);
@@ -210,14 +181,14 @@ Bpe::SymbolId Bpe::add_symbol(std::string_view bytes) {
   symbol.bytes = narrow_or_throw<std::uint32_t>(bytes.size(), "bytes of one symbol");
   symbol.ends_word = bytes.size() > kWordEnd.size() && bytes.ends_with(kWordEnd);
   symbols_.push_back(symbol);
-  const auto symbols_of = [this](std::string_view character) -> CharacterSymbols& {
-    const auto number = characters_.insert(character);
-    character_symbols_.resize(characters_.size());
+  const auto packed_symbols = [this](std::string_view character) -> CharacterSymbols& {
+    const auto number = characters_.insert(pack(character), static_cast<std::uint32_t>(character_symbols_.size()));
+    if (number == character_symbols_.size()) character_symbols_.emplace_back();
     return character_symbols_[number];
   };
   const auto stem = without_word_end(bytes);
-  if (character_end(bytes, 0) == bytes.size()) symbols_of(bytes).inside = id;
-  if (symbol.ends_word && character_end(stem, 0) == stem.size()) symbols_of(stem).last = id;
+  if (is_packable_character(bytes)) packed_symbols(bytes).inside = id;
+  if (symbol.ends_word && is_packable_character(stem)) packed_symbols(stem).last = id;
   return id;
 }
 
@@ -242,73 +213,52 @@ void Bpe::read_vocabulary(const std::filesystem::path& path) {
   has_vocabulary_ = words.size() > 0;  // fastBPE too takes an empty vocabulary for none
 }
 
-std::string Bpe::apply(std::string_view text) const {
-  WordCache cache;
-  return apply(text, cache);
-}
+std::string Bpe::apply(std::string_view text) const { return std::string(BpeSplitter(*this).apply(text)); }
 
-std::string Bpe::apply(std::string_view text, WordCache& cache) const {
-  const auto make = [this](std::string_view word) { return split(word); };
-  std::string result;
-  result.reserve(text.size() + text.size() / 2);
-  for (std::size_t at = 0; at < text.size();) {
-    const std::size_t begin = word_begin(text, at);
-    result += text.substr(at, begin - at);
-    at = word_end(text, begin);
-    const auto word = text.substr(begin, at - begin);
-    if (word.size() > kLongestCachedWord) {
-      result += split(word);
-    } else if (!word.empty()) {
-      result += cache.find_or_make(word, make);
-    }
-  }
-  return result;
-}
-
-std::string Bpe::split(std::string_view word) const {
-  auto pieces = characters_of(word);
-  if (pieces.size() < kLongWord) {
-    merge_short(pieces);
-  } else {
-    merge_long(pieces);
-  }
-  if (has_vocabulary_) pieces = within_vocabulary(pieces);
-  std::string result;
+void Bpe::split(std::string_view word, Scratch& scratch, std::string& result) const {
+  auto pieces = characters_of(word, scratch);
+  pieces = pieces.size() < kLongWord ? merge_short(pieces) : merge_long(pieces);
+  if (has_vocabulary_) pieces = within_vocabulary(pieces, scratch);
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     const bool last = i + 1 == pieces.size();
     const std::size_t end = last ? word.size() : pieces[i + 1].begin;
-    result += word.substr(pieces[i].begin, end - pieces[i].begin);
-    if (!last) result.append(kPieceMark).append(1, ' ');
+    result.append(word, pieces[i].begin, end - pieces[i].begin);
+    if (!last) result += kPieceEnd;
   }
-  return result;
 }
 
-std::vector<Bpe::Piece> Bpe::characters_of(std::string_view word) const {
-  std::vector<Piece> pieces;
-  pieces.reserve(word.size());
+Bpe::CharacterSymbols Bpe::symbols_of(std::string_view character) const {
+  if (character.size() > kPackable) {  // not UTF-8
+    return {symbol_bytes_.find(character), symbol_bytes_.find(std::string(character).append(kWordEnd))};
+  }
+  const auto number = characters_.find(pack(character));
+  return number == NumberTable::kNone ? CharacterSymbols{} : character_symbols_[number];
+}
+
+Bpe::Pieces Bpe::characters_of(std::string_view word, Scratch& scratch) const {
+  auto& pieces = scratch.pieces_;
+  if (pieces.size() < word.size()) pieces.resize(word.size());
+  std::size_t count = 0;
   for (std::size_t begin = 0, end = 0; begin < word.size(); begin = end) {
     end = character_end(word, begin);
-    const auto number = characters_.find(word.substr(begin, end - begin));
-    const auto symbols = number == ByteTable::kNone ? CharacterSymbols{} : character_symbols_[number];
-    pieces.push_back({begin, end == word.size() ? symbols.last : symbols.inside, kNoRank});
+    const auto symbols = symbols_of(word.substr(begin, end - begin));
+    pieces[count++] = {begin, end == word.size() ? symbols.last : symbols.inside, kNoRank};
   }
-  for (std::size_t i = 0; i + 1 < pieces.size(); ++i) {
-    pieces[i].rank = ranks_.find(pieces[i].symbol, pieces[i + 1].symbol);
-  }
-  return pieces;
+  for (std::size_t i = 0; i + 1 < count; ++i) pieces[i].rank = rank_of(pieces[i].symbol, pieces[i + 1].symbol);
+  return Pieces(pieces).first(count);
 }
 
 /// The best merge there is, at all its places from left to right; again until there is none. O(n) per round.
-void Bpe::merge_short(std::vector<Piece>& pieces) const {
+Bpe::Pieces Bpe::merge_short(Pieces pieces) const {
   const auto better = [](const Piece& a, const Piece& b) { return a.rank < b.rank; };
   for (;;) {
     const Rank best = std::min_element(pieces.begin(), pieces.end(), better)->rank;
-    if (best == kNoRank) return;
-    merge_everywhere(pieces, best);
+    if (best == kNoRank) return pieces;
+    pieces = merge_everywhere(pieces, best);
   }
 }
 
-void Bpe::merge_everywhere(std::vector<Piece>& pieces, Rank rank) const {
+Bpe::Pieces Bpe::merge_everywhere(Pieces pieces, Rank rank) const {
   std::size_t kept = 0;
   bool merged_before = false;
   for (std::size_t i = 0; i < pieces.size(); ++i) {
@@ -319,18 +269,18 @@ void Bpe::merge_everywhere(std::vector<Piece>& pieces, Rank rank) const {
       ++i;
     }
     if (kept > 0 && (merges || merged_before)) {
-      pieces[kept - 1].rank = ranks_.find(pieces[kept - 1].symbol, piece.symbol);
+      pieces[kept - 1].rank = rank_of(pieces[kept - 1].symbol, piece.symbol);
     }
     pieces[kept++] = piece;
     merged_before = merges;
   }
-  pieces.resize(kept);
-  pieces.back().rank = kNoRank;
+  pieces[kept - 1].rank = kNoRank;
+  return pieces.first(kept);
 }
 
 /// The same in O(n log n) for a word of n characters: a queue of the merges there are, the pieces chained. A round takes
 /// one rank from the queue; the pairs it brings about wait until it is over, as some could have a lower rank.
-void Bpe::merge_long(std::vector<Piece>& pieces) const {
+Bpe::Pieces Bpe::merge_long(Pieces pieces) const {
   const std::size_t count = pieces.size();
   std::vector<std::size_t> next(count), previous(count);
   std::priority_queue<std::pair<Rank, std::size_t>, std::vector<std::pair<Rank, std::size_t>>, std::greater<>> queue;
@@ -341,7 +291,7 @@ void Bpe::merge_long(std::vector<Piece>& pieces) const {
   }
   const auto rank_again = [&](std::size_t at) {
     if (at == count) return;
-    pieces[at].rank = next[at] == count ? kNoRank : ranks_.find(pieces[at].symbol, pieces[next[at]].symbol);
+    pieces[at].rank = next[at] == count ? kNoRank : rank_of(pieces[at].symbol, pieces[next[at]].symbol);
     if (pieces[at].rank != kNoRank) queue.emplace(pieces[at].rank, at);
   };
   std::vector<std::size_t> merged;
@@ -364,14 +314,16 @@ void Bpe::merge_long(std::vector<Piece>& pieces) const {
   }
   std::size_t kept = 0;
   for (std::size_t at = 0; at != count; at = next[at]) pieces[kept++] = pieces[at];
-  pieces.resize(kept);
+  return pieces.first(kept);
 }
 
 /// Undoes merges until every piece may stand. The pieces still to be looked at form a stack with the leftmost on top, so
 /// the one taken from it is the word's last when it leaves the stack empty.
-std::vector<Bpe::Piece> Bpe::within_vocabulary(const std::vector<Piece>& pieces) const {
-  std::vector<Piece> kept;
-  std::vector<Piece> open(pieces.rbegin(), pieces.rend());
+Bpe::Pieces Bpe::within_vocabulary(Pieces pieces, Scratch& scratch) const {
+  auto& kept = scratch.kept_;
+  auto& open = scratch.open_;
+  kept.clear();
+  open.assign(pieces.rbegin(), pieces.rend());
   while (!open.empty()) {
     const Piece piece = open.back();
     open.pop_back();
@@ -403,45 +355,89 @@ void Bpe::apply_file(const std::filesystem::path& input_path, const std::filesys
   }
   const auto text = text_of(input);
   auto output = open_to_write(output_path);
-  std::vector<WordCache> caches(std::max<std::size_t>(threads, 1));
-  std::vector<std::string> results(caches.size());
+  std::vector<BpeSplitter> splitters(std::max<std::size_t>(threads, 1), BpeSplitter(*this));
+  std::vector<std::string_view> results(splitters.size());
   for (std::size_t begin = 0; begin < text.size();) {
     std::vector<std::string_view> chunks;
-    while (chunks.size() < caches.size() && begin < text.size()) {
-      const std::size_t end = word_end(text, begin + std::min(kChunkBytes, text.size() - begin));
+    while (chunks.size() < splitters.size() && begin < text.size()) {
+      const std::size_t end = cut_after(text, begin + std::min(kChunkBytes, text.size() - begin));
       chunks.push_back(text.substr(begin, end - begin));
       begin = end;
     }
-    run_in_threads(chunks.size(), [&](std::size_t i) { results[i] = apply(chunks[i], caches[i]); });
+    run_in_threads(chunks.size(), [&](std::size_t i) { results[i] = splitters[i].apply(chunks[i]); });
     for (std::size_t i = 0; i < chunks.size(); ++i) output << results[i];
   }
   close_or_throw(output, output_path);
 }
 
-std::size_t count_words(const std::vector<std::filesystem::path>& paths, const std::filesystem::path& output_path) {
-  ByteTable words;
-  std::vector<std::uint64_t> counts;
+namespace {
+
+/// Counts words; one per thread.
+class WordCounter {
+ public:
+  void count(std::string_view text) {
+    const char* const end = text.data() + text.size();
+    for (const char* at = word_begin(text.data(), end); at != end;) {
+      // fastBPE loses a last word that no line end follows; here it counts.
+      const char* const begin = std::exchange(at, word_end(at, end));
+      add({begin, at}, 1);
+      at = word_begin(at, end);
+    }
+  }
+
+  void add(const WordCounter& other) {
+    for (ByteTable::Number number = 0; number < other.counts_.size(); ++number) {
+      add(other.words_[number], other.counts_[number]);
+    }
+  }
+
+  /// Lines `word count`, most frequent first, equal counts in the order of their bytes.
+  void write(std::ostream& output) const {
+    std::vector<ByteTable::Number> order(words_.size());
+    std::iota(order.begin(), order.end(), ByteTable::Number{0});
+    std::sort(order.begin(), order.end(), [this](auto a, auto b) {
+      return counts_[a] != counts_[b] ? counts_[a] > counts_[b] : words_[a] < words_[b];
+    });
+    for (const auto number : order) output << words_[number] << ' ' << counts_[number] << '\n';
+  }
+
+  [[nodiscard]] std::size_t distinct() const { return words_.size(); }
+
+ private:
+  void add(std::string_view word, std::uint64_t times) {
+    const auto number = words_.insert(word);
+    if (number == counts_.size()) counts_.push_back(0);
+    counts_[number] += times;
+  }
+
+  ByteTable words_;
+  std::vector<std::uint64_t> counts_;  // by number in words_
+};
+
+}  // namespace
+
+std::size_t count_words(const std::vector<std::filesystem::path>& paths, const std::filesystem::path& output_path,
+                        std::size_t threads) {
+  std::vector<WordCounter> counters(std::max<std::size_t>(threads, 1));
   for (const auto& path : paths) {
     const MappedFile file(path);
     const auto text = text_of(file);
-    for (std::size_t begin = word_begin(text, 0); begin < text.size();) {
-      // fastBPE loses a last word that no line end follows; here it counts.
-      const std::size_t end = word_end(text, begin);
-      const auto number = words.insert(text.substr(begin, end - begin));
-      counts.resize(words.size());
-      ++counts[number];
-      begin = word_begin(text, end);
-    }
+    std::mutex mutex;
+    std::size_t taken = 0;
+    const auto next_chunk = [&] {
+      const std::lock_guard lock(mutex);
+      const std::size_t begin = std::exchange(taken, cut_after(text, taken + std::min(kChunkBytes, text.size() - taken)));
+      return text.substr(begin, taken - begin);
+    };
+    run_in_threads(counters.size(), [&](std::size_t i) {
+      for (auto chunk = next_chunk(); !chunk.empty(); chunk = next_chunk()) counters[i].count(chunk);
+    });
   }
-  std::vector<ByteTable::Number> order(words.size());
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<ByteTable::Number>(i);
-  std::sort(order.begin(), order.end(), [&](auto a, auto b) {
-    return counts[a] != counts[b] ? counts[a] > counts[b] : words[a] < words[b];
-  });
+  for (std::size_t i = 1; i < counters.size(); ++i) counters.front().add(std::exchange(counters[i], {}));
   auto output = open_to_write(output_path);
-  for (const auto number : order) output << words[number] << ' ' << counts[number] << '\n';
+  counters.front().write(output);
   close_or_throw(output, output_path);
-  return order.size();
+  return counters.front().distinct();
 }
 
 }  // namespace xlm_ds

@@ -1,13 +1,18 @@
 #include "xlm_ds/bpe.hpp"
 
+#include <algorithm>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <vector>
 #include <unistd.h>
 
 #include "check.hpp"
+#include "xlm_ds/bpe_encoder.hpp"
 #include "xlm_ds/byte_table.hpp"
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/word_cache.hpp"
 
 namespace {
 
@@ -80,4 +85,89 @@ TEST(bpe_refuses_what_is_no_codes_file) {
                                   "#version: 0.2\na b\n", "a b 1\n\n"}) {
     CHECK_THROWS(bpe_of(codes), xlm_ds::InputError);
   }
+}
+
+namespace {
+
+/// The cached value of a word, whose bytes are in memory of exactly its size: reading beyond would be noticed by `make asan`.
+std::string cached(xlm_ds::WordCache& cache, const std::string& word, const std::string& made) {
+  const std::vector<char> bytes(word.begin(), word.end());
+  const std::string_view view(bytes.data(), bytes.size());
+  const auto key = xlm_ds::WordCache::key_of(view, view.data() + view.size());
+  return std::string(cache.find_or_make(view, key, [&] { return std::string_view(made); }));
+}
+
+using Codes = std::vector<std::uint32_t>;
+
+Codes encode(xlm_ds::BpeEncoder& encoder, const std::string& text) {
+  const std::vector<char> bytes(text.begin(), text.end());
+  const auto codes = encoder.encode({bytes.data(), bytes.size()});
+  return {codes.begin(), codes.end()};
+}
+
+constexpr auto kLineEnd = xlm_ds::BpeEncoder::kLineEnd;
+constexpr auto kUnknown = xlm_ds::BpeEncoder::kUnknown;
+
+}  // namespace
+
+TEST(word_cache_tells_words_apart_and_keeps_values_of_any_length) {
+  xlm_ds::WordCache cache;
+  for (const std::size_t length : {0, 1, 23, 24, 25, 31, 32, 33, 63, 256}) {
+    for (const std::size_t made : {0, 1, 23, 24, 25, 300}) {
+      const std::string word = std::string(length, 'a') + std::to_string(made);
+      if (!xlm_ds::WordCache::takes(word)) continue;
+      const std::string value(made, static_cast<char>('b' + length % 20));
+      CHECK(cached(cache, word, value) == value);
+      CHECK(cached(cache, word, "not made again") == value);
+      CHECK(cached(cache, word + '\0', "another") == "another");
+    }
+  }
+  // The same key but for one byte, wherever it is.
+  for (const std::size_t length : {1, 8, 32, 33, 40}) {
+    for (std::size_t at = 0; at < length; ++at) {
+      std::string word(length, '\0');
+      word[at] = '\1';
+      const std::string value = std::to_string(length) + ' ' + std::to_string(at);
+      CHECK(cached(cache, word, value) == value);
+    }
+  }
+}
+
+TEST(word_cache_is_bounded_and_right_when_it_has_been_emptied) {
+  // So many words that dozens have the hash of another one, short and with the same first bytes.
+  for (const auto& start : {std::string(), std::string(xlm_ds::WordCache::kKeyBytes, 'x')}) {
+    xlm_ds::WordCache cache;
+    std::size_t made_again = 0;
+    for (int i = 0; i < 650'000; ++i) {
+      const std::string word = start + std::to_string(i);
+      CHECK(cached(cache, word, word) == word);
+      if (i % 100'000 == 0) made_again += cached(cache, "first", word) == word ? 1 : 0;
+    }
+    CHECK(made_again >= 2);  // at the start, and when it has been emptied
+  }
+  xlm_ds::WordCache cache;
+  const std::string value(70'000, 'v');
+  for (int i = 0; i < 500; ++i) CHECK(cached(cache, "long" + std::to_string(i), value) == value);
+}
+
+TEST(bpe_encoder_gives_ids_of_pieces_and_line_ends) {
+  const auto bpe = bpe_of(kCodes);
+  const xlm_ds::Dictionary dictionary({"<s>", "<pad>", "</s>", "<unk>", "<mask>", "low", "lo@@", "w@@", "e@@", "r", "@@"});
+  xlm_ds::BpeEncoder encoder(bpe, dictionary);
+  CHECK(encode(encoder, "low  lower\n newest\n\n") == (Codes{5, 6, 7, 8, 9, kLineEnd, kUnknown, kLineEnd, kLineEnd}));
+  CHECK(encode(encoder, "low") == Codes{5});
+  CHECK(encode(encoder, "").empty());
+  CHECK(encode(encoder, " \n ") == Codes{kLineEnd});
+  // CR belongs to a word, and ends a line; before LF they are one line end. U+00A0 and a tab belong to words, and end them.
+  CHECK(encode(encoder, "low\r\n") == (Codes{6, 7, kLineEnd}));
+  CHECK(encode(encoder, "low\r \n\n") == (Codes{6, 7, kLineEnd, kLineEnd, kLineEnd}));
+  CHECK(encode(encoder, "\r\n\r\r\n") == (Codes{kLineEnd, kLineEnd, 10, kLineEnd}));
+  CHECK(encode(encoder, "\nlow\xC2\xA0\t\n") == (Codes{kLineEnd, 6, 7, 10, kLineEnd}));
+}
+
+TEST(bpe_encoder_tells_words_spelt_like_symbols_from_unknown_ones) {
+  const auto bpe = bpe_of("< u 9\nn k 8\nnk ></w> 7\n<u nk></w> 6\n");
+  const xlm_ds::Dictionary dictionary({"<s>", "<pad>", "</s>", "<unk>", "<mask>", "<u@@"});
+  xlm_ds::BpeEncoder encoder(bpe, dictionary);
+  CHECK(encode(encoder, "<unk> <un") == (Codes{xlm_ds::kUnk, 5, kUnknown}));
 }

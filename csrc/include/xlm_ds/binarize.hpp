@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "xlm_ds/bpe.hpp"
 #include "xlm_ds/chunk_reader.hpp"
 #include "xlm_ds/dictionary.hpp"
 #include "xlm_ds/index_format.hpp"
@@ -37,27 +38,28 @@ struct EncodedPaths {
 /// output together, large enough that handing out chunks costs nothing.
 inline constexpr std::size_t kBinarizeChunkBytes = std::size_t{1} << 18;
 
-/// Writes the ids of every line of a text, each line ended by eos, and the lines' lengths. Those of
-/// a text's parts, one file after another, are those of the text. The bytes written do not depend
-/// on `threads` or `chunk_bytes` (at least 1). Memory: a few chunks per thread, whatever the size of
-/// the text and of its lines (ChunkReader).
+/// Writes the ids of every line of a text, or with `bpe` of what it makes of the text, each line
+/// ended by eos, and the lines' lengths. Those of a text's parts, one file after another, are those
+/// of the text. The bytes written do not depend on `threads` or `chunk_bytes` (at least 1). Memory:
+/// a few chunks per thread, whatever the size of the text and of its lines (ChunkReader), and with
+/// `bpe` a cache of words.
 ///
 /// Throws InputError for text that is not UTF-8 (naming file, line and byte; of standard input the
 /// byte only), std::system_error if a file cannot be read or written. A cancelled call returns
 /// early; its files are then worthless.
 TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary, IndexKind kind,
                        const EncodedPaths& paths, std::size_t threads, Progress& progress,
-                       std::size_t chunk_bytes = kBinarizeChunkBytes);
+                       std::size_t chunk_bytes = kBinarizeChunkBytes, const Bpe* bpe = nullptr);
 
 /// The .idx (index_format.hpp) that belongs to a file of line lengths. Throws std::system_error,
 /// and InputError for a line too long for the format.
 void write_text_index(const std::filesystem::path& index, IndexKind kind,
                       std::uint64_t dictionary_size, const std::filesystem::path& line_lengths);
 
-/// The words of a text and how often each occurs, in no particular order; memory for each distinct
-/// word once per thread. Throws as encode_text does.
+/// The words of a text, or with `bpe` of what it makes of the text, and how often each occurs, in no
+/// particular order; memory for each distinct word once per thread. Throws as encode_text does.
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(
     std::span<const Piece> text, std::size_t threads, Progress& progress,
-    std::size_t chunk_bytes = kBinarizeChunkBytes);
+    std::size_t chunk_bytes = kBinarizeChunkBytes, const Bpe* bpe = nullptr);
 
 }  // namespace xlm_ds

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -35,6 +36,12 @@ class Bpe {
   void apply_file(const std::filesystem::path& input_path, const std::filesystem::path& output_path,
                   std::size_t threads) const;
 
+  /// Memory that splitting one word after another uses again.
+  class Scratch;
+
+  /// Appends to `pieces` what apply() makes of one word.
+  void split(std::string_view word, Scratch& scratch, std::string& pieces) const;
+
  private:
   using SymbolId = ByteTable::Number;
   using Rank = std::uint32_t;
@@ -61,51 +68,72 @@ class Bpe {
     SymbolId symbol;
     Rank rank;
   };
-  /// (left, right) -> rank, by open addressing.
-  class PairRanks {
+  using Pieces = std::span<Piece>;
+  /// Numbers to numbers, by open addressing.
+  class NumberTable {
    public:
-    [[nodiscard]] Rank find(SymbolId left, SymbolId right) const noexcept;
-    /// The rank of the pair after the call: `rank`, or an older one.
-    Rank insert(SymbolId left, SymbolId right, Rank rank);
+    static constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
+    /// The value of `key`, or kNone.
+    [[nodiscard]] std::uint32_t find(std::uint64_t key) const noexcept { return slots_[slot_of(key)].value; }
+    /// The value of `key` after the call: `value` (which is not kNone), or an older one.
+    std::uint32_t insert(std::uint64_t key, std::uint32_t value);
 
    private:
     struct Slot {
-      std::uint64_t pair = ~std::uint64_t{0};
-      Rank rank = kNoRank;
+      std::uint64_t key = 0;
+      std::uint32_t value = kNone;
     };
-    [[nodiscard]] std::size_t slot_of(std::uint64_t pair) const noexcept;
+    [[nodiscard]] std::size_t slot_of(std::uint64_t key) const noexcept {
+      constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
+      const std::size_t mask = slots_.size() - 1;
+      std::size_t at = (key * kOdd >> 32) & mask;
+      // One condition: whether a pair can be merged cannot be predicted, that the first slot tells it can.
+      while (static_cast<int>(slots_[at].value == kNone) + static_cast<int>(slots_[at].key == key) == 0) {
+        at = (at + 1) & mask;
+      }
+      return at;
+    }
     void grow();
-    std::vector<Slot> slots_ = std::vector<Slot>(64);
+    std::vector<Slot> slots_ = std::vector<Slot>(64);  // a power of two of them, at most half in use: it is the processor's cache that misses
     std::size_t used_ = 0;
   };
-  class WordCache;
 
   void read_codes(const std::filesystem::path& path);
   void read_vocabulary(const std::filesystem::path& path);
   void add_merge(std::string_view left, std::string_view right, const std::filesystem::path& path);
   [[nodiscard]] SymbolId add_symbol(std::string_view bytes);
 
-  [[nodiscard]] std::string apply(std::string_view text, WordCache& cache) const;
-  [[nodiscard]] std::string split(std::string_view word) const;
-  [[nodiscard]] std::vector<Piece> characters_of(std::string_view word) const;
-  void merge_short(std::vector<Piece>& pieces) const;
-  void merge_long(std::vector<Piece>& pieces) const;
-  void merge_everywhere(std::vector<Piece>& pieces, Rank rank) const;
-  [[nodiscard]] std::vector<Piece> within_vocabulary(const std::vector<Piece>& pieces) const;
+  [[nodiscard]] Rank rank_of(SymbolId left, SymbolId right) const noexcept {
+    return ranks_.find(std::uint64_t{left} << 32 | right);
+  }
+  [[nodiscard]] CharacterSymbols symbols_of(std::string_view character) const;
+  [[nodiscard]] Pieces characters_of(std::string_view word, Scratch& scratch) const;
+  [[nodiscard]] Pieces merge_short(Pieces pieces) const;
+  [[nodiscard]] Pieces merge_long(Pieces pieces) const;
+  [[nodiscard]] Pieces merge_everywhere(Pieces pieces, Rank rank) const;
+  [[nodiscard]] Pieces within_vocabulary(Pieces pieces, Scratch& scratch) const;
   [[nodiscard]] bool may_stand(SymbolId symbol, bool last) const;
 
   ByteTable symbol_bytes_;
   std::vector<Symbol> symbols_;  // by SymbolId
   std::vector<Merge> merges_;    // by Rank
-  PairRanks ranks_;
-  ByteTable characters_;
-  std::vector<CharacterSymbols> character_symbols_;  // by number in characters_
+  NumberTable ranks_;            // (left << 32 | right) -> Rank
+  NumberTable characters_;       // packed bytes of a character -> number in character_symbols_
+  std::vector<CharacterSymbols> character_symbols_;
   bool has_vocabulary_ = false;
+};
+
+class Bpe::Scratch {
+  friend Bpe;
+  std::vector<Piece> pieces_;
+  std::vector<Piece> kept_;
+  std::vector<Piece> open_;
 };
 
 /// Counts the words of the files together and writes lines `word count`, most frequent first, equal counts in the order of
 /// their bytes (fastBPE's getvocab). Returns the number of distinct words, all of which are held in memory.
 /// Throws std::system_error if a file cannot be read or written.
-std::size_t count_words(const std::vector<std::filesystem::path>& paths, const std::filesystem::path& output_path);
+std::size_t count_words(const std::vector<std::filesystem::path>& paths, const std::filesystem::path& output_path,
+                        std::size_t threads);
 
 }  // namespace xlm_ds
