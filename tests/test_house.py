@@ -13,7 +13,7 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
-    {"flags", "files"},
+    {"flags", "files", "steps"},
     {"config", "dictionary"},
     {"tokenisation", "merges"},
     {"prepare", "binarize", "shards"},
