@@ -11,7 +11,8 @@ namespace {
 
 // Rows whose blocks are asked for together, so that their page walks and cache misses overlap: 395
 // instead of 330 million shuffled tokens per CPU-second when each row asks for the next one alone
-// (benchmarks/batches.py, 2-core AMD EPYC, November 2026); 8 and 32 did as well.
+// (interleaved runs of what benchmarks/batches.py does, from C++; 2-core AMD EPYC, November 2026);
+// 8 and 32 at once did as well.
 constexpr std::size_t kRowsAtOnce = 16;
 
 void require(bool condition, const char* message) {

@@ -26,8 +26,8 @@ template <typename Stored>
 std::uint64_t widen(const std::byte* source, std::int64_t id_bias,
                     std::span<std::int64_t> ids) noexcept {
   // The bounds are those of the stored values, which are narrower than ids, so that more fit a
-  // register: 395 instead of 352 million tokens per CPU-second (benchmarks/batches.py, 2-core AMD
-  // EPYC, November 2026).
+  // register: 395 instead of 352 million tokens per CPU-second (interleaved runs of what
+  // benchmarks/batches.py does, from C++; 2-core AMD EPYC, November 2026).
   Stored least = std::numeric_limits<Stored>::max();
   Stored greatest = std::numeric_limits<Stored>::min();
   for (std::size_t i = 0; i < ids.size(); ++i) {
