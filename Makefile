@@ -48,6 +48,7 @@ ASAN_TESTS := tests/test_binarize.py tests/test_texts.py tests/test_dataset.py t
 
 bench: setup
 	$(BIN)/python benchmarks/binarize.py
+	$(BIN)/python benchmarks/batches.py
 
 # Raw text in five languages to an evaluated model, through the deepspeed launcher, in a few minutes on two cores.
 # What is there already is reused; `rm -r demo` starts anew.

@@ -228,6 +228,19 @@ def permuted(key: int, size: int, index: int) -> int:
     return result if result < size else permuted(key, size, result)
 
 
+def unpermuted(key: int, size: int, place: int) -> int:
+    """The index that `permuted` sends to a place: its network backwards, until it leads inside."""
+    bits = (size - 1).bit_length()
+    low_bits = bits // 2
+    low_size, high_size = 1 << low_bits, 1 << (bits - low_bits)
+    high, low = divmod(place, low_size)
+    for turn in reversed(range(0, 24 if bits <= 8 else 8, 2)):
+        low ^= random_at((key + turn + 1) & _BITS64, high) % low_size
+        high ^= random_at((key + turn) & _BITS64, low) % high_size
+    index = high * low_size + low
+    return index if index < size else unpermuted(key, size, index)
+
+
 def draw_without_chance(weights: Sequence[int], visit: int) -> tuple[int, int]:
     """(language, which of its draws): of n visits, the nearest whole number to n * share goes to the left half."""
     if len(weights) == 1:
@@ -244,21 +257,52 @@ def draw_without_chance(weights: Sequence[int], visit: int) -> tuple[int, int]:
     return middle + language, number
 
 
+def shuffled(seed: int, window: int, languages: Sequence[int]) -> list[int]:
+    """The languages of a run's window in the order they come."""
+    result = list(languages)
+    for i in range(_WINDOW - 1, 0, -1):
+        (j,) = digits(random_at(seed, _LANGUAGE_ORDER, window, i), i + 1)
+        result[i], result[j] = result[j], result[i]
+    return result
+
+
 def sample_at(
     seed: int, weights: Sequence[int], blocks: Sequence[int], number: int
 ) -> tuple[int, int, int]:
     """(language, pass, block) of a sample: its window's languages shuffled, their draws in ascending order."""
     window, place = divmod(number, _WINDOW)
     draws = [draw_without_chance(weights, window * _WINDOW + i) for i in range(_WINDOW)]
-    languages = [language for language, _ in draws]
-    for i in range(_WINDOW - 1, 0, -1):
-        (j,) = digits(random_at(seed, _LANGUAGE_ORDER, window, i), i + 1)
-        languages[i], languages[j] = languages[j], languages[i]
+    languages = shuffled(seed, window, [language for language, _ in draws])
     language = languages[place]
     draw = sorted(n for other, n in draws if other == language)[languages[:place].count(language)]
     pass_, index = divmod(draw, blocks[language])
     key = random_at(seed, _BLOCK_ORDER, language, pass_)
     return language, pass_, permuted(key, blocks[language], index)
+
+
+def samples_by_counting(
+    seed: int, segments: Sequence[tuple[int, Sequence[int]]], blocks: Sequence[int], count: int
+) -> list[tuple[int, int, int]]:
+    """The first samples of a run whose weights change, (first sample, weights) each: draws are simply counted.
+
+    A segment has the languages of a run of its own; the windows of all segments are numbered through.
+    """
+    drawn = [0] * len(blocks)
+    result: list[tuple[int, int, int]] = []
+    windows = 0
+    ends = [first for first, _ in segments[1:]] + [max(count, segments[-1][0] + 1)]
+    for (first, weights), end in zip(segments, ends, strict=True):
+        languages: list[int] = []
+        for visit in range(0, end - first, _WINDOW):
+            window = [draw_without_chance(weights, visit + i)[0] for i in range(_WINDOW)]
+            languages += shuffled(seed, windows, window)
+            windows += 1
+        for language in languages[: end - first]:
+            pass_, index = divmod(drawn[language], blocks[language])
+            key = random_at(seed, _BLOCK_ORDER, language, pass_)
+            result.append((language, pass_, permuted(key, blocks[language], index)))
+            drawn[language] += 1
+    return result[:count]
 
 
 def masked_block(

@@ -20,11 +20,15 @@ from xlm_ds.batches import (
     build_batch,
     count_targets,
     evaluation_batches,
+    join_batches,
     rank_slice,
 )
+from xlm_ds.corpus import Corpus, Geometry, micro_batch, update_targets
 from xlm_ds.dataset import TokenDataset, open_split
+from xlm_ds.dictionary import Dictionary
 from xlm_ds.log import InputError
 from xlm_ds.order import Samples, build_order
+from xlm_ds.steps import Steps
 
 V = 1000
 MASKING = Masking(seed=5, mask_ratio=0.15, vocab_size=V)
@@ -254,6 +258,66 @@ def test_rank_slices_cover_the_range_once(first: int, count: int, world_size: in
         assert start + share == after
     assert sum(slices[-1]) == first + count
     assert max(s for _, s in slices) - min(s for _, s in slices) <= 1
+
+
+# ------------------------------------------------------------------------- a ratio that changes
+
+
+def corpus_of(datasets: tuple[TokenDataset, ...], mask_ratio: Steps) -> Corpus:
+    order = build_order([d.blocks for d in datasets], alpha=0.7, seed=2)
+    dictionary = Dictionary(symbols=("a",), counts=(1,))
+    return Corpus(dictionary, datasets, datasets, order, MASKING, mask_ratio)
+
+
+def row_sets(batch: MaskedBatch) -> list[tuple[list[int], dict[int, int]]]:
+    """Of every row: its ids, and what is to be predicted where. What only fills up is left out."""
+    rows, length = batch.input_ids.shape
+    targets: list[dict[int, int]] = [{} for _ in range(rows)]
+    places = zip(batch.masked_positions.tolist(), batch.targets.tolist(), strict=True)
+    for place, target in places:
+        if target != PAD:
+            targets[place // length][place % length] = target
+    return list(zip(batch.input_ids.tolist(), targets, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("steps", ["0.15@0,0.3@40samples", "0.15@0,0.1@3samples,0.5@4samples"])
+def test_a_samples_masks_do_not_depend_on_the_batch_a_new_ratio_falls_in(
+    datasets: tuple[TokenDataset, ...], rows: int, steps: str
+) -> None:
+    """A run that goes on with another batch meets the new ratio inside an update: still at its sample."""
+    corpus = corpus_of(datasets, Steps.parse(steps))
+    found, targets = [], 0
+    for first in range(0, 48, 2 * rows):
+        geometry = Geometry(rows, 2, 1)
+        for micro in range(2):
+            batch = micro_batch(corpus, geometry, first=first, micro=micro, rank=0)
+            assert len(batch.targets) == len(batch.masked_positions)
+            found += row_sets(batch)
+        targets += update_targets(corpus, geometry, first=first)
+    for i in range(48):
+        masking = Masking(seed=5, mask_ratio=corpus.mask_ratio.at(i), vocab_size=V)
+        (alone,) = row_sets(build_batch(datasets, corpus.order.samples(i, 1), masking))
+        assert found[i] == alone
+    assert targets == sum(len(there) for _, there in found[: 48 // (2 * rows) * 2 * rows])
+    assert len({len(there) for _, there in found}) > 1
+
+
+def test_batches_of_different_ratios_are_joined_to_the_wider(
+    datasets: tuple[TokenDataset, ...],
+) -> None:
+    parts = [
+        build_batch(datasets, samples_of(*rows), Masking(seed=5, mask_ratio=ratio, vocab_size=V))
+        for rows, ratio in ((((0, 0, 3), (0, 0, 40)), 0.15), (((1, 0, 2),), 0.2))
+    ]
+    joined = join_batches(parts)
+    assert [tuple(t.shape) for t in joined[:4]] == [(3, 256), (3,), (153,), (153,)]
+    assert joined.has_padding
+    assert (joined.targets.view(3, 51)[0, 39:] == PAD).all()
+    assert (joined.masked_positions.view(3, 51)[0, 39:] == 0).all()
+    assert (joined.masked_positions.view(3, 51)[1, 39:] == 256).all()
+    assert row_sets(joined) == [row for part in parts for row in row_sets(part)]
+    assert join_batches(parts[:1]) is parts[0]
 
 
 # ------------------------------------------------------------------------------------ evaluation

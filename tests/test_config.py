@@ -8,6 +8,7 @@ import pytest
 from xlm_ds.config import TRAIN_ANSWERED, BinarizeConfig, TrainConfig
 from xlm_ds.flags import from_dict, parse, to_dict, to_toml
 from xlm_ds.log import InputError
+from xlm_ds.steps import Steps
 
 RECIPE = shlex.split("""
     --task cross_lingual_lm OUT --save-dir checkpoints/mlm --max-update 2400000 --save-interval 1
@@ -44,6 +45,10 @@ def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixtur
         (["OUT", "--max-tokens", "0"], "must be in [1, inf)"),
         (["OUT", "--mask-ratio", "0"], "must be in (0, 1]"),
         (["OUT", "--mask-ratio", "nan"], "must be in (0, 1]"),
+        (["OUT", "--mask-ratio", "0.1@0,1.5@9"], "--mask-ratio 0.1@0,1.5@9: must be in (0, 1]"),
+        (["OUT", "--mask-ratio", "x"], "--mask-ratio x: 'x' is not a number"),
+        (["OUT", "--sampling-alpha", "0.7@0,-1@9"], "must be in [0, inf)"),
+        (["OUT", "--sampling-alpha", "0.7@3"], "--sampling-alpha 0.7@3: must start at update 0"),
         (["OUT", "--adam-betas", "1.5,2"], "must be in [0, 1)"),
         (["OUT", "--adam-betas", "0.9,x"], "not numbers as a,b"),
         (["OUT", "--lr-shrink", "2"], "must be in (0, 1)"),
@@ -66,7 +71,10 @@ def test_a_missing_flag_is_named() -> None:
 
 
 def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
-    config = parse(TrainConfig, ["OUT", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4"])
+    flags = ["--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--sampling-alpha", "0.7@0,0.5@100000"]
+    config = parse(TrainConfig, ["OUT", *flags])
+    assert to_dict(config)["data"]["sampling_alpha"] == "0.7@0,0.5@100000"
+    assert to_dict(config)["data"]["mask_ratio"] == 0.15
     (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8")
     assert parse(TrainConfig, ["--config", str(tmp_path / "run.toml")]) == config
     assert from_dict(TrainConfig, to_dict(config)) == config
@@ -79,11 +87,29 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("1", Steps((1.0,))),
+        ("0.3", Steps((0.3,))),
+        ("'0.3'", Steps((0.3,))),
+        ("'0.3@0,0.5@9'", Steps((0.3, 0.5), (0, 9))),
+        ("'0.3@0,0.5@9samples'", Steps((0.3, 0.5), (0, 9), True)),
+    ],
+)
+def test_steps_in_toml(tmp_path: Path, value: str, expected: Steps) -> None:
+    (tmp_path / "run.toml").write_text(f"mask-ratio = {value}\n", encoding="utf-8")
+    config = parse(TrainConfig, ["OUT", "--config", str(tmp_path / "run.toml")])
+    assert config.data.mask_ratio == expected
+
+
+@pytest.mark.parametrize(
     ("toml", "expected"),
     [
         ("lrr = 1", "did you mean lr?"),
         ("lr = 'x'", "not a number"),
         ("lr = [", "not a TOML file"),
+        ("mask-ratio = '0.1@0,0.2@0.5'", "@0.5 is not where a value can start"),
+        ("mask-ratio = true", "not a number, or numbers as X@0,X@UPDATE"),
     ],
 )
 def test_wrong_toml_gets_one_sentence(tmp_path: Path, toml: str, expected: str) -> None:

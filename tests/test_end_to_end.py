@@ -155,8 +155,12 @@ def wait_for_update(process: subprocess.Popen[str], save_dir: Path, update: int)
 
 
 def whole_and_killed(tmp_path: Path, tiny_data: Path, prefix: list[str | Path]) -> None:
-    """An uninterrupted run, and one that is killed -9 somewhere and started again: bit-equal losses."""
+    """An uninterrupted run, and one that is killed -9 somewhere and started again: bit-equal losses.
+
+    Languages' shares and the mask ratio change before, after and in between.
+    """
     flags = ["--max-update=12", "--save-interval-updates=2"]
+    flags += ["--sampling-alpha=0.7@0,0@3,1@5,0.3@9", "--mask-ratio=0.15@0,0.3@5,0.2@10"]
     succeed(*prefix, *train_command(tiny_data, tmp_path / "whole", *flags))
     command = train_command(tiny_data, tmp_path / "killed", *flags)
     process = start(*prefix, *command)

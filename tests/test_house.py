@@ -13,7 +13,7 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
-    {"flags", "files", "ranks"},
+    {"flags", "files", "ranks", "steps"},
     {"config", "dictionary"},
     {"tokenisation", "merges", "texts"},
     {"prepare", "binarize", "pairs", "xlm_pth", "shards"},

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import reference
 from xlm_ds import _core
-from xlm_ds.order import Order, build_order, evaluation_samples, sampling_weights
+from xlm_ds.order import Order, Segment, build_order, evaluation_samples, sampling_weights
+from xlm_ds.steps import Steps
 
 SEEDS = st.integers(0, 2**64 - 1)
 SKEWED_100 = [round(10 ** (6 * i / 99)) for i in range(100)]  # 1:10^6 blocks, 1:16,000 at alpha 0.7
@@ -27,6 +28,20 @@ def test_permutation_is_a_bijection() -> None:
     for size in (*range(1, 301), 1024, 1025, 20_011):
         permutation = _core.Permutation(key=size, size=size)
         assert sorted(map(permutation, range(size))) == list(range(size))
+
+
+@given(SEEDS, st.integers(1, 10**12), st.data())
+def test_permutation_can_be_walked_back(key: int, size: int, data: st.DataObject) -> None:
+    """Each place is reached from the one index that the twin's inverse names: no other index can go there.
+
+    That every place is reached follows, as there are as many places as indices; the C++ program counts them for every
+    size to 5,000.
+    """
+    permutation = _core.Permutation(key=key, size=size)
+    for index in data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)):
+        place = permutation(index)
+        assert 0 <= place < size
+        assert reference.unpermuted(key, size, place) == index
 
 
 @settings(max_examples=30)
@@ -84,14 +99,70 @@ def test_neighbours_do_not_stay_together() -> None:
 )
 def test_samples_equal_their_twin(seed: int, languages: list[tuple[int, int]], first: int) -> None:
     weights, blocks = (tuple(column) for column in zip(*languages, strict=True))
-    samples = Order(seed=seed, blocks=blocks, weights=weights).samples(first, 20)
+    samples = Order(seed=seed, blocks=blocks, segments=(Segment(0, weights),)).samples(first, 20)
     twins = [reference.sample_at(seed, weights, blocks, first + i) for i in range(20)]
     assert list(zip(*(column.tolist() for column in samples), strict=True)) == twins
 
 
-def quota_bound(order: Order) -> np.ndarray:
+@st.composite
+def segment_lists(draw: st.DrawFn, languages: int) -> list[Segment]:
+    lengths = draw(st.lists(st.integers(1, 70), max_size=4))
+    weights = st.tuples(*[st.integers(1, 2**32)] * languages)
+    return [Segment(first, draw(weights)) for first in itertools.accumulate(lengths, initial=0)]
+
+
+@given(SEEDS, st.lists(st.integers(1, 30), min_size=1, max_size=9), st.data())
+def test_samples_across_segments_equal_their_twin(
+    seed: int, blocks: list[int], data: st.DataObject
+) -> None:
+    segments = tuple(data.draw(segment_lists(len(blocks))))
+    order = Order(seed=seed, blocks=tuple(blocks), segments=segments)
+    first = data.draw(st.integers(0, 250))
+    samples = order.samples(first, 300 - first)
+    twins = reference.samples_by_counting(seed, segments, blocks, 300)[first:]
+    assert list(zip(*(column.tolist() for column in samples), strict=True)) == twins
+
+
+def test_segments_of_equal_alpha_are_still_one_run() -> None:
+    """Twins must not agree on something trivial: a new segment begins new windows, and nothing before it changes."""
+    whole = build_order([40, 30, 20], alpha=0.7, seed=1).samples(0, 3000)
+    steps = Steps.parse("0.7@0,0.3@1001samples,0.7@2000samples")
+    order = build_order([40, 30, 20], alpha=steps, seed=1)
+    parts = order.samples(0, 3000)
+    for column, before in zip(parts, whole, strict=True):
+        assert (column[:1001] == before[:1001]).all()
+        assert (column[1001:] != before[1001:]).any()
+    assert [s.first_sample for s in order.segments] == [0, 1001, 2000]
+    assert order.segments[0].weights == order.segments[2].weights != order.segments[1].weights
+    assert (order.probabilities(1000) == order.probabilities(0)).all()
+    assert (order.probabilities(1001) != order.probabilities(0)).any()
+
+
+@pytest.mark.parametrize("border", [16_000, 16_001, 10**9 + 7, 10**15])
+def test_passes_go_on_across_a_border(border: int) -> None:
+    """With one block per language the pass is the draw's number: none is left out, none comes twice."""
+    segments = (Segment(0, (9, 1, 5, 2000)), Segment(border, (3, 3, 2**10, 1)))
+    order = Order(seed=3, blocks=(1,) * 4, segments=segments)
+    languages, draws, _ = order.samples(border - 9000, 18_000)
+    assert len(set(languages[:9000].tolist())) > 1
+    for language in range(4):
+        assert (np.diff(draws[languages == language]) == 1).all()
+
+
+@pytest.mark.parametrize("border", [1000, 1015, 10**12 + 3])
+def test_quotas_hold_from_a_border_on(border: int) -> None:
+    order = build_order(SKEWED_100, alpha=Steps((1.0, 0.2), (0, border), True), seed=3)
+    languages = order.samples(border, 20_000).languages
+    counts = np.cumsum(languages[:, None] == np.arange(100), axis=0)
+    quotas = np.arange(1, 20_001)[:, None] * order.probabilities(border)
+    worst = np.abs(counts - quotas).max(axis=0)
+    assert (worst <= quota_bound(order, border)).all()
+    assert worst.max() > 0.4, "nothing was measured"
+
+
+def quota_bound(order: Order, sample: int = 0) -> np.ndarray:
     """The schedule's promise (order.hpp): half a sample per level of the tree, and a window's own spread."""
-    share = order.probabilities
+    share = order.probabilities(sample)
     bound: np.ndarray = math.ceil(math.log2(len(share))) / 2 + 16 * share * (1 - share) + 1e-6
     return bound
 
@@ -104,7 +175,7 @@ def test_every_language_keeps_its_quota_at_every_prefix(blocks: list[int], alpha
     order = build_order(blocks, alpha=alpha, seed=3)
     languages = order.samples(0, 50_000).languages
     counts = np.cumsum(languages[:, None] == np.arange(len(blocks)), axis=0)
-    quotas = np.arange(1, len(languages) + 1)[:, None] * order.probabilities
+    quotas = np.arange(1, len(languages) + 1)[:, None] * order.probabilities(0)
     worst = np.abs(counts - quotas).max(axis=0)
     assert (worst <= quota_bound(order)).all()
     assert len(blocks) == 1 or worst.max() > 0.4, "nothing was measured"
@@ -114,7 +185,7 @@ def test_every_language_keeps_its_quota_at_every_prefix(blocks: list[int], alpha
 def test_quota_holds_far_out(first: int) -> None:
     """With one block per language the pass is the draw's number: what has been drawn before."""
     weights = sampling_weights(SKEWED_100, 0.7)
-    order = Order(seed=3, blocks=(1,) * 100, weights=weights)
+    order = Order(seed=3, blocks=(1,) * 100, segments=(Segment(0, weights),))
     total, bound = sum(weights), quota_bound(order) + 1
     languages, draws, _ = order.samples(first, 1000)
     for i, (language, draw) in enumerate(zip(languages.tolist(), draws.tolist(), strict=True)):
@@ -149,7 +220,8 @@ def test_every_block_comes_once_per_pass_in_a_new_order() -> None:
 
 @given(SEEDS, st.lists(st.integers(1, 40), min_size=1, max_size=30))
 def test_order_does_not_depend_on_how_it_is_read(seed: int, pieces: list[int]) -> None:
-    order = build_order([100, 30, 7], alpha=0.7, seed=seed)
+    steps = Steps.parse("0.7@0,0.5@33samples,0@34samples,1@100samples")
+    order = build_order([100, 30, 7], alpha=steps, seed=seed)
     whole = order.samples(5, sum(pieces))
     starts = np.cumsum([0, *pieces])
     parts = [order.samples(5 + int(s), p) for s, p in zip(starts, pieces, strict=False)]
@@ -167,17 +239,18 @@ def test_seeds_give_different_orders() -> None:
 def test_shares_are_those_of_alpha(alpha: float) -> None:
     order = build_order(SKEWED_100, alpha=alpha, seed=0)
     wanted = np.array(SKEWED_100, float) ** alpha
-    assert order.probabilities == pytest.approx(wanted / wanted.sum(), rel=2e-4)
+    assert order.probabilities(0) == pytest.approx(wanted / wanted.sum(), rel=2e-4)
     skew_10_4 = build_order([1, *[10_000] * 99], alpha=0.7, seed=0)
-    assert skew_10_4.weights[0] / skew_10_4.weights[1] == pytest.approx(10_000**-0.7, rel=1e-6)
+    weights = skew_10_4.segments[0].weights
+    assert weights[0] / weights[1] == pytest.approx(10_000**-0.7, rel=1e-6)
     assert order.epoch_samples == sum(SKEWED_100)
 
 
 def test_what_cannot_be_ordered_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one language"):
-        Order(seed=0, blocks=(), weights=())
+        Order(seed=0, blocks=(), segments=(Segment(0, ()),))
     with pytest.raises(ValueError, match="blocks must be from 1"):
-        Order(seed=0, blocks=(0,), weights=(1,))
+        Order(seed=0, blocks=(0,), segments=(Segment(0, (1,)),))
     with pytest.raises(ValueError, match="end at 2"):
         build_order([5], alpha=1, seed=0).samples(2**62, 1)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from xlm_ds import checkpoint, train
-from xlm_ds.config import OptimizationConfig, RunConfig, TrainConfig
+from xlm_ds.config import DataConfig, OptimizationConfig, RunConfig, TrainConfig
 from xlm_ds.corpus import Geometry, batch_geometry, open_corpus
 from xlm_ds.engine import CONFIG_DIRECTORY, Ranks
 from xlm_ds.flags import parse
@@ -81,6 +81,54 @@ def test_resuming_is_bit_equal_to_never_stopping(run: Any, tmp_path: Path) -> No
     assert parts == whole
     a, b = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+CHANGING = ["--sampling-alpha=0.7@0,0@2,1.5@5", "--mask-ratio=0.15@0,0.4@4"]
+
+
+def test_resuming_across_a_change_is_bit_equal_to_never_stopping(run: Any, tmp_path: Path) -> None:
+    """One part ends inside the second alpha, and the mask ratio changes in the next."""
+    rate = (
+        "--lr-scheduler=inverse_sqrt"  # each part ends with a validation, which moves no rate here
+    )
+    whole = run("whole", "--max-update=7", rate, *CHANGING)
+    for updates in (1, 3, 4, 7):
+        parts = run("parts", f"--max-update={updates}", rate, *CHANGING)
+    assert parts == whole
+    a, b = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    plain = run("plain", "--max-update=7", rate)
+    assert [plain[u] == whole[u] for u in (1, 2, 3)] == [True, True, False], "nothing changed"
+
+
+def test_what_changes_is_written_in_samples_and_kept_with_another_batch(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def written() -> DataConfig:
+        return parse(TrainConfig, ["--config", str(tmp_path / "a" / "config.toml")]).data
+
+    run("a", "--max-update=2", *CHANGING)  # updates of 4 samples
+    first = written()
+    assert str(first.sampling_alpha) == "0.7@0,0.0@8samples,1.5@20samples"
+    assert str(first.mask_ratio) == "0.15@0,0.4@16samples"
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run("a", "--max-update=3", "--update-freq=3", *CHANGING)
+        run("a", "--max-update=4", "--update-freq=2", *CHANGING)
+    assert written() == first
+    assert "mask ratio over the run: 0.15@0,0.4@16samples, now 0.4" in caplog.text
+    assert "mask_ratio was" not in caplog.text
+    again = ["--config", str(tmp_path / "a" / "config.toml"), f"--save-dir={tmp_path / 'b'}"]
+    assert parse(TrainConfig, again).data == first
+
+
+def test_validation_keeps_the_first_mask_ratio(run: Any, tmp_path: Path) -> None:
+    """The curves of a run must compare: with nothing learnt, the loss stays what it was."""
+    flags = ["--max-update=2", "--validate-interval-updates=1", "--lr=1e-30"]
+    run("a", *flags, "--mask-ratio=0.15@0,0.9@1")
+    run("b", *flags)
+    losses = losses_in(tmp_path / "a", "valid")
+    assert losses[1] == losses[2] == losses_in(tmp_path / "b", "valid")[2]
+    assert losses_in(tmp_path / "a")[2] != losses_in(tmp_path / "b")[2]
 
 
 class StopAt(NeverStop):

@@ -248,8 +248,13 @@ class Permutation:
 class Order:
     """Sample number -> (language, pass, block). Immutable."""
 
-    def __init__(self, *, seed: int, weights: Sequence[int], blocks: Sequence[int]) -> None:
-        """Per language: its weight from 1 to 2^32 and its number of blocks, at least 1; else ValueError."""
+    def __init__(
+        self, *, seed: int, segments: Sequence[tuple[int, Sequence[int]]], blocks: Sequence[int]
+    ) -> None:
+        """`segments`: (first sample, weights); the first begins at 0, the others in ascending order below 2^62.
+
+        Per language: a weight from 1 to 2^32 in every segment and a number of blocks, at least 1. Else ValueError.
+        """
 
     def fill_samples(
         self,

@@ -15,6 +15,7 @@ import torch
 
 from xlm_ds import _core
 from xlm_ds.dataset import TokenDataset
+from xlm_ds.dictionary import PAD
 from xlm_ds.log import InputError
 from xlm_ds.order import Samples, evaluation_samples
 
@@ -70,6 +71,33 @@ def build_batch(
     )
     languages = torch.from_numpy(samples.languages)
     return MaskedBatch(input_ids, languages, masked_positions, targets, has_padding)
+
+
+def join_batches(parts: Sequence[MaskedBatch]) -> MaskedBatch:
+    """The rows of all parts as one batch. Where their mask ratios differ, the widest K is the batch's.
+
+    A row with fewer targets fills up with its own first position and PAD, as a short one does.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows, length = (sum(len(p.languages) for p in parts), parts[0].input_ids.shape[1])
+    width = max(len(p.targets) // len(p.languages) for p in parts)
+    masked_positions = (length * torch.arange(rows)).repeat_interleave(width).view(rows, width)
+    targets = torch.full((rows, width), PAD)
+    first = 0
+    for part in parts:
+        mine = slice(first, first + len(part.languages))
+        count = len(part.targets) // len(part.languages)
+        masked_positions[mine, :count] = part.masked_positions.view(-1, count) + first * length
+        targets[mine, :count] = part.targets.view(-1, count)
+        first = mine.stop
+    return MaskedBatch(
+        torch.cat([p.input_ids for p in parts]),
+        torch.cat([p.languages for p in parts]),
+        masked_positions.flatten(),
+        targets.flatten(),
+        any(p.has_padding for p in parts),
+    )
 
 
 def count_targets(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from xlm_ds.flags import Answered, knob
 from xlm_ds.log import InputError
+from xlm_ds.steps import Steps
 
 # --------------------------------------------------------------------------------------- prepare
 
@@ -269,12 +270,18 @@ class DataConfig:
         default="none",
         choices=("none", "eos", "complete", "complete_doc"),
     )
-    sampling_alpha: float = knob(
-        "a language with n blocks is drawn with p ∝ n^ALPHA (0.7: XLM paper; 0: uniform, as fairseq; 1: natural)",
-        default=0.7,
+    sampling_alpha: Steps = knob(
+        "a language with n blocks is drawn with p ∝ n^X (0.7: XLM paper; 0: uniform, as fairseq; 1: natural); "
+        "0.7@0,0.5@100000 is 0.5 from update 100000 on (docs/decisions/0007-schedules.md)",
+        default=Steps((0.7,)),
         bounds="[0, inf)",
     )
-    mask_ratio: float = knob("share of a sample's tokens to predict", default=0.15, bounds="(0, 1]")
+    mask_ratio: Steps = knob(
+        "share of a sample's tokens to predict; 0.15@0,0.2@100000 is 0.2 from update 100000 on; validation and "
+        "evaluation keep the first",
+        default=Steps((0.15,)),
+        bounds="(0, 1]",
+    )
     seed: int = knob(
         "decides initial weights, order, masks and dropout",
         default=0,

@@ -3,8 +3,10 @@
     python -m xlm_ds.evaluate checkpoints/mlm/checkpoint_best OUT --split test
 
 Every language is evaluated in full, under several fixed draws of the masks, so the figures do not depend on the batch
-size or on the number of ranks. The unigram level is what one gets on the same masked tokens from nothing but
-add-one-smoothed counts of that language's training text: a model above it has learnt nothing about context.
+size or on the number of ranks. Of a --mask-ratio that changed during the run the first value is used, as in the run's
+own validation, so that the figures of all its checkpoints compare. The unigram level is what one gets on the same
+masked tokens from nothing but add-one-smoothed counts of that language's training text: a model above it has learnt
+nothing about context.
 """
 
 import json
@@ -222,7 +224,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
 
     rows = rows_that_fit(config.max_tokens, trained.data.tokens_per_sample)
     masking = Masking(
-        seed=config.seed, mask_ratio=trained.data.mask_ratio, vocab_size=len(dictionary)
+        seed=config.seed, mask_ratio=trained.data.mask_ratio.values[0], vocab_size=len(dictionary)
     )
     scores = []
     for language in languages:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from xlm_ds.log import InputError, logger
+from xlm_ds.steps import Steps
 
 Config = TypeVar("Config")
 
@@ -110,8 +111,14 @@ def to_dict(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             result[item.name] = to_dict(value)
         elif value is not None:
-            result[item.name] = str(value) if isinstance(value, Path) else value
+            result[item.name] = _plain(value)
     return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Steps) and len(value.values) == 1:
+        return value.values[0]
+    return str(value) if isinstance(value, (Path, Steps)) else value
 
 
 def to_toml(config: Any) -> str:
@@ -219,11 +226,14 @@ def _metavar(item: _Knob) -> str:
         return "{" + ",".join(item.meta["choices"]) + "}"
     if typing.get_origin(item.kind) is tuple:
         return "A,B,…"
-    return {int: "N", float: "X", Path: "PATH"}.get(item.kind, "TEXT")
+    kinds = {int: "N", float: "X", Path: "PATH", Steps: "X|X@0,X@UPDATE,…"}
+    return kinds.get(item.kind, "TEXT")
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple) and not isinstance(value, Steps):
+        return ",".join(map(str, value))
+    return str(value)
 
 
 def _from_text(text: str | list[str], item: _Knob) -> Any:
@@ -238,9 +248,10 @@ def _from_text(text: str | list[str], item: _Knob) -> Any:
             return tuple(element(part) for part in parts if part)
         if item.kind is Path and not text:
             raise ValueError("an empty path would be the current folder")
-        return item.kind(text)
+        return Steps.parse(text) if item.kind is Steps else item.kind(text)
     except ValueError as error:
-        raise InputError(f"{item.shown} {text}: not {_kind_name(item.kind)}") from error
+        wrong = str(error) if item.kind is Steps else f"not {_kind_name(item.kind)}"
+        raise InputError(f"{item.shown} {text}: {wrong}") from error
 
 
 def _from_plain(value: Any, kind: Any, where: str) -> Any:
@@ -251,6 +262,13 @@ def _from_plain(value: Any, kind: Any, where: str) -> Any:
         return Path(value)
     if kind is float and type(value) is int:
         return float(value)
+    if kind is Steps and type(value) in (int, float):
+        return Steps((float(value),))
+    if kind is Steps and isinstance(value, str):
+        try:
+            return Steps.parse(value)
+        except ValueError as error:
+            raise InputError(f"{where} = {value!r}: {error}") from error
     if type(value) is kind:
         return value
     raise InputError(f"{where} = {value!r}: not {_kind_name(kind)}")
@@ -263,6 +281,7 @@ def _kind_name(kind: Any) -> str:
         str: "a text",
         bool: "true or false",
         Path: "a path",
+        Steps: "a number, or numbers as X@0,X@UPDATE",
     }
     numbers = typing.get_args(kind)[:1] == (float,)
     return names.get(kind, "numbers as a,b" if numbers else "a list as a,b,c")
@@ -316,7 +335,8 @@ def _check(item: _Knob, value: Any) -> None:
     kinds = typing.get_args(item.kind)
     if kinds and kinds[-1] is not Ellipsis and len(value) != len(kinds):
         raise InputError(f"{item.shown} {_shown(value)}: must be {len(kinds)} values")
-    for number in value if kinds else (value,):
+    numbers = value.values if isinstance(value, Steps) else value if kinds else (value,)
+    for number in numbers:
         if item.meta["bounds"] and not _within(number, item.meta["bounds"]):
             raise InputError(f"{item.shown} {_shown(value)}: must be in {item.meta['bounds']}")
 

@@ -5,10 +5,11 @@ world size, micro-batch or point of resumption:
 
     order = build_order([1200, 300], alpha=0.7, seed=0)
     languages, passes, blocks = order.samples(0, 8)
+    order = build_order([1200, 300], alpha=Steps.parse("0.7@0,0.5@8000samples"), seed=0)
 
 A language is drawn with p ∝ blocks^alpha (Conneau and Lample, 2019, section 3.1). After every prefix its count is
 within a few samples of its quota (csrc/include/xlm_ds/order.hpp has the bound), and it goes through all its blocks, in
-a new random order, before it meets one again.
+a new random order, before it meets one again. Where alpha changes, the quotas begin anew and the passes go on.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlm_ds import _core
+from xlm_ds.steps import Steps
 
 # Weights are whole numbers: the shares are then exact, and a last digit in which two machines' pow() differ cannot
 # send them to different samples. The rarest of 100 languages at 1:10^4 keeps an error below 1e-5 of its share.
@@ -33,23 +35,30 @@ class Samples(NamedTuple):
     blocks: NDArray[np.int64]
 
 
+class Segment(NamedTuple):
+    """A part of a run: from this sample on the languages have these shares, as whole numbers."""
+
+    first_sample: int
+    weights: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """The order of a run. `weights` are the languages' shares, as whole numbers."""
+    """The order of a run; the first segment begins at sample 0."""
 
     seed: int
     blocks: tuple[int, ...]
-    weights: tuple[int, ...]
+    segments: tuple[Segment, ...]
     core: _core.Order = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        core = _core.Order(seed=self.seed, weights=self.weights, blocks=self.blocks)
+        core = _core.Order(seed=self.seed, segments=self.segments, blocks=self.blocks)
         object.__setattr__(self, "core", core)
 
-    @property
-    def probabilities(self) -> NDArray[np.float64]:
-        """The share of each language, (L,): its quota of n samples is n times this."""
-        weights = np.array(self.weights, np.float64)
+    def probabilities(self, sample: int) -> NDArray[np.float64]:
+        """The share of each language around a sample, (L,): of n samples of its segment, its quota is n times this."""
+        segment = next(s for s in reversed(self.segments) if s.first_sample <= sample)
+        weights = np.array(segment.weights, np.float64)
         shares: NDArray[np.float64] = weights / weights.sum()
         return shares
 
@@ -65,9 +74,11 @@ class Order:
         return samples
 
 
-def build_order(blocks: Sequence[int], *, alpha: float, seed: int) -> Order:
-    """The order over languages with these numbers of blocks (each at least 1)."""
-    return Order(seed=seed, blocks=tuple(blocks), weights=sampling_weights(blocks, alpha))
+def build_order(blocks: Sequence[int], *, alpha: float | Steps, seed: int) -> Order:
+    """The order over languages with these numbers of blocks (each at least 1). Steps of alpha are in samples."""
+    steps = alpha.segments if isinstance(alpha, Steps) else [(0, alpha)]
+    segments = tuple(Segment(first, sampling_weights(blocks, value)) for first, value in steps)
+    return Order(seed=seed, blocks=tuple(blocks), segments=segments)
 
 
 def sampling_weights(blocks: Sequence[int], alpha: float) -> tuple[int, ...]:

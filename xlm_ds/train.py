@@ -52,7 +52,7 @@ from xlm_ds.architectures import (
     shape_from_config,
     unigram_log_probabilities,
 )
-from xlm_ds.batches import MaskedBatch, count_targets
+from xlm_ds.batches import MaskedBatch
 from xlm_ds.binarize import COMPANIONS
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import (
@@ -62,6 +62,8 @@ from xlm_ds.corpus import (
     micro_batch,
     open_corpus,
     order_facts,
+    update_targets,
+    with_sample_numbers,
 )
 from xlm_ds.dictionary import PAD
 from xlm_ds.engine import (
@@ -90,10 +92,11 @@ from xlm_ds.schedule import (
 
 def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     """Trains until --max-update, --max-epoch, --stop-min-lr or a signal; returns the exit code."""
-    optimization, data, run = config.optimization, config.data, config.run
+    optimization, run = config.optimization, config.run
+    geometry = batch_geometry(optimization, config.data.tokens_per_sample, ranks.world_size)
+    data = with_sample_numbers(config.data, batch_at_start(run, geometry))
     corpus = open_corpus(data)
-    config = with_languages(config, corpus.languages)
-    geometry = batch_geometry(optimization, data.tokens_per_sample, ranks.world_size)
+    config = with_languages(dataclasses.replace(config, data=data), corpus.languages)
     if ranks.rank == 0:
         add_log_file(run.save_dir / "train.log")
     engine, progress = build_engine(config, corpus, geometry, ranks)
@@ -109,11 +112,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
         while not finished(optimization, progress, epoch_samples):
             lr = lr_at(progress.update, optimization, progress.plateau)
             engine.train()
-            targets = count_targets(
-                corpus.train,
-                corpus.order.samples(progress.samples, geometry.batch),
-                data.mask_ratio,
-            )
+            targets = update_targets(corpus, geometry, first=progress.samples)
             for micro in range(geometry.accumulation):
                 seed_dropout(data.seed, progress.update, micro, ranks.rank)
                 batch = micro_batch(
@@ -217,6 +216,18 @@ def with_languages(config: TrainConfig, languages: tuple[str, ...]) -> TrainConf
     return dataclasses.replace(config, data=data)
 
 
+def batch_at_start(run: RunConfig, geometry: Geometry) -> int:
+    """Samples of an update when the run began: what 100000 in --sampling-alpha 0.7@0,0.5@100000 counts.
+
+    A run that goes on with another batch keeps what it was begun with, so that the same flags mean the same samples.
+    """
+    found = checkpoint.find_checkpoint(run.save_dir, run.restore_file)
+    if found is None:
+        return geometry.batch
+    manifest = checkpoint.read_manifest(found)
+    return checkpoint.read_progress(manifest).batch_at_start or int(manifest["batch_samples"])
+
+
 def build_engine(
     config: TrainConfig, corpus: Corpus, geometry: Geometry, ranks: Ranks
 ) -> tuple[Engine, Progress]:
@@ -243,11 +254,11 @@ def build_engine(
     if found is None:
         if config.model.init_output_bias == "unigram":
             counts = np.stack([dataset.counts() for dataset in corpus.train])
-            probabilities = corpus.order.probabilities
+            probabilities = corpus.order.probabilities(0)
             init_output_bias(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
-        return Engine(model, settings, ranks), Progress()
+        return Engine(model, settings, ranks), Progress(batch_at_start=geometry.batch)
     manifest = checkpoint.read_manifest(found)
     check_same_data(config, corpus, geometry, manifest, found)
     state = checkpoint.load_state(found, manifest)
@@ -323,9 +334,16 @@ def start_log(
         (run.save_dir / "deepspeed.json").write_text(settings + "\n", encoding="utf-8")
     tokens = geometry.batch * config.data.tokens_per_sample
     epoch = corpus.order.epoch_samples
-    shares = zip(corpus.train, corpus.order.probabilities, strict=True)
+    probabilities = corpus.order.probabilities(progress.samples)
+    shares = zip(corpus.train, probabilities, strict=True)
     drawn = ", ".join(f"{d.language} {d.blocks} blocks drawn {p:.1%}" for d, p in shares)
     logger.info(f"{len(corpus.dictionary)} symbols; {drawn}")
+    for name, steps in (
+        ("alpha", config.data.sampling_alpha),
+        ("mask ratio", config.data.mask_ratio),
+    ):
+        if len(steps.values) > 1:
+            logger.info(f"{name} over the run: {steps}, now {steps.at(progress.samples)}")
     logger.info(describe_schedule(optimization))
     logger.info(
         f"batch: {geometry.batch} samples = {tokens} tokens an update ({geometry.rows} rows x "

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "xlm_ds/binarize.hpp"
@@ -203,15 +204,18 @@ void register_shards(py::module_& m) {
 }
 
 void register_order(py::module_& m) {
+  using Segment = std::pair<std::uint64_t, std::vector<std::uint64_t>>;
   py::class_<xlm_ds::Permutation>(m, "Permutation")
       .def(py::init<std::uint64_t, std::uint64_t>(), py::kw_only(), "key"_a, "size"_a)
       .def("__call__", &xlm_ds::Permutation::operator(), "index"_a);
   py::class_<xlm_ds::Order>(m, "Order")
-      .def(py::init([](std::uint64_t seed, const std::vector<std::uint64_t>& weights,
+      .def(py::init([](std::uint64_t seed, std::vector<Segment> segments,
                        const std::vector<std::uint64_t>& blocks) {
-             return xlm_ds::Order(seed, weights, blocks);
+             std::vector<xlm_ds::Segment> parts;
+             for (auto& [first, weights] : segments) parts.push_back({first, std::move(weights)});
+             return xlm_ds::Order(seed, parts, blocks);
            }),
-           py::kw_only(), "seed"_a, "weights"_a, "blocks"_a)
+           py::kw_only(), "seed"_a, "segments"_a, "blocks"_a)
       .def("fill_samples",
            [](const xlm_ds::Order& order, std::uint64_t first, Int64Array languages,
               Int64Array passes, Int64Array blocks) {

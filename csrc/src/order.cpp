@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -58,8 +59,9 @@ std::uint64_t Permutation::operator()(std::uint64_t index) const {
   return index;
 }
 
-LanguageSchedule::LanguageSchedule(std::uint64_t key, std::span<const std::uint64_t> weights)
-    : key_(key), left_shares_(weights.size()) {
+LanguageSchedule::LanguageSchedule(std::uint64_t key, std::span<const std::uint64_t> weights,
+                                   std::uint64_t first_window)
+    : key_(key), first_window_(first_window), left_shares_(weights.size()) {
   require(!weights.empty(), "a schedule needs at least one language");
   for (const std::uint64_t weight : weights) {
     require(weight >= 1 && weight <= kMaxWeight, "a language's weight must be from 1 to 2^32");
@@ -92,7 +94,7 @@ std::array<LanguageSchedule::Draw, LanguageSchedule::kWindow> LanguageSchedule::
     std::uint64_t window) const noexcept {
   std::array<Draw, kWindow> draws;
   for (std::size_t i = 0; i < kWindow; ++i) draws[i] = draw_without_chance(window * kWindow + i);
-  const std::uint64_t key = random_at(key_, window);
+  const std::uint64_t key = random_at(key_, first_window_ + window);
   for (std::size_t i = kWindow - 1; i > 0; --i) {
     std::swap(draws[i], draws[Digits(random_at(key, i)).take(i + 1)]);
   }
@@ -107,14 +109,49 @@ std::array<LanguageSchedule::Draw, LanguageSchedule::kWindow> LanguageSchedule::
   return draws;
 }
 
-Order::Order(std::uint64_t seed, std::span<const std::uint64_t> weights,
+std::vector<std::uint64_t> LanguageSchedule::counts_of_first(std::uint64_t samples) const {
+  std::vector<std::uint64_t> counts(left_shares_.size());
+  const auto share_out = [&](const auto& self, std::size_t first, std::size_t end,
+                             std::uint64_t visits) -> void {
+    if (end - first == 1) {
+      counts[first] = visits;
+      return;
+    }
+    const std::size_t middle = std::midpoint(first, end);
+    const std::uint64_t left = visits_left(visits, left_shares_[middle]);
+    self(self, first, middle, left);
+    self(self, middle, end, visits - left);
+  };
+  const std::uint64_t window = samples / kWindow;
+  share_out(share_out, 0, counts.size(), window * kWindow);  // whole windows: their shuffle is no matter
+  const auto draws = draws_of(window);
+  for (const Draw& draw : std::span(draws).first(samples % kWindow)) ++counts[draw.language];
+  return counts;
+}
+
+Order::Order(std::uint64_t seed, std::span<const Segment> segments,
              std::span<const std::uint64_t> blocks)
-    : block_key_(key_for(seed, Purpose::block_order)),
-      blocks_(blocks.begin(), blocks.end()),
-      schedule_(key_for(seed, Purpose::language_order), weights) {
-  require(blocks.size() == weights.size(), "every language needs a number of blocks and a weight");
+    : block_key_(key_for(seed, Purpose::block_order)), blocks_(blocks.begin(), blocks.end()) {
+  require(!segments.empty() && segments.front().first_sample == 0,
+          "an order's first segment begins at sample 0");
   for (const std::uint64_t count : blocks) {
     require(count >= 1 && count <= kMaxSize, "a language's blocks must be from 1 to 2^63");
+  }
+  const std::uint64_t key = key_for(seed, Purpose::language_order);
+  std::uint64_t first_window = 0;
+  std::vector<std::uint64_t> drawn(blocks.size());
+  for (const auto& [first_sample, weights] : segments) {
+    require(weights.size() == blocks.size(),
+            "every language needs a number of blocks and a weight");
+    if (!parts_.empty()) {
+      require(first_sample > parts_.back().first_sample && first_sample < kMaxSample,
+              "segments begin one after another, below sample 2^62");
+      const std::uint64_t samples = first_sample - parts_.back().first_sample;
+      first_window += (samples + LanguageSchedule::kWindow - 1) / LanguageSchedule::kWindow;
+      const auto counts = parts_.back().schedule.counts_of_first(samples);
+      for (std::size_t l = 0; l < drawn.size(); ++l) drawn[l] += counts[l];
+    }
+    parts_.push_back({first_sample, LanguageSchedule(key, weights, first_window), drawn});
   }
 }
 
@@ -122,11 +159,18 @@ void Order::fill_samples(std::uint64_t first, const SampleColumns& out) const {
   const std::size_t count = out.languages.size();
   require(out.passes.size() == count && out.blocks.size() == count, "the columns' lengths differ");
   require(first <= kMaxSample && count <= kMaxSample - first, "sample numbers end at 2^62");
+  const auto after = [](std::uint64_t sample, const Part& part) { return sample < part.first_sample; };
+  auto next = std::upper_bound(parts_.begin(), parts_.end(), first, after);
   for (std::size_t row = 0; row < count;) {
-    const std::uint64_t window = (first + row) / LanguageSchedule::kWindow;
-    const auto draws = schedule_.draws_of(window);
-    for (std::size_t i = (first + row) % draws.size(); i < draws.size() && row < count; ++i) {
-      const auto [language, number] = draws[i];
+    if (next != parts_.end() && first + row == next->first_sample) ++next;
+    const Part& part = *std::prev(next);
+    const std::uint64_t end = next == parts_.end() ? kMaxSample : next->first_sample;
+    const std::uint64_t sample = first + row - part.first_sample;
+    const auto draws = part.schedule.draws_of(sample / LanguageSchedule::kWindow);
+    for (std::size_t i = sample % draws.size();
+         i < draws.size() && row < count && first + row < end; ++i) {
+      const std::size_t language = draws[i].language;
+      const std::uint64_t number = part.drawn_before[language] + draws[i].number;
       const std::uint64_t pass = number / blocks_[language];
       const std::uint64_t key = random_at(random_at(block_key_, language), pass);
       const std::uint64_t block = Permutation(key, blocks_[language])(number % blocks_[language]);

@@ -39,7 +39,7 @@ class Masker {
  private:
   struct Choice {
     std::uint32_t position;
-    std::int64_t replacement;
+    std::int64_t shown;
   };
 
   std::uint64_t key_;

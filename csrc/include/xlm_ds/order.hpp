@@ -48,15 +48,22 @@ class LanguageSchedule {
   };
 
   /// Weights are from 1 to 2^32; throws std::invalid_argument otherwise, or if there are none.
-  LanguageSchedule(std::uint64_t key, std::span<const std::uint64_t> weights);
+  /// Window w is shuffled by number first_window + w of the key's stream, so that schedules one
+  /// after another need not share any.
+  LanguageSchedule(std::uint64_t key, std::span<const std::uint64_t> weights,
+                   std::uint64_t first_window = 0);
 
   /// The draws of samples [window·kWindow, (window + 1)·kWindow). O(log languages) for each.
   [[nodiscard]] std::array<Draw, kWindow> draws_of(std::uint64_t window) const noexcept;
+
+  /// How often each language is drawn in the first `samples` samples, exactly. O(languages).
+  [[nodiscard]] std::vector<std::uint64_t> counts_of_first(std::uint64_t samples) const;
 
  private:
   [[nodiscard]] Draw draw_without_chance(std::uint64_t visit) const noexcept;
 
   std::uint64_t key_;
+  std::uint64_t first_window_;
   // The tree splits languages [first, end) at their middle, which names the node.
   // left_shares_[middle] = share·2^64.
   std::vector<std::uint64_t> left_shares_;
@@ -69,13 +76,23 @@ struct SampleColumns {
   std::span<std::int64_t> blocks;
 };
 
+/// A part of a run in which the languages keep their weights, up to the next part's first sample.
+struct Segment {
+  std::uint64_t first_sample;
+  std::vector<std::uint64_t> weights;  // by language
+};
+
 /// The order of a run. Draw n of a language is block permutation(n mod blocks) of pass n / blocks,
 /// with a new permutation each pass: every block comes once per pass.
+///
+/// Each segment begins a schedule of its own, so that its quotas hold from its first sample on; a
+/// language's draws are numbered through, so that passes go on across segments.
 class Order {
  public:
-  /// blocks[l] >= 1 are the blocks of language l, weights[l] its weight in the schedule.
-  /// Throws std::invalid_argument for other numbers.
-  Order(std::uint64_t seed, std::span<const std::uint64_t> weights,
+  /// blocks[l] >= 1 are the blocks of language l. The first segment begins at sample 0, the others
+  /// each after the one before and below 2^62. Throws std::invalid_argument for other numbers, or
+  /// if a segment has not a weight for every language.
+  Order(std::uint64_t seed, std::span<const Segment> segments,
         std::span<const std::uint64_t> blocks);
 
   /// Fills the columns with samples first, first + 1, … Throws std::invalid_argument if the
@@ -83,9 +100,15 @@ class Order {
   void fill_samples(std::uint64_t first, const SampleColumns& out) const;
 
  private:
+  struct Part {
+    std::uint64_t first_sample;
+    LanguageSchedule schedule;
+    std::vector<std::uint64_t> drawn_before;  // by language, in the parts before
+  };
+
   std::uint64_t block_key_;
   std::vector<std::uint64_t> blocks_;
-  LanguageSchedule schedule_;
+  std::vector<Part> parts_;
 };
 
 }  // namespace xlm_ds
