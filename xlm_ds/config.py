@@ -272,7 +272,7 @@ class DataConfig:
     )
     sampling_alpha: Steps = knob(
         "a language with n blocks is drawn with p ∝ n^X (0.7: XLM paper; 0: uniform, as fairseq; 1: natural); "
-        "0.7@0,0.5@100000 is 0.5 from update 100000 on (docs/decisions/0007-schedules.md)",
+        "0.7@0,0.5@100000 is 0.5 from update 100000 on (docs/decisions/0008-schedules.md)",
         default=Steps((0.7,)),
         bounds="[0, inf)",
     )
