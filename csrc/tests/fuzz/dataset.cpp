@@ -1,5 +1,5 @@
-// A pair of files of any bytes, opened, read in blocks and counted. An input is the block mode (one byte, odd: a sequence
-// a block), the block's size less one, the size of the dictionary (two bytes), the .bin's size in bytes (two bytes; 0xFFFF
+// A pair of files of any bytes, opened, read in blocks and counted. An input is the break mode (one byte, of which the two
+// lowest bits count), the block's size less one, the size of the dictionary (two bytes), the .bin's size in bytes (two bytes; 0xFFFF
 // for the one that fits, cut or filled up with zeros), the .idx's size (two bytes), the .idx and the .bin.
 #include "xlm_ds/token_dataset.hpp"
 
@@ -18,6 +18,7 @@
 namespace {
 
 using namespace xlm_ds_fuzz;
+using xlm_ds::BreakMode;
 using Ids = std::vector<std::int64_t>;
 
 constexpr std::size_t kHeaderBytes = 8;
@@ -63,26 +64,41 @@ std::int64_t id_at(std::string_view data, std::uint64_t i, const IndexTwin& twin
       default: return number_at<std::uint64_t>(data, at);
     }
   }();
-  return static_cast<std::int64_t>(stored - (twin.lazy ? 1 : 0));
+  return static_cast<std::int64_t>(stored - (twin.lazy() ? 1 : 0));
 }
 
 /// The blocks a dataset of this pair should have; none for a sequence that lies outside the .bin.
-std::vector<std::optional<Ids>> blocks_of(const IndexTwin& twin, const Ids& ids, bool by_sequence, std::size_t size) {
+std::vector<std::optional<Ids>> blocks_of(const IndexTwin& twin, const Ids& ids, BreakMode mode, std::size_t size) {
   std::vector<std::optional<Ids>> blocks;
-  const auto part = [&](std::size_t first, std::size_t length) {
+  const auto take = [&](std::uint64_t first, std::uint64_t length) {
     const auto begin = ids.begin() + static_cast<std::ptrdiff_t>(first);
-    return Ids(begin, begin + static_cast<std::ptrdiff_t>(length));
+    blocks.emplace_back(Ids(begin, begin + static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(length, size))));
   };
-  if (!by_sequence) {
-    for (std::size_t at = 0; at < ids.size(); at += size) blocks.emplace_back(part(at, std::min(size, ids.size() - at)));
+  if (mode == BreakMode::none) {
+    for (std::size_t at = 0; at < ids.size(); at += size) take(at, ids.size() - at);
     return blocks;
   }
+  std::uint64_t first = 0, end = 0;  // of the block that is being filled
+  const auto end_block = [&] {
+    if (end != first) take(first, end - first);
+    first = end;
+  };
   for (std::size_t i = 0; i < twin.lengths.size(); ++i) {
-    const std::uint64_t first = twin.lazy ? twin.starts[i] : twin.starts[i] / twin.width;
     const auto length = static_cast<std::uint64_t>(twin.lengths[i]);
-    const bool inside = length <= ids.size() && first <= ids.size() - length;
-    blocks.push_back(inside ? std::optional(part(first, std::min<std::size_t>(length, size))) : std::nullopt);
+    if (mode == BreakMode::eos) {
+      const std::uint64_t start = twin.lazy() ? twin.starts[i] : twin.starts[i] / twin.width;
+      const bool inside = length <= ids.size() && start <= ids.size() - length;
+      if (inside) take(start, length);
+      if (!inside) blocks.emplace_back();
+    } else if (mode == BreakMode::complete_doc && length == 1) {
+      end_block();
+      first = ++end;
+    } else {
+      if (end - first + length > size) end_block();
+      end += length;
+    }
   }
+  end_block();
   return blocks;
 }
 
@@ -122,10 +138,10 @@ void compare_counts(const xlm_ds::TokenDataset& dataset, const Ids& ids, std::in
   require(found == expected, "every id is counted");
 }
 
-std::string input_of(bool by_sequence, std::uint8_t block_size, std::uint16_t vocab_size, const std::string& index,
+std::string input_of(BreakMode mode, std::uint8_t block_size, std::uint16_t vocab_size, const std::string& index,
                      const std::string& data) {
   std::string bytes;
-  put(bytes, static_cast<std::uint8_t>(by_sequence));
+  put(bytes, static_cast<std::uint8_t>(mode));
   put(bytes, static_cast<std::uint8_t>(block_size - 1));
   put(bytes, vocab_size);
   put(bytes, kFitting);
@@ -139,20 +155,22 @@ std::vector<std::string> xlm_ds_fuzz::seeds() {
   using namespace std::string_literals;
   const auto ids = "\5\0\6\0\7\0\2\0\5\0\3\0\2\0\2\0"s;
   const auto stored = "\6\0\0\0\3\0\0\0\7\0\0\0\3\0\0\0"s;
-  return {input_of(false, 3, 9, mmap_index(8, {4, 3, 1}), ids),
-          input_of(true, 3, 9, mmap_index(8, {4, 3, 1}), ids),
-          input_of(true, 255, 200, mmap_index(1, {1, 2, 3}), "\1\2\3\4\5\2"),
-          input_of(false, 200, 9, mmap_index(8, {}), ""),
-          input_of(false, 1, 300, lazy_index(4, {2, 2}), stored),
-          input_of(true, 2, 300, lazy_index(5, {1, 0, 1}), "\6\0\0\0\0\0\0\0\3\0\0\0\0\0\0\0"s),
-          input_of(false, 2, 300, lazy_index(5, {1}), "\0\0\0\0\0\0\0\x80"s)};  // less one, it is an overflow
+  return {input_of(BreakMode::none, 3, 9, mmap_index(8, {4, 3, 1}), ids),
+          input_of(BreakMode::eos, 3, 9, mmap_index(8, {4, 3, 1}), ids),
+          input_of(BreakMode::eos, 255, 200, mmap_index(1, {1, 2, 3}), "\1\2\3\4\5\2"),
+          input_of(BreakMode::none, 200, 9, mmap_index(8, {}), ""),
+          input_of(BreakMode::complete, 5, 9, mmap_index(8, {4, 1, 3}), ids),
+          input_of(BreakMode::complete_doc, 9, 9, megatron_index(8, {4, 1, 3}, {0, 2, 3}), ids),
+          input_of(BreakMode::none, 1, 300, lazy_index(4, {2, 2}), stored),
+          input_of(BreakMode::eos, 2, 300, lazy_index(5, {1, 0, 1}), "\6\0\0\0\0\0\0\0\3\0\0\0\0\0\0\0"s),
+          input_of(BreakMode::none, 2, 300, lazy_index(5, {1}), "\0\0\0\0\0\0\0\x80"s)};  // less one, it is an overflow
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   static const Folder folder;
   if (size < kHeaderBytes) return 0;
   const std::string_view input = text_of(data, size);
-  const bool by_sequence = number_at<std::uint8_t>(input, 0) % 2 != 0;
+  const auto mode = static_cast<BreakMode>(number_at<std::uint8_t>(input, 0) % 4);
   const std::size_t block_size = std::size_t{1} + number_at<std::uint8_t>(input, 1);
   const std::int64_t vocab_size = number_at<std::uint16_t>(input, 2);
   const auto wanted = number_at<std::uint16_t>(input, 4);
@@ -168,20 +186,21 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   folder.write(".idx", idx);
   folder.write(".bin", bin);
+  const bool needs_all = mode == BreakMode::complete || mode == BreakMode::complete_doc;  // checks every sequence
+  const bool good = fitting == bin.size() && (!needs_all || twin->whole());
   const bool accepted = accepts([&] {
-    const auto mode = by_sequence ? xlm_ds::BreakMode::eos : xlm_ds::BreakMode::none;
     const xlm_ds::TokenDataset dataset(folder.prefix(), mode, block_size);
-    require(fitting == bin.size(), "a pair whose sizes do not agree is refused");
+    require(good, "a pair whose sizes do not agree is refused");
     Ids ids;
     for (std::uint64_t i = 0; i < bin.size() / twin->width; ++i) ids.push_back(id_at(bin, i, *twin));
     require(dataset.tokens() == ids.size() && dataset.sequences() == twin->lengths.size(), "tokens and sequences are counted");
-    compare(dataset, blocks_of(*twin, ids, by_sequence, block_size), vocab_size);
+    compare(dataset, blocks_of(*twin, ids, mode, block_size), vocab_size);
     compare_counts(dataset, ids, vocab_size);
     const auto longer = std::count_if(twin->lengths.begin(), twin->lengths.end(),
                                       [&](auto length) { return static_cast<std::uint64_t>(length) > block_size; });
-    require(dataset.count_cut() == (by_sequence ? static_cast<std::uint64_t>(longer) : 0), "sequences that are cut are counted");
+    require(dataset.count_cut() == (mode == BreakMode::none ? 0 : static_cast<std::uint64_t>(longer)), "sequences that are cut are counted");
   });
-  require(accepted == (fitting == bin.size()), "a pair whose sizes agree is taken");
+  require(accepted == good, "a pair whose sizes agree is taken");
   count(accepted);
   return 0;
 }

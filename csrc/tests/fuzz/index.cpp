@@ -23,7 +23,7 @@ std::string input_of(std::uint64_t data_bytes, const std::string& index) {
 }
 
 void compare(const xlm_ds::Index& index, std::span<const std::byte> bytes, const IndexTwin& twin) {
-  require((index.kind == xlm_ds::IndexKind::lazy) == twin.lazy && index.id_bias() == (twin.lazy ? 1 : 0), "the layout is told");
+  require(index.kind == twin.kind && index.id_bias() == (twin.lazy() ? 1 : 0), "the layout is told");
   require(static_cast<std::uint64_t>(index.dtype) == twin.dtype, "the element type is told");
   require(index.sequences == twin.lengths.size(), "the sequences are counted");
   require(index.tokens == *twin.data_bytes() / twin.width, "the tokens are counted");
@@ -32,8 +32,12 @@ void compare(const xlm_ds::Index& index, std::span<const std::byte> bytes, const
     const auto start = twin.start(i);
     require(!start || xlm_ds::sequence_start(index, bytes, i) == *start, "starts are those stored");
   }
+  require(index.documents == (twin.documents.empty() ? 0 : twin.documents.size() - 1), "the documents are counted");
+  for (std::uint64_t i = 0; i < twin.documents.size(); ++i) {
+    require(xlm_ds::document_start(index, bytes, i) == twin.documents[i], "documents are those stored");
+  }
   const bool verified = accepts([&] { xlm_ds::verify_index(index, bytes, "x.idx"); });
-  require(verified == twin.adjoining(), "what is verified are sequences that follow one another to the .bin's end");
+  require(verified == twin.whole(), "what is verified are sequences that follow one another to the .bin's end");
 }
 
 }  // namespace
@@ -46,7 +50,10 @@ std::vector<std::string> xlm_ds_fuzz::seeds() {
           input_of(0, mmap_index(8, {})),
           input_of(32, lazy_index(4, {4, 3, 1})),
           input_of(kFitting, lazy_index(5, {1, 0, 7})),
-          input_of(0, lazy_index(4, {}))};
+          input_of(0, lazy_index(4, {})),
+          input_of(kFitting, megatron_index(8, {4, 3, 1}, {0, 2, 3})),
+          input_of(kFitting, megatron_index(4, {4, 3, 1}, {0, 3}) + "\1\1\1"),
+          input_of(0, megatron_index(8, {}, {0}))};
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

@@ -1,11 +1,14 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "xlm_ds/index_format.hpp"
 
 /// A reader of .idx files as plain as docs/formats.md describes them, to compare the core's with; and a writer.
 namespace xlm_ds_fuzz {
@@ -23,21 +26,30 @@ T number_at(std::string_view bytes, std::size_t at) {
 }
 
 struct IndexTwin {
-  bool lazy = false;
+  xlm_ds::IndexKind kind = xlm_ds::IndexKind::mmap;
   std::uint64_t dtype = 0;
   std::uint64_t width = 0;             // bytes of an element
   std::vector<std::int64_t> lengths;  // in elements
-  std::vector<std::uint64_t> starts;  // lazy: in elements; else in bytes of the .bin
+  std::vector<std::uint64_t> starts;     // lazy: in elements, and the total; else in bytes of the .bin
+  std::vector<std::uint64_t> documents;  // megatron: first sequences, and the end
+  std::vector<std::uint64_t> dimensions;  // lazy: 0, 1, 2 and so on
+
+  [[nodiscard]] bool lazy() const { return kind == xlm_ds::IndexKind::lazy; }
 
   /// In elements; none if it is between two.
   [[nodiscard]] std::optional<std::uint64_t> start(std::size_t i) const {
-    if (lazy) return starts[i];
+    if (lazy()) return starts[i];
     return starts[i] % width == 0 ? std::optional(starts[i] / width) : std::nullopt;
   }
 
-  /// The bytes the .bin should have; none if the last sequence cannot be in any file.
+  /// The bytes the .bin should have; none if what opening looks at cannot be so of any .bin.
   [[nodiscard]] std::optional<std::uint64_t> data_bytes() const {
+    if (kind == xlm_ds::IndexKind::megatron) {
+      if (dtype >= 9 || documents.empty()) return std::nullopt;
+      if (documents.front() != 0 || documents.back() != lengths.size()) return std::nullopt;
+    }
     if (lengths.empty()) return 0;
+    if (starts.front() != 0) return std::nullopt;
     constexpr std::uint64_t kBeyondAnyFile = std::uint64_t{1} << 56;
     const auto length = static_cast<std::uint64_t>(lengths.back());  // a negative one is beyond it too
     const auto first = start(lengths.size() - 1).value_or(kBeyondAnyFile + 1);
@@ -45,14 +57,19 @@ struct IndexTwin {
     return (first + length) * width;
   }
 
-  /// Whether every sequence starts where the one before it ends, from the first byte to the last.
-  [[nodiscard]] bool adjoining() const {
+  /// Whether every sequence starts where the one before it ends, from the first byte to the last, and so do documents.
+  [[nodiscard]] bool whole() const {
+    if (!std::is_sorted(documents.begin(), documents.end())) return false;
+    for (std::size_t i = 0; i < dimensions.size(); ++i) {
+      if (dimensions[i] != i) return false;
+    }
     const std::uint64_t tokens = *data_bytes() / width;
     std::uint64_t at = 0;
     for (std::size_t i = 0; i < lengths.size(); ++i) {
       if (lengths[i] < 0 || start(i) != at || static_cast<std::uint64_t>(lengths[i]) > tokens - at) return false;
       at += static_cast<std::uint64_t>(lengths[i]);
     }
+    if (lazy() && starts.back() != tokens) return false;
     return true;
   }
 };
@@ -76,11 +93,22 @@ inline std::optional<IndexTwin> parse_index(std::string_view bytes) {
     if (bytes.size() < 26 || number_at<std::uint64_t>(bytes, 9) != 1) return std::nullopt;
     twin.dtype = number_at<std::uint8_t>(bytes, 17);
     count = number_at<std::uint64_t>(bytes, 18);
-    if (count > bytes.size() || bytes.size() != 26 + 12 * count) return std::nullopt;
-    lengths_at = 26;
-    starts_at = 26 + 4 * count;
+    if (count > bytes.size()) return std::nullopt;
+    std::uint64_t documents = 0;
+    if (bytes.size() != 26 + 12 * count) {
+      if (bytes.size() < 34) return std::nullopt;
+      twin.kind = xlm_ds::IndexKind::megatron;
+      documents = number_at<std::uint64_t>(bytes, 26);
+      const std::uint64_t fitting = 34 + 12 * count + 8 * std::min<std::uint64_t>(documents, bytes.size());
+      if (bytes.size() != fitting && bytes.size() != fitting + count) return std::nullopt;
+    }
+    lengths_at = twin.kind == xlm_ds::IndexKind::megatron ? 34 : 26;
+    starts_at = lengths_at + 4 * count;
+    for (std::uint64_t i = 0; i < documents; ++i) {
+      twin.documents.push_back(number_at<std::uint64_t>(bytes, starts_at + 8 * (count + i)));
+    }
   } else if (bytes.starts_with(kLazy)) {
-    twin.lazy = true;
+    twin.kind = xlm_ds::IndexKind::lazy;
     if (bytes.size() < 48 || number_at<std::uint64_t>(bytes, 8) != 1) return std::nullopt;
     twin.dtype = number_at<std::uint64_t>(bytes, 16);
     count = number_at<std::uint64_t>(bytes, 32);
@@ -96,9 +124,11 @@ inline std::optional<IndexTwin> parse_index(std::string_view bytes) {
   if (twin.width == 0) return std::nullopt;
   for (std::uint64_t i = 0; i < count; ++i) {
     twin.starts.push_back(number_at<std::uint64_t>(bytes, starts_at + 8 * i));
-    twin.lengths.push_back(twin.lazy ? number_at<std::int64_t>(bytes, lengths_at + 8 * i)
-                                     : number_at<std::int32_t>(bytes, lengths_at + 4 * i));
+    twin.lengths.push_back(twin.lazy() ? number_at<std::int64_t>(bytes, lengths_at + 8 * i)
+                                       : number_at<std::int32_t>(bytes, lengths_at + 4 * i));
   }
+  for (std::uint64_t i = 0; twin.lazy() && i <= count; ++i) twin.dimensions.push_back(number_at<std::uint64_t>(bytes, 48 + 8 * i));
+  if (twin.lazy()) twin.starts.push_back(number_at<std::uint64_t>(bytes, starts_at + 8 * count));
   return twin;
 }
 
@@ -118,6 +148,17 @@ inline std::string mmap_index(std::uint8_t dtype, const std::vector<std::int32_t
     put(bytes, start);
     start += static_cast<std::uint64_t>(length) * width_of(dtype);
   }
+  return bytes;
+}
+
+/// With documents as given: first sequences, and the end.
+inline std::string megatron_index(std::uint8_t dtype, const std::vector<std::int32_t>& lengths,
+                                  const std::vector<std::uint64_t>& documents) {
+  std::string bytes = mmap_index(dtype, lengths);
+  std::string entries;
+  put(entries, std::uint64_t{documents.size()});
+  bytes.insert(26, entries);
+  for (const auto document : documents) put(bytes, document);
   return bytes;
 }
 

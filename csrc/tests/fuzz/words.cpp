@@ -1,4 +1,4 @@
-// The word splitter, the search for bytes that are not UTF-8, and the count of line ends, on any bytes.
+// The word splitter, the search for bytes that are not UTF-8, and the count of line ends, on any bytes. Accepted: UTF-8.
 #include "xlm_ds/words.hpp"
 
 #include <algorithm>
@@ -18,6 +18,8 @@ constexpr std::array<std::uint32_t, 29> kBlanks{
     0x09,   0x0A,   0x0B,   0x0C,   0x0D,   0x1C,   0x1D,   0x1E,   0x1F,   0x20,
     0x85,   0xA0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003, 0x2004, 0x2005, 0x2006,
     0x2007, 0x2008, 0x2009, 0x200A, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000};
+
+constexpr std::size_t kLargestBlock = 256;
 
 struct Character {
   std::uint32_t code = 0;
@@ -44,20 +46,21 @@ Character character_of(std::string_view text) {
 struct Split {
   std::vector<std::string_view> words;  // a line's end as an empty one
   std::size_t line_ends = 0;
-  std::size_t valid = 0;  // bytes of UTF-8
+  std::size_t valid = 0;  // bytes before the first that is not UTF-8
 };
 
 Split split(std::string_view text) {
   Split found;
+  found.valid = text.size();
   std::size_t begin = 0;  // of the word
   const auto end_word = [&](std::size_t end) {
     if (end != begin) found.words.push_back(text.substr(begin, end - begin));
   };
   for (std::size_t at = 0; at < text.size();) {
     const Character character = character_of(text.substr(at));
-    if (character.bytes == 0) break;
-    std::size_t next = at + character.bytes;
-    if (std::find(kBlanks.begin(), kBlanks.end(), character.code) != kBlanks.end()) {
+    if (character.bytes == 0) found.valid = std::min(found.valid, at);
+    std::size_t next = at + std::max<std::size_t>(character.bytes, 1);
+    if (character.bytes != 0 && std::find(kBlanks.begin(), kBlanks.end(), character.code) != kBlanks.end()) {
       end_word(at);
       if (character.code == '\n' || character.code == '\r') {
         if (character.code == '\r' && next < text.size() && text[next] == '\n') ++next;
@@ -66,10 +69,27 @@ Split split(std::string_view text) {
       }
       begin = next;
     }
-    at = found.valid = next;
+    at = next;
   }
-  end_word(found.valid);
+  end_word(text.size());
   return found;
+}
+
+/// The input itself, and now and then so often that it crosses what the splitter reads at a time, in another place each.
+std::vector<char> text_from(std::string_view input) {
+  constexpr std::size_t kLong = 5000;
+  std::vector<char> text(input.begin(), input.end());
+  if (input.size() % 16 == 1) {
+    while (text.size() < kLong) text.insert(text.end(), input.begin(), input.end());
+  }
+  return {text.begin(), text.end()};  // in memory of just this size, so that reading on is noticed
+}
+
+void compare_marks(std::string_view text) {
+  for (std::size_t at = 0; at + xlm_ds::kMarkedBytes <= text.size(); at += xlm_ds::kMarkedBytes - 1) {
+    const char* const bytes = text.data() + at;
+    require(xlm_ds::mark_bytes(bytes) == xlm_ds::mark_bytes_plain(bytes), "bytes are marked alike on every machine");
+  }
 }
 
 }  // namespace
@@ -82,17 +102,15 @@ std::vector<std::string> xlm_ds_fuzz::seeds() {
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  // In memory of just this size, so that reading on is noticed.
-  const std::vector<char> exact(data, data + size);
-  const std::string_view whole(exact.data(), exact.size());
-  const Split expected = split(whole);
-  require(xlm_ds::first_invalid_utf8(whole) == expected.valid, "the first byte that is not UTF-8 is found");
-  count(expected.valid == size);
-  const std::vector<char> valid(data, data + expected.valid);
-  const std::string_view text(valid.data(), valid.size());
+  const auto exact = text_from(text_of(data, size));
+  const std::string_view text(exact.data(), exact.size());
+  const Split expected = split(text);
+  require(xlm_ds::first_invalid_utf8(text) == expected.valid, "the first byte that is not UTF-8 is found");
+  count(expected.valid == text.size());
   require(xlm_ds::count_line_ends(text) == expected.line_ends, "line ends are counted");
+  compare_marks(text);
 
-  std::vector<std::string_view> block(1 + size % xlm_ds::kWordsPerBlock);
+  std::vector<std::string_view> block(1 + size % kLargestBlock);
   xlm_ds::WordSplitter splitter(text);
   std::size_t taken = 0;
   while (const std::size_t words = splitter.next(block)) {
