@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR = cpu
 endif
 
-.PHONY: setup test slow lint asan bench demo clean
+.PHONY: setup test slow lint asan tsan fuzz bench demo clean
 
 setup: $(VENV)/.core
 
@@ -35,16 +35,43 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The C++ test program and the tests of the data rooms under the address and undefined-behaviour sanitizers; not those
-# that measure memory or start another Python, which would import the plain extension.
-asan: setup
-	cmake -S csrc -B build/asan-core -G Ninja -DXLM_DS_EXTENSION=OFF -DXLM_DS_TESTS=ON -DXLM_DS_SANITIZE=ON -DXLM_DS_WERROR=ON
-	cmake --build build/asan-core
+# The core's tests and fuzz targets with every assert(), under the sanitizers.
+SANITIZED := -G Ninja -DXLM_DS_EXTENSION=OFF -DXLM_DS_TESTS=ON -DXLM_DS_WERROR=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
+# The C++ test program, a bounded part of the fuzzing and the tests of the data rooms under the address and
+# undefined-behaviour sanitizers; not those that measure memory or start another Python, which would import the plain
+# extension.
+asan: build/asan-core/core_tests
 	build/asan-core/core_tests
-	XLM_DS_CMAKE_ARGS=-DXLM_DS_SANITIZE=ON $(BIN)/python setup.py -q build --build-base build/asan-python --build-lib build/asan
+	cd build/asan-core && for target in $(FUZZ_TARGETS); do ./fuzz_$$target --runs 20000 --seed $(SEED) || exit 1; done
+	XLM_DS_CMAKE_ARGS=-DXLM_DS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan-python --build-lib build/asan
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider -k "not memory and not killed and not ctrl_c and not standard_input" $(ASAN_TESTS)
 ASAN_TESTS := tests/test_binarize.py tests/test_texts.py tests/test_dataset.py tests/test_order.py tests/test_batches.py tests/test_bpe.py tests/test_shards.py
+
+build/asan-core/core_tests: $(CORE_SOURCES) | setup
+	cmake -S csrc -B build/asan-core $(SANITIZED) -DXLM_DS_FUZZ=ON -DXLM_DS_SANITIZE=address,undefined
+	cmake --build build/asan-core
+
+# The C++ test program under the thread sanitizer.
+tsan: | setup
+	cmake -S csrc -B build/tsan $(SANITIZED) -DXLM_DS_SANITIZE=thread
+	cmake --build build/tsan
+	build/tsan/core_tests
+
+# RUNS inputs for each target, all at once; what they say is kept. CXX=clang++ takes libFuzzer instead of the tests' own
+# driver (once build/asan-core is removed), which learns from each input and so has far fewer of them a second.
+RUNS := 10000000
+SEED := 1
+FUZZ_TARGETS := codes dataset dictionary index words
+FUZZ_LOG := benchmarks/results/fuzz.log
+fuzz: build/asan-core/core_tests
+	{ echo "make fuzz RUNS=$(RUNS) SEED=$(SEED), $$(date -u +%F), commit $$(git describe --always --dirty)"; \
+	  echo "$$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1), $$(nproc) cores, $$(uname -sr), $$($(BIN)/python -V)"; \
+	  echo "$$($(CXX) --version | head -n 1), -fsanitize=address,undefined -O1"; } > build/fuzz.log
+	cd build/asan-core && (printf './fuzz_%s\n' $(FUZZ_TARGETS); echo "$(abspath $(BIN))/python ../../tests/fuzz_dictionary.py") | \
+	  xargs -P "$$(nproc)" -I{} sh -c "{} --runs $(RUNS) --seed $(SEED)" >> ../fuzz.log 2>&1; status=$$?; cat ../fuzz.log; exit $$status
+	cp build/fuzz.log $(FUZZ_LOG)
 
 bench: setup
 	$(BIN)/python benchmarks/binarize.py

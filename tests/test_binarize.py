@@ -147,6 +147,7 @@ def test_all_29_blanks_separate_and_no_others(tmp_path: Path) -> None:
 @example(b"\xc0\x80", 1, 4)  # an overlong form
 @example(b"\xf4\x90\x80\x80", 1, 4)  # beyond U+10FFFF
 @example(b"a\nb\xe9", 1, 1)
+@example(b"a \xe2\x80y", 1, 4)  # begins like a blank
 def test_bytes_that_are_not_utf8_are_named_as_python_finds_them(
     tmp_path_factory: pytest.TempPathFactory, text: bytes, threads: int, chunk_bytes: int
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuzz_dictionary import fuzz, holds
 from xlm_ds import binarize
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
 from xlm_ds.log import InputError
@@ -108,6 +109,18 @@ def test_save_and_load_round_trip(
     dictionary.save(path)
     assert Dictionary.load(path) == dictionary
     assert Dictionary.load(path).sha256 == dictionary.sha256
+
+
+def test_mutated_files_are_accepted_or_refused_as_by_fairseq(tmp_path: Path) -> None:
+    """`make fuzz` runs more of them."""
+    accepted, refused = fuzz(5000, 1, tmp_path)
+    assert accepted > 500
+    assert refused > 500
+
+
+@pytest.mark.parametrize("content", [b"5 #fairseq:overwrite\n", b"#fairseq:overwrite\n", b"5\n"])
+def test_a_count_without_a_symbol_is_refused(content: bytes, tmp_path: Path) -> None:
+    assert not holds(tmp_path / "dict.txt", content)
 
 
 def test_building_orders_by_count_then_code_point() -> None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from xlm_ds import _core
 from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
-from xlm_ds.files import file_sha256, locked, sync_file
+from xlm_ds.files import copy_file, file_sha256, locked, naming, save_array, sync_file
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
 from xlm_ds.ranks import Ranks, Stopped, started_ranks
@@ -250,11 +250,15 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
             other_codes = name == "codes" and config.bpe_codes is not None
             here = config.srcdict.parent / name
             if here.is_file() and not other_codes and not (config.destdir / name).exists():
-                shutil.copyfile(here, config.destdir / name)
+                copy_file(here, config.destdir / name)
     temporary = path.with_name(".dict.txt.tmp")
-    dictionary.save(temporary)
-    sync_file(temporary)
-    temporary.replace(path)
+    try:
+        with naming(temporary):
+            dictionary.save(temporary)
+        sync_file(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_codes(codes: Path, folder: Path) -> None:
@@ -267,10 +271,7 @@ def write_codes(codes: Path, folder: Path) -> None:
                 f"these with --bpe-codes {path}"
             )
         return
-    temporary = path.with_name(".codes.tmp")
-    shutil.copyfile(codes, temporary)
-    sync_file(temporary)
-    temporary.replace(path)
+    copy_file(codes, path)
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
@@ -280,7 +281,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
 
         def write() -> str:
             stack.enter_context(locked(path))
-            path.write_text(secrets.token_hex(), encoding="utf-8")
+            with naming(path):
+                path.write_text(secrets.token_hex(), encoding="utf-8")
             return path.read_text(encoding="utf-8")
 
         def compare() -> None:
@@ -400,8 +402,7 @@ def encode_share(texts: Sequence[Text], share: Share, job: Job) -> None:
         )
         encoded = encode(pieces, data, lengths, job)
         figures = [getattr(encoded, field) for field in Counts._fields]
-        with counts.open("wb") as file:
-            np.save(file, np.concatenate([np.array(figures, np.uint64), encoded.by_id]))
+        save_array(counts, np.concatenate([np.array(figures, np.uint64), encoded.by_id]))
 
 
 def encode(pieces: Sequence[_core.Piece], data: Path, lengths: Path, job: Job) -> _core.TextCounts:
@@ -432,8 +433,7 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
     counts = Counts(*(int(figure) for figure in figures[: len(Counts._fields)]))
     by_id = figures[len(Counts._fields) :]
     _core.write_text_index(new["idx"], job.kind, len(job.dictionary), lengths)
-    with new["counts.npy"].open("wb") as file:
-        np.save(file, by_id)
+    save_array(new["counts.npy"], by_id)
     description = {
         "language": text.language,
         "split": text.split,
@@ -448,7 +448,8 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
         "bytes": {kind: new[kind].stat().st_size for kind in ("bin", "counts.npy", "idx")},
         "made_from": made_from(text, job),
     }
-    new["json"].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    with naming(new["json"]):
+        new["json"].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     for path in new.values():
         sync_file(path)
     return counts
@@ -456,7 +457,7 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
 
 def join(parts: Sequence[Path], whole: Path) -> None:
     parts[0].replace(whole)
-    with whole.open("ab") as file:
+    with naming(whole), whole.open("ab") as file:
         for part in parts[1:]:
             with part.open("rb") as content:
                 shutil.copyfileobj(content, file, JOIN_BYTES)
@@ -467,11 +468,17 @@ def publish(texts: Sequence[Text], job: Job) -> None:
     """Gives finished pairs their names. An .idx says that its pair is whole: the old goes first, the new comes last."""
     folder = job.config.destdir
     for text in texts:
-        (folder / f"{text.pair}.idx").unlink(missing_ok=True)
-        for kind in KINDS:
-            if kind == "idx":
-                sync_file(folder)  # or a loss of power could undo the other names only
-            temporary(text, job, kind).replace(folder / f"{text.pair}.{kind}")
+        final = {kind: folder / f"{text.pair}.{kind}" for kind in KINDS}
+        final["idx"].unlink(missing_ok=True)
+        try:
+            for kind in KINDS:
+                if kind == "idx":
+                    sync_file(folder)  # or a loss of power could undo the other names only
+                temporary(text, job, kind).replace(final[kind])
+        finally:
+            if not final["idx"].exists():  # stopped between the names: what has one is no pair
+                for path in final.values():
+                    path.unlink(missing_ok=True)
     sync_file(folder)
 
 

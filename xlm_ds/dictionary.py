@@ -139,10 +139,10 @@ def _split_lines(text: str) -> list[str]:
 
 def _parse(line: str, path: Path, number: int) -> tuple[str, int, bool]:
     """(symbol, count, whether it may overwrite). The count is after the last U+0020, so a symbol may hold blanks."""
-    symbol, _, field = line.rstrip().rpartition(" ")
+    symbol, blank, field = line.rstrip().rpartition(" ")
     overwrite = field == OVERWRITE
     if overwrite:
-        symbol, _, field = symbol.rpartition(" ")
+        symbol, blank, field = symbol.rpartition(" ")
     try:
         # Python's int, as fairseq's: 1_000, +5 and other scripts' digits are counts.
         count = int(field)
@@ -151,7 +151,7 @@ def _parse(line: str, path: Path, number: int) -> tuple[str, int, bool]:
             f"{path}, line {number}: expected `symbol count`, found {line[:80]!r}; "
             "the count must be a whole number after a single blank"
         ) from error
-    if " " not in line.rstrip():
+    if not blank:
         raise InputError(
             f"{path}, line {number}: expected `symbol count`, found {line[:80]!r}; there is no blank before a count"
         )

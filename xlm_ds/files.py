@@ -1,4 +1,4 @@
-"""Files as a whole: text read line by line with progress, checksums, and that they are on the disk."""
+"""Files as a whole: text read line by line with progress, checksums, that they are on the disk, and what hinders it."""
 
 import contextlib
 import fcntl
@@ -6,9 +6,12 @@ import hashlib
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from xlm_ds.log import InputError
@@ -22,13 +25,47 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def naming(path: Path, verb: str = "write") -> Iterator[None]:
+    """Puts the file at work into an OSError that does not say where it happened: that of opening does, no other."""
+    try:
+        yield
+    except OSError as error:
+        # A copy names the file copied from, and a second one; what has other words than the system's names its file.
+        opening = error.filename is not None and error.filename2 is None
+        if error.errno is None or opening or error.strerror != os.strerror(error.errno):
+            raise
+        raise OSError(error.errno, f"cannot {verb} {path}: {error.strerror}") from error
+
+
 def sync_file(path: Path) -> None:
     """Returns when a file's bytes (or a folder's names) would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """Writes a .npy file. np.save loses the end of the array on a full disk, without an error (numpy 2.4)."""
+    content = io.BytesIO()
+    np.save(content, array)
+    with naming(path):
+        path.write_bytes(content.getbuffer())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file as a whole: under another name first."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with naming(temporary):
+            shutil.copyfile(source, temporary)
+        sync_file(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> Iterator[list[str]]:
@@ -40,11 +77,16 @@ def read_lines(path: Path) -> Iterator[list[str]]:
         tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
     ):
         try:
-            while lines := text.readlines(CHUNK_CHARACTERS):
+            while lines := _some_lines(text, path):
                 bar.update(file.tell() - bar.n)
                 yield lines
         except UnicodeDecodeError as error:
             raise InputError(_where_not_utf8(path)) from error
+
+
+def _some_lines(text: io.TextIOWrapper, path: Path) -> list[str]:
+    with naming(path, "read"):
+        return text.readlines(CHUNK_CHARACTERS)
 
 
 def _where_not_utf8(path: Path) -> str:

@@ -66,9 +66,21 @@ def add_log_file(path: Path) -> None:
     for other in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(other)
         other.close()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
     logger.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """Says once that it cannot be written, and is left out from then on: the console has the same lines."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger.removeHandler(self)
+        sys.stderr.write(f"cannot write {self.baseFilename}: {error.strerror}; going on without\n")
 
 
 def _log_to(stream: TextIO) -> None:

@@ -102,6 +102,16 @@ def count_merges(
     `codes` is a file of these merges; files beside `scratch`, with other suffixes, are made and removed.
     """
     split, counted = scratch.with_suffix(".bpe"), scratch.with_suffix(".counts")
+    try:
+        return _count_merges(codes, sample, merges, split, counted)
+    finally:
+        split.unlink(missing_ok=True)
+        counted.unlink(missing_ok=True)
+
+
+def _count_merges(
+    codes: Path, sample: Path, merges: Sequence[tuple[str, str]], split: Path, counted: Path
+) -> list[int]:
     threads = len(os.sched_getaffinity(0))
     _core.Bpe(codes).apply_file(sample, split, threads=threads)
     _core.count_words([split], counted, threads=threads)
@@ -113,6 +123,4 @@ def count_merges(
     for left, right in reversed(merges):
         counts[left] += counts[left + right]
         counts[right] += counts[left + right]
-    split.unlink()
-    counted.unlink()
     return [counts[left + right] for left, right in merges]

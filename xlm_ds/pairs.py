@@ -19,13 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.binarize import COMPANIONS, entropy_bits
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import file_sha256, sync_file
+from xlm_ds.files import file_sha256, naming, save_array, sync_file
 from xlm_ds.log import InputError
 
 Result = TypeVar("Result")
@@ -166,8 +165,7 @@ class NewPair:
         """
         counts = writer.finish(self.temporary["idx"])
         self.lengths.unlink()
-        with self.temporary["counts.npy"].open("wb") as file:
-            np.save(file, counts.by_id)
+        save_array(self.temporary["counts.npy"], counts.by_id)
         if unknown is None:
             unknown = counts.unknown
         split, language = split_and_language(self.prefix)
@@ -184,7 +182,8 @@ class NewPair:
             "sha256": {kind: file_sha256(self.temporary[kind]) for kind in ("bin", "idx")},
         }
         text = json.dumps({**record, **more}, indent=1)
-        self.temporary["json"].write_text(text + "\n", encoding="utf-8")
+        with naming(self.temporary["json"]):
+            self.temporary["json"].write_text(text + "\n", encoding="utf-8")
         return counts
 
 
@@ -208,11 +207,13 @@ def new_pairs(
         yield pairs
         names = {p.temporary[kind]: p.final[kind] for kind in KINDS for p in pairs}
         if not (folder / "dict.txt").exists():
-            dictionary.save(dict_txt)
+            with naming(dict_txt):
+                dictionary.save(dict_txt)
             names = {dict_txt: folder / "dict.txt", **names}
             for name in COMPANIONS:
                 if (companions / name).is_file() and not (folder / name).exists():
-                    shutil.copyfile(companions / name, folder / f".{name}.tmp")
+                    with naming(folder / f".{name}.tmp"):
+                        shutil.copyfile(companions / name, folder / f".{name}.tmp")
                     names = {folder / f".{name}.tmp": folder / name, **names}
         for path in names:
             sync_file(path)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig, check_languages
-from xlm_ds.files import alone_in, file_sha256, read_lines
+from xlm_ds.files import alone_in, file_sha256, naming, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.merges import count_merges, learn_merges, sample_copies
@@ -75,8 +75,11 @@ def prepare(config: PrepareConfig) -> None:
         record = _open_record(config, sources)
         if record.has(*_names(sources)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)
-        else:
+            return
+        try:
             _make(record, sources, config)
+        finally:
+            record.remove_temporary()  # a full disk is not to stay full of what is no use
 
 
 def _make(
@@ -312,7 +315,7 @@ def _write_kept(
 ) -> dict[str, int]:
     """Writes the lines that have text and are not `elsewhere`; returns counts: lines = kept + blank + duplicate."""
     counts = dict.fromkeys(("lines", "kept", "blank", "duplicate", "normalised_blanks"), 0)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for chunk in chunks:
             counts["lines"] += len(chunk.lines)
             counts["normalised_blanks"] += chunk.normalised_blanks
@@ -349,7 +352,8 @@ def _make_codes(record: "Record", config: PrepareConfig, languages: Sequence[str
         logger.info("codes: there already")
         return
     if config.codes is not None:
-        shutil.copyfile(config.codes, record.temporary("codes"))
+        with naming(record.temporary("codes")):
+            shutil.copyfile(config.codes, record.temporary("codes"))
         record.publish("codes", {"merges": _count_lines(config.codes)})
         return
     sample = record.temporary("codes.sample")
@@ -375,7 +379,7 @@ def _make_codes(record: "Record", config: PrepareConfig, languages: Sequence[str
 def _write_sample(path: Path, texts: Mapping[str, Path], config: PrepareConfig) -> None:
     sizes = {lang: text.stat().st_size for lang, text in texts.items()}
     copies = sample_copies(sizes, config.bpe_alpha, config.bpe_sample_bytes)
-    with path.open("w", encoding="utf-8") as file:
+    with naming(path), path.open("w", encoding="utf-8") as file:
         for lang, text in texts.items():
             generator = random.Random(f"{config.seed} {lang} codes")
             whole, part = divmod(copies[lang], 1)
@@ -388,7 +392,8 @@ def _write_codes(
     record: "Record", merges: Sequence[tuple[str, str]], counts: Sequence[int]
 ) -> None:
     lines = (f"{left} {right} {n}\n" for (left, right), n in zip(merges, counts, strict=True))
-    record.temporary("codes").write_text("".join(lines), encoding="utf-8")
+    with naming(record.temporary("codes")):
+        record.temporary("codes").write_text("".join(lines), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------ BPE and vocabulary
@@ -416,7 +421,8 @@ def _make_vocabulary(
         return
     temporary = record.temporary("vocab_mlm")
     if vocab is not None:
-        shutil.copyfile(vocab, temporary)
+        with naming(temporary):
+            shutil.copyfile(vocab, temporary)
     else:
         _core.count_words([record.path(name) for name in trains], temporary, threads=workers)
     words = _count_lines(temporary)
@@ -438,12 +444,19 @@ class Record:
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
         self._folder = folder
         self._content = content
+        self._temporary: set[Path] = set()
 
     def path(self, name: str) -> Path:
         return self._folder / name
 
     def temporary(self, name: str) -> Path:
-        return self._folder / f"{name}.partial"
+        path = self._folder / f"{name}.partial"
+        self._temporary.add(path)
+        return path
+
+    def remove_temporary(self) -> None:
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
 
     def has(self, *names: str) -> bool:
         return all(name in self._content["files"] and self.path(name).exists() for name in names)
@@ -462,8 +475,12 @@ class Record:
     def save(self) -> None:
         temporary = self.temporary(RECORD)
         text = json.dumps(self._content, indent=1, ensure_ascii=False, sort_keys=True)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.path(RECORD))
+        try:
+            with naming(temporary):
+                temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(self.path(RECORD))
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _open_record(config: PrepareConfig, sources: Mapping[str, Mapping[str, Path]]) -> Record:

@@ -115,6 +115,13 @@ void read_documents(Index& index, std::span<const std::byte> bytes, const std::f
   }
 }
 
+/// What a stored start counts: bytes of the .bin, or elements.
+std::uint64_t pointer_unit(const Index& index) { return index.kind == IndexKind::lazy ? 1 : element_bytes(index.dtype); }
+
+std::uint64_t pointer_at(const Index& index, std::span<const std::byte> bytes, std::uint64_t i) {
+  return load<std::uint64_t>(bytes, index.pointers_offset + 8 * i);
+}
+
 Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::path& path) {
   if (bytes.size() < kMmapSizesOffset) refuse(path, "only " + std::to_string(bytes.size()) + " bytes: the header is truncated; binarize again");
   Index index{.kind = IndexKind::mmap};
@@ -284,12 +291,16 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
   Index index = mmap ? read_mmap_header(index_bytes, index_path) : read_lazy_header(index_bytes, index_path);
   if (index.sequences != 0) {
     // A Megatron-LM file cut to the size of fairseq's layout shows here: lengths stand where starts should.
-    const std::uint64_t first = sequence_start(index, index_bytes, 0);
-    if (first != 0) refuse(index_path, "the first sequence starts at token " + std::to_string(first) + ", expected 0; the file is damaged, binarize again");
+    const std::uint64_t first = pointer_at(index, index_bytes, 0);
+    if (first != 0) refuse(index_path, "the first sequence starts at token " + std::to_string(sequence_start(index, index_bytes, 0)) +
+                                           (first % pointer_unit(index) != 0 ? " and a part of one" : "") + ", expected 0; the file is damaged, binarize again");
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);
-    if (start > kMaxSequences || length > kMaxSequences) refuse(index_path, "the last sequence's place is impossible; the file is damaged");
+    const bool exact = start * pointer_unit(index) == pointer_at(index, index_bytes, last);
+    if (start > kMaxSequences || length > kMaxSequences || !exact) {
+      refuse(index_path, "the last sequence's place is impossible; the file is damaged, binarize again");
+    }
     index.tokens = start + length;
   }
   const std::uint64_t expected_bytes = index.tokens * element_bytes(index.dtype);
@@ -307,8 +318,7 @@ std::uint64_t sequence_length(const Index& index, std::span<const std::byte> ind
 }
 
 std::uint64_t sequence_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
-  const auto pointer = load<std::uint64_t>(index_bytes, index.pointers_offset + 8 * i);
-  return index.kind == IndexKind::lazy ? pointer : pointer / element_bytes(index.dtype);
+  return pointer_at(index, index_bytes, i) / pointer_unit(index);
 }
 
 std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
@@ -316,10 +326,10 @@ std::uint64_t document_start(const Index& index, std::span<const std::byte> inde
 }
 
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path) {
-  const std::uint64_t unit = index.kind == IndexKind::lazy ? 1 : element_bytes(index.dtype);
+  const std::uint64_t unit = pointer_unit(index);
   std::uint64_t expected = 0;
   for (std::uint64_t i = 0; i < index.sequences; ++i) {
-    const auto pointer = load<std::uint64_t>(index_bytes, index.pointers_offset + 8 * i);  // exact: sequence_start rounds
+    const std::uint64_t pointer = pointer_at(index, index_bytes, i);  // exact: sequence_start rounds
     if (pointer != expected * unit) {
       refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + std::to_string(sequence_start(index, index_bytes, i)) +
                              (pointer % unit != 0 ? " and a part of one" : "") + ", expected " + std::to_string(expected) +

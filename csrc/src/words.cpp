@@ -45,7 +45,8 @@ std::size_t blank_length(const char* at) noexcept {
     case 0xE19A:  // U+1680
       return third == 0x80 ? 3 : 0;
     case 0xE280:  // U+2000-200A, U+2028, U+2029, U+202F
-      return third <= 0x8A || third == 0xA8 || third == 0xA9 || third == 0xAF ? 3 : 0;
+      // The lower limit counts: any byte may follow, as the text need not be UTF-8.
+      return (third >= 0x80 && third <= 0x8A) || third == 0xA8 || third == 0xA9 || third == 0xAF ? 3 : 0;
     case 0xE281:  // U+205F
       return third == 0x9F ? 3 : 0;
     case 0xE380:  // U+3000

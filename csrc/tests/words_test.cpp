@@ -9,6 +9,7 @@
 
 #include "check.hpp"
 
+using namespace std::string_literals;
 using namespace std::string_view_literals;
 
 namespace {
@@ -40,6 +41,19 @@ TEST(every_blank_separates_and_nothing_else_does) {
     CHECK((split("x" + blank + blank + "y") == std::vector<std::string>{"x", "y"}));
   for (const auto& other : kNotBlanks)
     CHECK((split("x" + other + "y") == std::vector<std::string>{"x" + other + "y"}));
+}
+
+TEST(bytes_that_only_begin_like_a_blank_are_part_of_words) {
+  for (const auto& blank : kBlanks) {
+    for (std::size_t length = 1; length < blank.size(); ++length) {
+      for (const auto& after : {"y"s, "\x7F"s, "\xC0"s}) {
+        const std::string word = "x" + blank.substr(0, length) + after;
+        CHECK((split(word) == std::vector<std::string>{word}));
+      }
+      const std::string cut = "x" + blank.substr(0, length);
+      CHECK((split(cut + " y") == std::vector<std::string>{cut, "y"}));
+    }
+  }
 }
 
 TEST(line_ends) {
