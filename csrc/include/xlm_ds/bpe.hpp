@@ -39,7 +39,7 @@ class Bpe {
   /// Memory that splitting one word after another uses again.
   class Scratch;
 
-  /// Appends to `pieces` what apply() makes of one word.
+  /// Appends to `pieces` what apply() makes of one word: not empty, without 0x20 and 0x0A.
   void split(std::string_view word, Scratch& scratch, std::string& pieces) const;
 
  private:
