@@ -46,8 +46,12 @@ asan: setup
 	  PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider -k "not memory and not killed and not ctrl_c and not standard_input" $(ASAN_TESTS)
 ASAN_TESTS := tests/test_binarize.py tests/test_texts.py tests/test_dataset.py tests/test_order.py tests/test_batches.py tests/test_bpe.py
 
+# About a quarter of an hour on two quiet cores; benchmarks/README.md says how to install what it compares with.
 bench: setup
 	$(BIN)/python benchmarks/binarize.py
+	$(BIN)/python benchmarks/bpe.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/figure.py
 
 # Raw text in five languages to an evaluated model, through the deepspeed launcher, in a few minutes on two cores.
 # What is there already is reused; `rm -r demo` starts anew.

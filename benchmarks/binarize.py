@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,18 +103,19 @@ def python_loop(job: Job) -> Figures:
     return figures | {"bytes": job["slice_bytes"], "tokens": tokens}
 
 
-def huggingface_word_level(job: Job) -> Figures:
+def huggingface_word_level(job: Job, method: str) -> Figures:
     import numpy as np
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = ids_of(load_symbols(job["vocabulary"]))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encode_batch = getattr(tokenizer, method)
     output, tokens = output_of(job, "huggingface"), 0
     with measured() as figures, Path(job["slice"]).open(encoding="utf-8") as lines:
         with output.open("wb") as out:
             while batch := list(itertools.islice(lines, 1000)):
-                for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                for encoding in encode_batch(batch, add_special_tokens=False):
                     encoded = np.array([*encoding.ids, EOS], np.uint16)
                     out.write(encoded.tobytes())
                     tokens += len(encoded)
@@ -252,7 +254,8 @@ def build_job(folder: Path, files: list[Path], size: int, slice_size: int) -> tu
 
 OURS, COMMAND = "xlm_ds, 1 worker", "xlm_ds command, 1 worker"
 WIDE, TWO = f"xlm_ds, {WIDE_WORDS:,} symbols", "xlm_ds, 2 workers"
-FAIRSEQ, PYTHON, HUGGINGFACE = "fairseq-like loop", "Python loop", "HF tokenizers WordLevel"
+FAIRSEQ, PYTHON = "fairseq-like loop", "Python loop"
+HUGGINGFACE = {method: f"HF WordLevel {method}" for method in ("encode_batch", "encode_batch_fast")}
 
 CONTENDERS = [
     Contender(OURS, one_worker, OURS, note="the call for one file; uint16"),
@@ -261,12 +264,15 @@ CONTENDERS = [
     Contender(TWO, two_workers, OURS),
     Contender(FAIRSEQ, fairseq_like, OURS, note="a slice of the text"),
     Contender(PYTHON, python_loop, OURS, note="a slice of the text"),
-    Contender(
-        HUGGINGFACE,
-        huggingface_word_level,
-        OURS,
-        packages=("tokenizers",),
-        note="a slice of the text; WhitespaceSplit, encode_batch_fast, 1 thread",
+    *(
+        Contender(
+            name,
+            partial(huggingface_word_level, method=method),
+            OURS,
+            packages=("tokenizers",),
+            note="a slice of the text; WhitespaceSplit, 1 thread",
+        )
+        for method, name in HUGGINGFACE.items()
     ),
     *harness.floors(OURS),
 ]
@@ -294,8 +300,7 @@ GOALS = [
     megabytes_per_cpu_second(COMMAND),
     times(OURS, FAIRSEQ, 200),
     times(COMMAND, FAIRSEQ, 200),
-    times(OURS, HUGGINGFACE, 100),
-    times(COMMAND, HUGGINGFACE, 100),
+    *(times(ours, theirs, 100) for theirs in HUGGINGFACE.values() for ours in (OURS, COMMAND)),
     times(WIDE, OURS, 0.6),
     times(TWO, OURS, 1.6, "wall_seconds"),
 ]

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -293,11 +294,15 @@ def machine() -> dict[str, Any]:
 
 def versions(contenders: Sequence[Contender]) -> dict[str, str]:
     """Ours by commit, and every peer that is installed."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # Results are no source: a run leaves the commit as it was.
+    git = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+    changed = subprocess.run(git, capture_output=True, text=True, check=False).stdout
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     names = {"numpy", "torch", *(name for c in contenders for name in c.packages)}
     found = {name: version_of(name) for name in sorted(names)}
-    ours = f"{version_of('xlm_ds') or 'not installed'} {commit}".strip()
+    ours = f"{project['version']} {commit}{'+changes' if changed else ''}"
     return {"xlm_ds": ours} | {name: v for name, v in found.items() if v is not None}
 
 
