@@ -2,8 +2,8 @@
 
     python benchmarks/binarize.py [TEXT VOCABULARY] [--megabytes 64] [--rounds 5] [--no-peers]
 
-TEXT is BPE'd text and VOCABULARY its dictionary (`symbol count` a line); without them, the demo corpus with 20,000 codes.
-Its lines are shuffled and repeated to --megabytes. Every contender writes ids to a file, which are compared.
+TEXT is BPE'd text and VOCABULARY its dictionary (`symbol count` a line); without them, the demo corpus with 20,000
+codes. Its lines are shuffled and repeated to --megabytes. Every contender writes ids to a file, which are compared.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import corpus
 import harness
@@ -33,8 +33,8 @@ WIDE_WORDS = 95_000  # symbols of XLM's dictionary for 15 languages; its ids nee
 
 
 class FairseqLike:
-    """What fairseq-preprocess does, in our words: for every line a position, a regular expression, a tensor and an array;
-    for every word a call that looks it up, a call that is told its id, and an item set in the tensor.
+    """What fairseq-preprocess does: for every line a position, a regular expression, a tensor and an array; for every
+    word a call that looks it up, a call that is told its id, and an item set in the tensor.
     """
 
     def __init__(self, symbols: list[str]) -> None:
@@ -112,13 +112,13 @@ def huggingface_word_level(job: Job, method: str) -> Figures:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     encode_batch = getattr(tokenizer, method)
     output, tokens = output_of(job, "huggingface"), 0
-    with measured() as figures, Path(job["slice"]).open(encoding="utf-8") as lines:
-        with output.open("wb") as out:
-            while batch := list(itertools.islice(lines, 1000)):
-                for encoding in encode_batch(batch, add_special_tokens=False):
-                    encoded = np.array([*encoding.ids, EOS], np.uint16)
-                    out.write(encoded.tobytes())
-                    tokens += len(encoded)
+    text = Path(job["slice"])
+    with measured() as figures, text.open(encoding="utf-8") as lines, output.open("wb") as out:
+        while batch := list(itertools.islice(lines, 1000)):
+            for encoding in encode_batch(batch, add_special_tokens=False):
+                encoded = np.array([*encoding.ids, EOS], np.uint16)
+                out.write(encoded.tobytes())
+                tokens += len(encoded)
     check_ids(output, np.uint16, job["ids"], job["slice_tokens"])
     return figures | {"bytes": job["slice_bytes"], "tokens": tokens}
 
@@ -292,7 +292,7 @@ def times(ours: str, other: str, least: float, seconds: str = "cpu_seconds") -> 
     def figure(rounds: Rounds) -> list[float]:
         return rounds.ratios(ours, other, "bytes", seconds)
 
-    return Goal(f"{ours}: at least {least:g} × {other} ({of})", least, figure)
+    return Goal(f"{ours}: at least {least:g} x {other} ({of})", least, figure)
 
 
 GOALS = [

@@ -1,4 +1,4 @@
-"""The text that the benchmarks read (lines of a given text or of the demo corpus, shuffled and repeated) and its ids."""
+"""The text that the benchmarks read, lines of a given one or of the demo corpus, shuffled and repeated; and its ids."""
 
 import random
 import subprocess

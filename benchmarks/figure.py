@@ -1,6 +1,6 @@
 """The ratios of the three benchmarks as one picture, from what they wrote; and its caption, for the README.
 
-    python benchmarks/figure.py [--results benchmarks/results] [--output docs/images/ratios.svg]
+python benchmarks/figure.py [--results benchmarks/results] [--output docs/images/ratios.svg]
 """
 
 import argparse
@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 import harness
+import matplotlib.pyplot as plt
 
 TITLES = {
     "binarize": "binarize: split text to ids",
@@ -37,7 +36,8 @@ def peers(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [
         row
         for row in result["contenders"]
-        if not row["name"].startswith("xlm_ds") and row["name"] not in (harness.LINE_COUNT, harness.SCAN)
+        if not row["name"].startswith("xlm_ds")
+        and row["name"] not in (harness.LINE_COUNT, harness.SCAN)
     ]
     return sorted(rows, key=lambda row: -row["ratio"]["median"])
 
@@ -76,7 +76,12 @@ def draw_group(axis: Any, title: str, rows: list[dict[str, Any]]) -> None:
         color=TEXT,
     )
     for place, row in zip(places, rows, strict=True):
-        axis.text(max(row["ratio"]["max"], 1) * 1.08, place, f"{row['ratio']['median']:.3g}×", va="center")
+        axis.text(
+            max(row["ratio"]["max"], 1) * 1.08,
+            place,
+            f"{row['ratio']['median']:.3g} x",
+            va="center",
+        )
     axis.set_yticks(places, [row["name"] for row in rows])
     axis.invert_yaxis()
     axis.set_xscale("log")

@@ -1,7 +1,7 @@
 """What the benchmarks share: contenders run side by side in one run, one process each and round, and one table.
 
-A script lists contenders and calls `run`. A contender is a function from the job (what all contenders of a run get, JSON)
-to its figures. It runs in a process of its own, where it first imports and loads what it needs, and then works:
+A script lists contenders and calls `run`. A contender is a function from the job (what all contenders of a run get,
+JSON) to its figures. It runs in a process of its own, where it first imports and loads what it needs, and then works:
 
     def python_loop(job: Job) -> Figures:
         ids = load(job["vocabulary"])            # start-up: not measured
@@ -100,9 +100,7 @@ class Rounds:
 
     def ratios(self, name: str, other: str, unit: str, seconds: str = "cpu_seconds") -> list[float]:
         """How many times as fast as `other` it is, round by round: what disturbs a round disturbs both."""
-        pairs = zip(
-            self.rates(name, unit, seconds), self.rates(other, unit, seconds), strict=True
-        )
+        pairs = zip(self.rates(name, unit, seconds), self.rates(other, unit, seconds), strict=True)
         return [rate / other_rate for rate, other_rate in pairs]
 
 
@@ -185,9 +183,7 @@ def scans_of(size: int) -> int:
 def make_parser(description: str | None, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--no-peers", action="store_true", help="leave out what peers.txt installs"
-    )
+    parser.add_argument("--no-peers", action="store_true", help="leave out what peers.txt installs")
     parser.add_argument("--output", type=Path, default=RESULTS / output, help="the JSON to write")
     return parser
 
@@ -419,7 +415,7 @@ class Column:
         try:
             return self.cell(row)
         except (KeyError, TypeError):  # no such figure, or None
-            return "–"
+            return "-"
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -442,7 +438,7 @@ BYTE_RATES = [
     Column("MB/s", lambda row: f"{row['bytes_per_second'] / 1e6:.3g}"),
 ]
 PEAK = Column("peak MB", lambda row: f"{row['peak_bytes'] / 1e6:.0f}")
-RATIO = Column("ours is × [min … max]", lambda row: shown(row["ratio"]))
+RATIO = Column("ours is times [min … max]", lambda row: shown(row["ratio"]))
 OF_FLOORS = [
     Column("of wc -l", lambda row: f"{row[f'of {LINE_COUNT}']:.2%}"),
     Column("of scan", lambda row: f"{row[f'of {SCAN}']:.2%}"),

@@ -2,10 +2,10 @@
 
     python benchmarks/loader.py [TEXT VOCABULARY] [--million-tokens 200] [--rounds 5] [--no-peers]
 
-TEXT is BPE'd text and VOCABULARY its dictionary; without them, the demo corpus. Its lines' ids are shuffled and repeated to
---million-tokens, as one .bin/.idx pair; peers get --peer-million-tokens of them in their own formats, because writing those
-takes long. A batch is B × T int64 ids with 15 % masked (80/10/10) and what they were; B = 32, T = 256. Everybody works on
-one thread. The first batch is timed from opening the data, imports left out; rates are of the batches after it.
+TEXT is BPE'd text and VOCABULARY its dictionary; without them, the demo corpus. Its lines' ids are shuffled and
+repeated to --million-tokens, as one .bin/.idx pair; peers get --peer-million-tokens of them in their own formats,
+because writing those takes long. A batch is (32, 256) int64 ids with 15 % masked (80/10/10) and what they were. Everybody
+works on one thread. The first batch is timed from opening the data, imports left out; rates are of those after it.
 """
 
 import tempfile
@@ -85,7 +85,8 @@ def check_ours(job: Job, batch: Any) -> None:
     rows = batch.input_ids.clone()
     rows.view(-1)[batch.masked_positions] = batch.targets
     blocks = ids[: len(ids) // (LENGTH - 1) * (LENGTH - 1)].reshape(-1, LENGTH - 1)
-    assert not batch.has_padding and (rows[:, 0] == EOS).all()
+    assert not batch.has_padding
+    assert (rows[:, 0] == EOS).all()
     found = {int(np.flatnonzero((blocks == row).all(1))[0]) for row in rows[:4, 1:].numpy()}
     assert len(found) == 4, "rows that are not distinct blocks of the file"
 
@@ -192,22 +193,28 @@ def build_streaming(job: Job) -> None:
 
 
 def import_streaming() -> None:
-    """`import streaming` needs torchvision for its image data; no build of that fits a CPU build of torch from elsewhere."""
+    """`import streaming` imports torchvision for its images, of which PyPI has no build for a torch without CUDA."""
     import importlib.util
     import sys
     import types
 
-    import transformers.feature_extraction_utils  # it looks for torchvision, and must not find this one
+    import transformers.feature_extraction_utils  # noqa: F401 (looks for torchvision too, and must not find this one)
 
-    if importlib.util.find_spec("torchvision") is None:
-        for name, content in {
-            "torchvision": {},
-            "torchvision.datasets": {"VisionDataset": object},
-            "torchvision.transforms": {},
-            "torchvision.transforms.functional": {"to_tensor": None},
-        }.items():
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__dict__.update(content)
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    stand_ins: dict[str, dict[str, Any]] = {
+        "torchvision": {},
+        "torchvision.datasets": {"VisionDataset": object},
+        "torchvision.transforms": {},
+        "torchvision.transforms.functional": {"to_tensor": None},
+    }
+    for name, content in stand_ins.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__dict__.update(content)
+    import streaming  # noqa: F401
+
+    for name in stand_ins:
+        del sys.modules[name]
 
 
 def streaming(job: Job) -> Figures:
@@ -258,7 +265,10 @@ def litdata(job: Job) -> Figures:
 
     def batches() -> Iterator[Any]:
         dataset = StreamingDataset(
-            folder_of(job, "litdata"), item_loader=TokensLoader(LENGTH), shuffle=True, drop_last=True
+            folder_of(job, "litdata"),
+            item_loader=TokensLoader(LENGTH),
+            shuffle=True,
+            drop_last=True,
         )
         while True:
             yield from StreamingDataLoader(dataset, batch_size=ROWS, collate_fn=collate)
@@ -272,7 +282,8 @@ def litdata(job: Job) -> Figures:
 def build_job(folder: Path, arguments: Any) -> tuple[Job, str]:
     """(what the contenders get, what the data are)."""
     if arguments.files:
-        text, vocabulary, source = *arguments.files, arguments.files[0].name
+        text, vocabulary = arguments.files
+        source = text.name
     else:
         prepared = corpus.prepare_demo(folder)
         text, vocabulary = folder / "demo.xx", prepared / "vocab_mlm"
@@ -280,7 +291,7 @@ def build_job(folder: Path, arguments: Any) -> tuple[Job, str]:
         source = "the demo corpus"
     tokens = int(arguments.million_tokens * 1e6)
     unique, dtype, vocab_size = write_pair(text, vocabulary, tokens, folder)
-    job = {
+    job: Job = {
         "folder": str(folder),
         "dtype": dtype,
         "vocab_size": vocab_size,
@@ -289,8 +300,9 @@ def build_job(folder: Path, arguments: Any) -> tuple[Job, str]:
         "batches": max(20, tokens // (ROWS * LENGTH)),
     }
     about = (
-        f"{source}: {unique:,} ids, their lines shuffled and repeated to {tokens:,} of {dtype}; HF datasets, streaming "
-        f"and litdata read {min(tokens, job['peer_tokens']):,} of them; batches of {ROWS} × {LENGTH}, {MASK_RATIO:.0%} masked"
+        f"{source}: {unique:,} ids, their lines shuffled and repeated to {tokens:,} of {dtype}; HF datasets, "
+        f"streaming and litdata read {min(tokens, job['peer_tokens']):,} of them; batches of ({ROWS}, {LENGTH}), "
+        f"{MASK_RATIO:.0%} masked"
     )
     return job, about
 
@@ -377,7 +389,7 @@ def times(other: str, least: float) -> Goal:
     def figure(rounds: harness.Rounds) -> list[float]:
         return rounds.ratios(OURS, other, "tokens")
 
-    return Goal(f"at least {least:g} × {other} (CPU time)", least, figure)
+    return Goal(f"at least {least:g} x {other} (CPU time)", least, figure)
 
 
 GOALS = [
