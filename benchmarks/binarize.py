@@ -191,17 +191,18 @@ def output_of(job: Job, name: str) -> Path:
 def write_wide_vocabulary(symbols: list[str], output: Path) -> bool:
     """The words of `symbols` in their order among made-up ones, in all WIDE_WORDS symbols; False if there are more.
 
-    The made-up words are halves of real ones, so that they are as long. They are not in the text: its words are as many
-    as before, but far apart.
+    A made-up word is half a real one and a number, about as long as words are, and not in the text, whose words are as
+    many as before, but far apart.
     """
     words, size = symbols[SPECIALS:], WIDE_WORDS - SPECIALS
     if len(words) >= size:
         return False
     generator, made = random.Random(corpus.SEED), dict.fromkeys(words)
-    while len(made) < size:
-        left, right = generator.choice(words), generator.choice(words)
-        digit = generator.randrange(10)  # without it, few languages have as many halves
-        made[left[: (len(left) + 1) // 2] + right[len(right) // 2 :] + str(digit)] = None
+    for number in itertools.count():
+        if len(made) == size:
+            break
+        word = generator.choice(words)
+        made[f"{word[: (len(word) + 1) // 2]}~{number:x}"] = None
     made_up = iter(list(made)[len(words) :])
     real_places = set(generator.sample(range(size), len(words)))
     real = iter(words)

@@ -11,7 +11,6 @@ All ids are compared but gigatoken's, whose BPE is of bytes: another task, named
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +230,12 @@ def describe(text: Path, codes: Path, ids: dict[str, int]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- run
 
 OURS = {text: f"xlm_ds, {text} text" for text in TEXTS}
+
+
+def on_text(run: Callable[[Job, str], Figures], text: str) -> Callable[[Job], Figures]:
+    return lambda job: run(job, text)
+
+
 PEERS: list[tuple[str, Callable[[Job, str], Figures], tuple[str, ...], str]] = [
     ("fastBPE", fastbpe, ("fastBPE",), "a slice; then a Python dictionary"),
     ("subword-nmt", subword_nmt, ("subword-nmt",), "a slice; then a Python dictionary"),
@@ -241,15 +246,15 @@ PEERS: list[tuple[str, Callable[[Job, str], Figures], tuple[str, ...], str]] = [
 CONTENDERS = [
     Contender(
         OURS["unique"],
-        partial(ours, text="unique"),
+        on_text(ours, "unique"),
         OURS["unique"],
         note="word cache empty at the start of every reading",
     ),
-    Contender(OURS["repeated"], partial(ours, text="repeated"), OURS["repeated"]),
+    Contender(OURS["repeated"], on_text(ours, "repeated"), OURS["repeated"]),
     *(
         Contender(
             f"{name}, {text} text",
-            partial(run, text=text),
+            on_text(run, text),
             OURS[text],
             packages=packages,
             build=train_byte_level if run is gigatoken else None,
@@ -269,19 +274,18 @@ def rate(name: str, least: float) -> Goal:
     return Goal(f"{name}: at least {least:g} MB per CPU-second", least, figure)
 
 
+def times(peer: str, least: float) -> Goal:
+    def figure(rounds: harness.Rounds) -> list[float]:
+        return rounds.ratios(OURS["unique"], f"{peer}, unique text", "bytes")
+
+    return Goal(f"{OURS['unique']}: at least {least:g} x {peer}", least, figure)
+
+
 GOALS = [
     rate(OURS["unique"], 40),
     rate(OURS["repeated"], 120),
-    *(
-        Goal(
-            f"{OURS['unique']}: at least {least} x {peer}",
-            least,
-            lambda rounds, peer=peer: rounds.ratios(
-                OURS["unique"], f"{peer}, unique text", "bytes"
-            ),
-        )
-        for peer, least in (("fastBPE", 8), ("HF tokenizers BPE", 12))
-    ),
+    times("fastBPE", 8),
+    times("HF tokenizers BPE", 12),
 ]
 
 

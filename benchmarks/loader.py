@@ -4,8 +4,8 @@
 
 TEXT is BPE'd text and VOCABULARY its dictionary; without them, the demo corpus. Its lines' ids are shuffled and
 repeated to --million-tokens, as one .bin/.idx pair; peers get --peer-million-tokens of them in their own formats,
-because writing those takes long. A batch is (32, 256) int64 ids with 15 % masked (80/10/10) and what they were. Everybody
-works on one thread. The first batch is timed from opening the data, imports left out; rates are of those after it.
+because writing those takes long. A batch is (32, 256) int64 ids with 15 % masked (80/10/10) and what they were; all
+work on one thread. The first batch is timed from opening the data, imports left out; rates are of those after it.
 """
 
 import tempfile

@@ -1,6 +1,7 @@
-"""The benchmarks run to their end: contenders in processes of their own, ids compared, table, goals and JSON written."""
+"""The benchmarks run to their end: ids compared, the table and the JSON written."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def check_result(result: dict[str, Any], printed: str, ours: str) -> dict[str, d
     rows = {row["name"]: row for row in result["contenders"]}
     for name, row in rows.items():
         assert f"\n{name}  " in printed
-        assert row["cpu_seconds"] > 0
+        # Less its start-up, a command is quicker than nothing now and then, for so little text.
+        assert row["cpu_seconds"] > 0 or "command" in name
         assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
     assert rows[ours]["ratio"] == {"median": 1, "min": 1, "max": 1}
     for name, reason in result["skipped"].items():
@@ -53,7 +55,7 @@ def check_result(result: dict[str, Any], printed: str, ours: str) -> dict[str, d
 def test_binarize(tmp_path: Path) -> None:
     text, vocabulary = write_text(tmp_path)
     result, printed = benchmark(
-        "binarize", tmp_path / "b.json", str(text), str(vocabulary), *SMALL_TEXT, "--rounds=2", "--no-peers"
+        "binarize", tmp_path / "b.json", str(text), str(vocabulary), *SMALL_TEXT, "--rounds=1", "--no-peers"
     )  # fmt: skip
     rows = check_result(result, printed, "xlm_ds, 1 worker")
     assert {"fairseq-like loop", "Python loop", "xlm_ds command, 1 worker"} <= set(rows)
@@ -62,17 +64,10 @@ def test_binarize(tmp_path: Path) -> None:
     per_text = {n: r["tokens"] / r["bytes"] for n, r in rows.items() if "tokens" in r}
     whole = [per_text[n] for n in per_text if n.startswith("xlm_ds")]
     assert max(whole) == pytest.approx(min(whole), rel=1e-12)
-    assert len(result["rounds"]["Python loop"]) == 2
-    fast, slow = (result["rounds"][n] for n in ("xlm_ds, 1 worker", "Python loop"))
-    ratios = [
-        (f["bytes"] / f["cpu_seconds"]) / (s["bytes"] / s["cpu_seconds"])
-        for f, s in zip(fast, slow, strict=True)
-    ]
-    assert rows["Python loop"]["ratio"]["max"] == pytest.approx(max(ratios))
 
 
 def test_other_ids_end_the_run(tmp_path: Path) -> None:
-    """HF tokenizers does not know U+001C as a blank, which Python and fairseq do: its ids are not those of the others."""
+    """HF tokenizers does not know U+001C as a blank, which Python and fairseq do: it gives other ids."""
     text, vocabulary = write_text(tmp_path)
     text.write_text(text.read_text(encoding="utf-8").replace("wört7 ", "wört7\x1c"), "utf-8")
     _, printed = benchmark(
@@ -90,35 +85,41 @@ def test_bpe(tmp_path: Path) -> None:
     text, _ = write_text(tmp_path)
     result, printed = benchmark(
         "bpe", tmp_path / "b.json", str(text), str(codes), str(tmp_path / "vocabulary"), *SMALL_TEXT,
-        "--rounds=1", "--no-peers",
+        "--rounds=3", "--no-peers",
     )  # fmt: skip
     rows = check_result(result, printed, "xlm_ds, unique text")
-    assert "xlm_ds, repeated text" in rows
+    ours, other = (result["rounds"][name] for name in ("xlm_ds, repeated text", "wc -l"))
+    ratios = [
+        (mine["bytes"] / mine["cpu_seconds"]) / (theirs["bytes"] / theirs["cpu_seconds"])
+        for mine, theirs in zip(ours, other, strict=True)
+    ]
+    expected = {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+    assert len(ratios) == 3
+    assert rows["wc -l"]["ratio"] == pytest.approx(expected)
     skipped = {f"{peer}, {text}" for peer in ("fastBPE", "subword-nmt", "HF tokenizers BPE", "gigatoken")
                for text in ("unique text", "repeated text")}  # fmt: skip
     assert skipped <= set(result["skipped"])
 
 
-def test_loader(tmp_path: Path) -> None:
+def test_loader_and_the_figure_of_its_result(tmp_path: Path) -> None:
     text, vocabulary = write_text(tmp_path)
     result, printed = benchmark(
-        "loader", tmp_path / "b.json", str(text), str(vocabulary), "--million-tokens=0.2", "--rounds=1", "--no-peers"
+        "loader", tmp_path / "loader.json", str(text), str(vocabulary), "--million-tokens=0.2", "--rounds=1",
+        "--no-peers",
     )  # fmt: skip
     rows = check_result(result, printed, "xlm_ds")
     assert set(rows) == {"xlm_ds", "numpy memmap loop"}
     assert all(row["first_batch_seconds"] > 0 for row in rows.values())
     assert set(result["skipped"]) == {"HF datasets + MLM collator", "mosaicml-streaming", "litdata"}
-
-
-def test_figure_shows_every_peer(tmp_path: Path) -> None:
-    text, vocabulary = write_text(tmp_path)
-    benchmark(
-        "loader", tmp_path / "loader.json", str(text), str(vocabulary), "--million-tokens=0.2", "--rounds=1", "--no-peers"
-    )  # fmt: skip
     picture = tmp_path / "ratios.svg"
-    command = [sys.executable, str(BENCHMARKS / "figure.py"), f"--results={tmp_path}", f"--output={picture}"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "figure.py"),
+        f"--results={tmp_path}",
+        f"--output={picture}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     drawn = picture.read_text(encoding="utf-8")
     assert "numpy memmap loop" in drawn
     assert ">xlm_ds<" not in drawn
-    assert "Python 3." in done.stdout
+    assert f"Python {result['machine']['python']}" in done.stdout
