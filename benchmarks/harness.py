@@ -369,7 +369,7 @@ class Report:
     def save(self, path: Path) -> None:
         content = {
             "benchmark": self.name,
-            "command": f"python {shlex.join([f'benchmarks/{self.name}.py', *sys.argv[1:]])}",
+            "command": shlex.join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]]),
             "machine": self.machine,
             "versions": versions(self.contenders),
             "about": self.about,
