@@ -127,19 +127,15 @@ def huggingface_word_level(job: Job, method: str) -> Figures:
 
 
 def core(job: Job, vocabulary: str, ids: str, threads: int) -> Figures:
-    """The call of the core that binarize makes for a file."""
+    """The core at work, without the command around it."""
     import numpy as np
 
     from xlm_ds import _core
 
     dictionary = _core.Dictionary(load_symbols(vocabulary))
     output = output_of(job, f"ours{threads}")
-    paths = _core.PairPaths(output, output.with_suffix(".idx"), output.with_suffix(".lengths"))
-    progress = _core.Progress()
     with measured() as figures:
-        counts = _core.binarize_file(
-            Path(job["text"]), dictionary, _core.IndexKind.mmap, paths, threads, progress
-        )
+        counts = corpus.write_pair(Path(job["text"]), dictionary, output, threads)
     dtype = np.uint16 if len(dictionary) < 65_500 else np.uint32
     check_ids(output, dtype, ids, job["tokens"])
     return figures | {"bytes": job["bytes"], "tokens": counts.tokens}

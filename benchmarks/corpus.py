@@ -85,6 +85,16 @@ def encode_with_dictionary(text: Path, ids: dict[str, int], output: Path, dtype:
     return tokens
 
 
+def write_pair(text: Path, dictionary: Any, data: Path, threads: int = 1) -> Any:
+    """The .bin `data` and its .idx, by the calls of the core that binarize makes for a text; returns its counts."""
+    from xlm_ds import _core
+
+    pieces, mmap, lengths = [_core.Piece(text)], _core.IndexKind.mmap, data.with_suffix(".lengths")
+    counts = _core.encode_text(pieces, dictionary, mmap, data, lengths, threads, _core.Progress())
+    _core.write_text_index(data.with_suffix(".idx"), mmap, len(dictionary), lengths)
+    return counts
+
+
 def check_ids(output: Path, dtype: Any, expected: str, tokens: int) -> None:
     """`output` has that many ids, and they are those of the file `expected` (uint32) from its first on."""
     import numpy as np

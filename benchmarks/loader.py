@@ -290,7 +290,7 @@ def build_job(folder: Path, arguments: Any) -> tuple[Job, str]:
         text.write_bytes(b"".join(corpus.lines_of(corpus.demo_texts(prepared))))
         source = "the demo corpus"
     tokens = int(arguments.million_tokens * 1e6)
-    unique, dtype, vocab_size = write_pair(text, vocabulary, tokens, folder)
+    unique, dtype, vocab_size = write_tokens(text, vocabulary, tokens, folder)
     job: Job = {
         "folder": str(folder),
         "dtype": dtype,
@@ -307,7 +307,7 @@ def build_job(folder: Path, arguments: Any) -> tuple[Job, str]:
     return job, about
 
 
-def write_pair(text: Path, vocabulary: Path, tokens: int, folder: Path) -> tuple[int, str, int]:
+def write_tokens(text: Path, vocabulary: Path, tokens: int, folder: Path) -> tuple[int, str, int]:
     """folder/train.xx.bin and .idx, `tokens` ids in lines of the text; returns (ids in the text, dtype, vocab size)."""
     import numpy as np
 
@@ -316,9 +316,7 @@ def write_pair(text: Path, vocabulary: Path, tokens: int, folder: Path) -> tuple
     symbols = corpus.load_symbols(str(vocabulary))
     dtype = "uint16" if len(symbols) < 65_500 else "uint32"
     once = folder / "once.bin"
-    paths = _core.PairPaths(once, folder / "once.idx", folder / "once.lengths")
-    dictionary, kind = _core.Dictionary(symbols), _core.IndexKind.mmap
-    _core.binarize_file(text, dictionary, kind, paths, threads=1, progress=_core.Progress())
+    corpus.write_pair(text, _core.Dictionary(symbols), once)
     ids = np.fromfile(once, dtype)
     lines = np.split(ids, np.flatnonzero(ids == EOS) + 1)[:-1]  # an eos ends a line
     generator, written, lengths = np.random.default_rng(corpus.SEED), 0, []
