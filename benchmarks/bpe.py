@@ -232,7 +232,7 @@ PEERS: list[tuple[str, Callable[[Job, str], Figures], tuple[str, ...], str]] = [
     ("fastBPE", fastbpe, ("fastBPE",), "a slice; then a Python dictionary"),
     ("subword-nmt", subword_nmt, ("subword-nmt",), "a slice; then a Python dictionary"),
     ("HF tokenizers BPE", huggingface, ("tokenizers",), "a slice; WhitespaceSplit, 1 thread"),
-    ("gigatoken", gigatoken, ("gigatoken", "tokenizers"), "BPE of bytes: another task"),
+    ("gigatoken (of bytes)", gigatoken, ("gigatoken", "tokenizers"), "BPE of bytes: another task"),
 ]
 
 CONTENDERS = [

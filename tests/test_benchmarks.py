@@ -96,7 +96,7 @@ def test_bpe(tmp_path: Path) -> None:
     expected = {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
     assert len(ratios) == 3
     assert rows["wc -l"]["ratio"] == pytest.approx(expected)
-    skipped = {f"{peer}, {text}" for peer in ("fastBPE", "subword-nmt", "HF tokenizers BPE", "gigatoken")
+    skipped = {f"{peer}, {text}" for peer in ("fastBPE", "subword-nmt", "HF tokenizers BPE", "gigatoken (of bytes)")
                for text in ("unique text", "repeated text")}  # fmt: skip
     assert skipped <= set(result["skipped"])
 
