@@ -73,9 +73,12 @@ fuzz: build/asan-core/core_tests
 	  xargs -P "$$(nproc)" -I{} sh -c "{} --runs $(RUNS) --seed $(SEED)" >> ../fuzz.log 2>&1; status=$$?; cat ../fuzz.log; exit $$status
 	cp build/fuzz.log $(FUZZ_LOG)
 
+# About a quarter of an hour on two quiet cores; benchmarks/README.md says how to install what it compares with.
 bench: setup
 	$(BIN)/python benchmarks/binarize.py
-	$(BIN)/python benchmarks/batches.py
+	$(BIN)/python benchmarks/bpe.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/figure.py
 
 # Raw text in five languages to an evaluated model, through the deepspeed launcher, in a few minutes on two cores.
 # What is there already is reused; `rm -r demo` starts anew.

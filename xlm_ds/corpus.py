@@ -133,7 +133,7 @@ def micro_batch(
     """A micro-batch of a rank's part, a contiguous slice of the update that begins at sample `first`.
 
     It is filled when it is needed, without loader processes or threads. One of eight ranks with 64 x 256 tokens spends
-    50 microseconds on it and 47 on `update_targets` of all 512 rows (benchmarks/batches.py). xlm_base with 95,000
+    50 microseconds on it and 47 on `update_targets` of all 512 rows (benchmarks/loader.py). xlm_base with 95,000
     symbols computes 8.9e12 operations from it: 6 x 75.5 million weights x 16,384 tokens in the layers, 6 x 97 million x
     2,496 masked tokens in the output. That is 22 ms on an H100 at 400e12 a second, 40 % of its peak (assumed, not
     measured): 0.44 % of a step, if nothing of it overlaps with the GPU's work.

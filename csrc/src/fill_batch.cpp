@@ -11,7 +11,7 @@ namespace {
 
 // Rows whose blocks are asked for together, so that their page walks and cache misses overlap: 395
 // instead of 330 million shuffled tokens per CPU-second when each row asks for the next one alone
-// (interleaved runs of what benchmarks/batches.py does, from C++; 2-core AMD EPYC, November 2026);
+// (interleaved runs of what benchmarks/loader.py does, from C++; 2-core AMD EPYC, November 2026);
 // 8 and 32 at once did as well.
 constexpr std::size_t kRowsAtOnce = 16;
 

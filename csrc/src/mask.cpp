@@ -25,7 +25,7 @@ constexpr std::int64_t all_bits_if(bool condition) noexcept {
 
 /// What a masked position shows: of ten, eight times the mask, once a random word, once what was
 /// there. No processor can guess which, so nothing branches on it: 403 instead of 339 million tokens
-/// per CPU-second (interleaved runs of what benchmarks/batches.py does, from C++; 2-core AMD EPYC,
+/// per CPU-second (interleaved runs of what benchmarks/loader.py does, from C++; 2-core AMD EPYC,
 /// November 2026).
 std::int64_t draw_shown(Digits& digits, std::uint64_t words) noexcept {
   const std::uint64_t tenth = digits.take(10);
