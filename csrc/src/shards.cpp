@@ -4,7 +4,6 @@
 #include <array>
 #include <map>
 #include <numeric>
-#include <ranges>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -123,9 +122,12 @@ std::uint64_t Pair::tokens_before(std::uint64_t line) const {
 }
 
 std::uint64_t Pair::lines_within(std::uint64_t tokens) const {
-  const auto lines = std::views::iota(std::uint64_t{1}, index_.sequences + 1);
-  const auto beyond = std::ranges::partition_point(lines, [&](std::uint64_t line) { return tokens_before(line) <= tokens; });
-  return static_cast<std::uint64_t>(beyond - lines.begin());
+  std::uint64_t within = 0, beyond = index_.sequences + 1;  // of lines counted from the first; by halving
+  while (beyond - within > 1) {
+    const std::uint64_t middle = within + (beyond - within) / 2;
+    (tokens_before(middle) <= tokens ? within : beyond) = middle;
+  }
+  return within;
 }
 
 std::vector<std::int64_t> Pair::line(std::uint64_t number) const {
