@@ -56,9 +56,9 @@ class Dictionary {
     }
   };
 
-  /// Sets the key of `entry`, in place: a copy would wait for the store.
-  static void set_key(Entry& entry, std::string_view word) noexcept;
-  [[nodiscard]] std::uint32_t home_of(const Entry& key, std::string_view word) const noexcept;
+  /// Sets the key of `entry`, in place, as a copy would wait for the store; returns the slot that is
+  /// looked at first.
+  std::uint32_t set_key(Entry& entry, std::string_view word) const noexcept;
   [[nodiscard]] std::size_t slot_of(const Entry& key, std::string_view word,
                                     std::size_t home) const noexcept;
   void insert(std::string_view word, std::uint32_t id);
