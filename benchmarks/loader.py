@@ -53,6 +53,7 @@ def batches_of(job: Job, share: float) -> int:
 
 
 def open_corpus(job: Job) -> Any:
+    """What a run reads. The caller has imported these rooms before anything is timed."""
     from xlm_ds.batches import Masking
     from xlm_ds.corpus import Corpus
     from xlm_ds.dataset import open_split
@@ -77,6 +78,7 @@ def open_corpus(job: Job) -> Any:
 
 def ours(job: Job) -> Figures:
     """What a micro-batch of a run is made by: Order, and the core's fill_batch into new tensors."""
+    import xlm_ds.corpus  # noqa: F401 (open_corpus)
     from xlm_ds.batches import build_batch
 
     def batches() -> Iterator[Any]:
@@ -93,6 +95,7 @@ def fill_batch(job: Job) -> Figures:
     """The same into arrays that are used again."""
     import numpy as np
 
+    import xlm_ds.corpus  # noqa: F401 (open_corpus)
     from xlm_ds import _core
 
     def batches() -> Iterator[Any]:
