@@ -277,6 +277,14 @@ def test_a_pair_under_another_name_is_refused(tmp_path: Path) -> None:
         open_one(tmp_path)
 
 
+def test_one_of_several_shards_is_refused(tmp_path: Path) -> None:
+    """The first alone would train on a part of the text without a word otherwise."""
+    write_mmap(tmp_path / "train.ar", LINES)
+    write_record(tmp_path, shard=0, shards=3)
+    with pytest.raises(InputError, match=r"one of 3 shards.*shards merge"):
+        open_one(tmp_path)
+
+
 def test_another_dictionary_is_refused(tmp_path: Path) -> None:
     write_mmap(tmp_path / "train.ar", LINES)
     write_record(tmp_path)

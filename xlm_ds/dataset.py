@@ -206,6 +206,11 @@ def _check_record(
         raise InputError(
             f"{path}: was written for {named}, so the files beside it are not {split}.{language}; binarize again"
         )
+    if "shards" in record:
+        raise InputError(
+            f"{path}: the pair is one of {record['shards']} shards, and the others would be left out; join them with "
+            "xlm-ds shards merge"
+        )
     if recorded_sha256 != dictionary_sha256:
         raise InputError(
             f"{path}: the file was made with the dictionary of SHA-256 {recorded_sha256}, but the one given has "
