@@ -259,6 +259,16 @@ def test_files_that_are_not_torchs(tmp_path: Path) -> None:
             load_xlm_text(cut)
 
 
+def test_an_array_without_elements_has_no_huge_size(tmp_path: Path) -> None:
+    path = write_pth(tmp_path / "x.pth", content(positions=np.zeros((0, 2), int)), legacy=True)
+    huge = b"\x8a\x08" + (1 << 62).to_bytes(8, "little")  # LONG1
+    raw = path.read_bytes()
+    assert raw.count(b"K\0K\2\x86") == 1
+    path.write_bytes(raw.replace(b"K\0K\2\x86", b"K\0" + huge + b"\x86"))
+    with pytest.raises(InputError, match="whose shape and bytes do not agree"):
+        load_xlm_text(path)
+
+
 class Call:
     """Pickled as a call; unpickling it anywhere runs `function(*arguments)`."""
 

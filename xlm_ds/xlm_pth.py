@@ -428,7 +428,8 @@ class _Machine:
         if (
             type(shape) is not tuple
             or len(shape) > 2
-            or not all(type(n) is int and n >= 0 for n in shape)
+            # Without elements any size fits the bytes, and numpy raises for some.
+            or not all(type(n) is int and 0 <= n <= len(self._data) for n in shape)
             or type(raw) is not memoryview
             or math.prod(shape) * dtype.itemsize != len(raw)
             or target.array is not None
