@@ -185,6 +185,14 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
     assert "train.en1.idx: is missing" in capsys.readouterr().err
 
 
+def test_verify_names_the_file_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_pair(tmp_path / "train.en")
+    assert run("verify", pair, "--dict", tmp_path / "none") == EXIT_BAD_INPUT
+    assert f"{tmp_path / 'none'}: no such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("prepare", "expected"),
     [

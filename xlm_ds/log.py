@@ -27,6 +27,7 @@ __all__ = [
     "add_log_file",
     "logger",
     "run_stage",
+    "sentence_of",
 ]
 
 EXIT_OK = 0
@@ -53,7 +54,7 @@ def run_stage(
     try:
         return main(sys.argv[1:])
     except (InputError, OSError) as error:
-        sys.stderr.write(f"{stage}: error: {_sentence(error)}\n")
+        sys.stderr.write(f"{stage}: error: {sentence_of(error)}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -92,7 +93,7 @@ def _log_to(stream: TextIO) -> None:
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
     """OSError's own text begins with [Errno n]; the core's says what could not be done to which file."""
     if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename is not None else ""

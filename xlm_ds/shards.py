@@ -35,7 +35,7 @@ from xlm_ds.config import (
 from xlm_ds.dictionary import BOS, EOS, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
 from xlm_ds.files import file_sha256
 from xlm_ds.flags import parse
-from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, logger, run_stage
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, logger, run_stage, sentence_of
 from xlm_ds.pairs import (
     PAIR_FIELDS,
     Source,
@@ -223,7 +223,7 @@ def verify(config: ShardsVerifyConfig) -> int:
             result = verify_pair(prefix, config.dict)
         except (InputError, OSError) as error:
             bad += 1
-            sys.stderr.write(f"shards: error: {getattr(error, 'strerror', None) or error}\n")
+            sys.stderr.write(f"shards: error: {sentence_of(error)}\n")
         else:
             sys.stdout.write(f"{prefix}: good: {result}\n")
     sys.stdout.write(f"{len(prefixes) - bad} of {len(prefixes)} pairs are good\n")
