@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pairs import write_lazy, write_megatron, write_mmap
 from xlm_ds import _core, binarize, shards
+from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError
 from xlm_ds.pairs import PAIR_FIELDS
@@ -183,6 +184,30 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
     (out / "train.en1.idx").unlink()
     assert run("verify", out / "train.en") == EXIT_BAD_INPUT
     assert "train.en1.idx: is missing" in capsys.readouterr().err
+
+
+def test_training_does_not_take_one_shard_for_the_text(tmp_path: Path) -> None:
+    pair = make_recorded(tmp_path / "in")
+    dictionary_sha256 = record_of(pair)["dictionary_sha256"]
+
+    def open_language(language: str) -> None:
+        out, size = tmp_path / "out", len(WORDS) + 5
+        open_split(
+            out,
+            "train",
+            [language],
+            tokens_per_sample=8,
+            break_mode="none",
+            vocab_size=size,
+            dictionary_sha256=dictionary_sha256,
+        )
+
+    run("reshard", pair, "--shards", 1, "--destdir", tmp_path / "out")
+    open_language("en")
+    run("reshard", pair, "--shards", 2, "--destdir", tmp_path / "out", "--overwrite")
+    for language in ("en", "en1"):
+        with pytest.raises(InputError, match=r"one of 2 shards of train\.en, and the others"):
+            open_language(language)
 
 
 def test_verify_names_the_file_that_is_not_there(

@@ -200,16 +200,17 @@ def _check_record(
         record = json.loads(path.read_text(encoding="utf-8"))
         recorded_tokens, recorded_sha256 = record["tokens"], record["dictionary_sha256"]
         named = f"{record['split']}.{record['language']}"
+        shards = record.get("shards", 1)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
+    if shards != 1:
+        raise InputError(
+            f"{path}: the pair is one of {shards} shards of {named}, and the others would be left out; join them with "
+            "xlm-ds shards merge"
+        )
     if named != f"{split}.{language}":
         raise InputError(
             f"{path}: was written for {named}, so the files beside it are not {split}.{language}; binarize again"
-        )
-    if "shards" in record:
-        raise InputError(
-            f"{path}: the pair is one of {record['shards']} shards, and the others would be left out; join them with "
-            "xlm-ds shards merge"
         )
     if recorded_sha256 != dictionary_sha256:
         raise InputError(
