@@ -19,6 +19,7 @@ from pairs import write_lazy, write_megatron, write_mmap
 from xlm_ds import _core, binarize, shards
 from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
+from xlm_ds.files import locked
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError
 from xlm_ds.pairs import PAIR_FIELDS
 
@@ -208,6 +209,21 @@ def test_training_does_not_take_one_shard_for_the_text(tmp_path: Path) -> None:
     for language in ("en", "en1"):
         with pytest.raises(InputError, match=r"one of 2 shards of train\.en, and the others"):
             open_language(language)
+
+
+def test_a_pair_is_made_by_one_at_a_time(tmp_path: Path) -> None:
+    """Be it another command or binarize; what the other has written so far stays."""
+    pair = make_recorded(tmp_path / "in")
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out / ".train.en.lock"):
+        (out / ".train.en.bin.tmp").write_bytes(b"of the other")
+        with pytest.raises(InputError, match=r"train\.en: another program is making this pair"):
+            run("merge", out / "train.en", pair, pair)
+        assert (out / ".train.en.bin.tmp").read_bytes() == b"of the other"
+        assert run("merge", out / "valid.en", pair, pair) == EXIT_OK
+    assert run("merge", out / "train.en", pair, pair) == EXIT_OK
+    assert not list(out.glob(".*"))
 
 
 def test_verify_names_the_file_that_is_not_there(

@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,21 +21,20 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.binarize import COMPANIONS, entropy_bits
+from xlm_ds.binarize import COMPANIONS, KINDS, entropy_bits, interruptible
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import file_sha256, naming, save_array, sync_file
+from xlm_ds.files import file_sha256, locked, naming, save_array, sync_file
 from xlm_ds.log import InputError
+from xlm_ds.ranks import Ranks
 
 Result = TypeVar("Result")
 
-KINDS = ("bin", "counts.npy", "json", "idx")  # in the order in which they get their final names
 # Of a record; what else is in one is kept in the made_from of what is made of its pair.
 PAIR_FIELDS = {
     **{"language": str, "split": str, "lines": int, "tokens": int, "unknown": int, "blank": int},
     **{"literal_specials": int, "unigram_entropy_bits": float, "dictionary_sha256": str},
     "sha256": dict,
 }
-POLL_SECONDS = 0.1
 
 
 # ------------------------------------------------------------------------------------ pairs on disk
@@ -194,27 +192,48 @@ def new_pairs(
     """Pairs of one folder to be filled and described; they get their final names if nothing is raised.
 
     A folder without a dict.txt gets the dictionary, and what lies beside it in the folder `companions`.
-    Raises: InputError if a pair is there already, or another dictionary, or a further shard of the last one.
+    Raises: InputError if a pair is there already, or being made, or another dictionary, or a further shard of the last.
     """
-    folder = prefixes[0].parent
+    first = prefixes[0]
+    folder = first.parent
     pairs = [NewPair(prefix) for prefix in prefixes]
-    _check_room(pairs, dictionary, overwrite)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    published: list[Path] = []
-    dict_txt = folder / ".dict.txt.tmp"
+    busy = f"{first}: another program is making this pair; wait for it, or give another name"
     try:
-        yield pairs
-        names = {p.temporary[kind]: p.final[kind] for kind in KINDS for p in pairs}
+        with locked(beside(first.with_name(f".{first.name}"), "lock"), busy):  # binarize's too
+            try:
+                _check_room(pairs, overwrite)
+                _check_dictionary(folder, dictionary)
+                yield pairs
+                with locked(folder / ".dict.txt.lock"):
+                    _check_dictionary(folder, dictionary)
+                    _publish(pairs, dictionary, companions)
+            finally:
+                for pair in pairs:
+                    for path in (*pair.temporary.values(), pair.lengths):
+                        path.unlink(missing_ok=True)
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _publish(pairs: Sequence[NewPair], dictionary: Dictionary, companions: Path) -> None:
+    """Gives all files their names, or none."""
+    folder = pairs[0].prefix.parent
+    names = {p.temporary[kind]: p.final[kind] for kind in KINDS for p in pairs}
+    shared = {name: folder / f".{name}.tmp" for name in (*COMPANIONS, "dict.txt")}
+    published: list[Path] = []
+    try:
         if not (folder / "dict.txt").exists():
-            with naming(dict_txt):
-                dictionary.save(dict_txt)
-            names = {dict_txt: folder / "dict.txt", **names}
+            with naming(shared["dict.txt"]):
+                dictionary.save(shared["dict.txt"])
+            names = {shared["dict.txt"]: folder / "dict.txt", **names}
             for name in COMPANIONS:
                 if (companions / name).is_file() and not (folder / name).exists():
-                    with naming(folder / f".{name}.tmp"):
-                        shutil.copyfile(companions / name, folder / f".{name}.tmp")
-                    names = {folder / f".{name}.tmp": folder / name, **names}
+                    with naming(shared[name]):
+                        shutil.copyfile(companions / name, shared[name])
+                    names = {shared[name]: folder / name, **names}
         for path in names:
             sync_file(path)
         for pair in pairs:  # an .idx says that its pair is whole: an old one goes first
@@ -230,14 +249,11 @@ def new_pairs(
             path.unlink()
         raise
     finally:
-        kept = [path for pair in pairs for path in (*pair.temporary.values(), pair.lengths)]
-        for path in (*kept, dict_txt, *(folder / f".{name}.tmp" for name in COMPANIONS)):
+        for path in shared.values():
             path.unlink(missing_ok=True)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
-def _check_room(pairs: Sequence[NewPair], dictionary: Dictionary, overwrite: bool) -> None:
+def _check_room(pairs: Sequence[NewPair], overwrite: bool) -> None:
     for pair in pairs:
         split_and_language(pair.prefix)
         for path in pair.final.values():
@@ -249,7 +265,10 @@ def _check_room(pairs: Sequence[NewPair], dictionary: Dictionary, overwrite: boo
         raise InputError(
             f"{further}: would be read as one more shard of {first.name}; move it away"
         )
-    there = first.with_name("dict.txt")
+
+
+def _check_dictionary(folder: Path, dictionary: Dictionary) -> None:
+    there = folder / "dict.txt"
     if there.exists() and load_dictionary(there).sha256 != dictionary.sha256:
         raise InputError(f"{there}: another dictionary is there already; write to another folder")
 
@@ -261,19 +280,10 @@ def progress_bar(total_bytes: int) -> Iterator["tqdm[None]"]:
 
 
 def run_core(call: Callable[[_core.Progress], Result], bar: "tqdm[None]") -> Result:
-    """The core's `call`, on another thread, so that Ctrl-C ends it at once and the bar moves."""
+    """The core's `call`, so that Ctrl-C ends it at once and the bar moves."""
     progress = _core.Progress()
-    start = bar.n
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        future = thread.submit(call, progress)
-        try:
-            while not future.done():
-                wait([future], timeout=POLL_SECONDS)
-                bar.update(start + progress.done_bytes - bar.n)
-        except KeyboardInterrupt:
-            progress.cancel()
-            raise
-    return future.result()
+    with interruptible(progress, Ranks(), bar) as run:
+        return run(lambda: call(progress))
 
 
 def bin_bytes(prefixes: Iterable[Path]) -> int:
