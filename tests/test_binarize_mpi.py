@@ -173,6 +173,34 @@ def test_a_rank_that_dies_ends_the_run(
     assert files_in(tmp_path) == files_in(expected)
 
 
+CODES_OF_ITS_OWN = """
+import os, sys
+from xlm_ds import binarize
+from xlm_ds.log import run_stage
+sys.argv[-1] += os.environ["PMI_RANK"]
+sys.exit(run_stage("binarize", binarize.main))
+"""
+
+
+@needs_mpi
+def test_ranks_with_other_codes_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """The same path on two hosts need not be the same file; of each pair a part would have other pieces."""
+    (tmp_path / "codes0").write_text("a b 1\n", encoding="utf-8")
+    (tmp_path / "codes1").write_text("b b 1\n", encoding="utf-8")
+    arguments = [*flags(corpus), f"--destdir={tmp_path / 'out'}", f"--bpe-codes={tmp_path}/codes"]
+    result = mpirun(2, "-c", CODES_OF_ITS_OWN, *arguments)
+    assert result.returncode == 2
+    assert "is another file than on the first rank" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "codes1").write_text("a b 1\n", encoding="utf-8")
+    result = mpirun(2, "-c", CODES_OF_ITS_OWN, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    arguments[-1] += "0"
+    assert binarize.main([*arguments, f"--destdir={tmp_path / 'one'}"]) == 0
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "one")
+
+
 FAULT = """
 import sys
 from xlm_ds import binarize

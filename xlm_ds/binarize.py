@@ -19,7 +19,7 @@ import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -64,6 +64,7 @@ class Job(NamedTuple):
     dictionary: Dictionary
     core_dictionary: _core.Dictionary
     bpe: _core.Bpe | None
+    bpe_sha256: dict[str, str]
     kind: _core.IndexKind
     threads: int
     ranks: Ranks
@@ -87,6 +88,8 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     texts = ranks.on_first(lambda: texts_for(config, ranks.size))
     threads = config.workers or ranks.threads()
     bpe = ranks.together(lambda: load_bpe(config))
+    bpe_sha256 = ranks.on_first(lambda: bpe_checksums(config))
+    ranks.together(lambda: check_same_bpe(config, bpe_sha256))
     dictionary = find_dictionary(config, texts, bpe, threads, ranks)
     ranks.on_first(lambda: start_folder(config, dictionary))
     check_shared(config.destdir, ranks)
@@ -100,7 +103,7 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     ) as bar:
         kind = _core.IndexKind.mmap if config.dataset_impl == "mmap" else _core.IndexKind.lazy
         core_dictionary = _core.Dictionary(dictionary.symbols)
-        job = Job(config, dictionary, core_dictionary, bpe, kind, threads, ranks, bar)
+        job = Job(config, dictionary, core_dictionary, bpe, bpe_sha256, kind, threads, ranks, bar)
         announced: set[str] = set()
         for group in [[text] for text in texts] if ranks.size == 1 else [texts]:
             made = make_pairs(group, job)
@@ -167,6 +170,20 @@ def load_bpe(config: BinarizeConfig) -> _core.Bpe | None:
             )
         return None
     return _core.Bpe(config.bpe_codes, config.bpe_vocab)
+
+
+def bpe_checksums(config: BinarizeConfig) -> dict[str, str]:
+    files = {"bpe_codes_sha256": config.bpe_codes, "bpe_vocab_sha256": config.bpe_vocab}
+    return {name: file_sha256(path) for name, path in files.items() if path is not None}
+
+
+def check_same_bpe(config: BinarizeConfig, first: Mapping[str, str]) -> None:
+    """Raises InputError on a rank whose files are not those of rank 0, whose checksums are `first`."""
+    if bpe_checksums(config) != first:
+        raise InputError(
+            f"{config.bpe_codes}: on {socket.gethostname()} it, or its --bpe-vocab, is another file than on the "
+            "first rank; give files that are the same on all hosts"
+        )
 
 
 def find_dictionary(
@@ -364,11 +381,7 @@ def made_from(text: Text, job: Job) -> dict[str, Any]:
         ],
         "dictionary_sha256": job.dictionary.sha256,
         "dataset_impl": job.kind.name,
-        **{
-            f"{flag}_sha256": file_sha256(path)
-            for flag in ("bpe_codes", "bpe_vocab")
-            if (path := getattr(job.config, flag)) is not None
-        },
+        **job.bpe_sha256,
     }
 
 
