@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
@@ -38,6 +39,7 @@ from xlm_ds.ranks import Ranks, Stopped, started_ranks
 from xlm_ds.texts import Share, Text, divide, texts_of
 
 Result = TypeVar("Result")
+CountsById: TypeAlias = NDArray[np.uint64]  # (V,)
 
 # What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
 COMPANIONS = ("codes", "prepare.json")
@@ -447,25 +449,40 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
     by_id = figures[len(Counts._fields) :]
     _core.write_text_index(new["idx"], job.kind, len(job.dictionary), lengths)
     save_array(new["counts.npy"], by_id)
-    description = {
-        "language": text.language,
-        "split": text.split,
+    record = describe(text.split, text.language, counts, by_id, job.dictionary, new)
+    write_record(new["json"], {**record, "made_from": made_from(text, job)})
+    for path in new.values():
+        sync_file(path)
+    return counts
+
+
+def describe(
+    split: str,
+    language: str,
+    counts: Counts,
+    by_id: CountsById,
+    dictionary: Dictionary,
+    files: Mapping[str, Path],
+) -> dict[str, Any]:
+    """The record of a pair but for what it was made from. `files`, by kind, are written, all but the record itself."""
+    return {
+        "language": language,
+        "split": split,
         "lines": counts.lines,
         "tokens": counts.tokens,
         "unknown": counts.unknown,
         "blank": counts.blank_lines,
         "literal_specials": counts.literal_specials,
         "unigram_entropy_bits": entropy_bits(by_id),
-        "dictionary_sha256": job.dictionary.sha256,
-        "sha256": {kind: file_sha256(new[kind]) for kind in ("bin", "idx")},
-        "bytes": {kind: new[kind].stat().st_size for kind in ("bin", "counts.npy", "idx")},
-        "made_from": made_from(text, job),
+        "dictionary_sha256": dictionary.sha256,
+        "sha256": {kind: file_sha256(files[kind]) for kind in ("bin", "idx")},
+        "bytes": {kind: files[kind].stat().st_size for kind in ("bin", "counts.npy", "idx")},
     }
-    with naming(new["json"]):
-        new["json"].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    for path in new.values():
-        sync_file(path)
-    return counts
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with naming(path):
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def join(parts: Sequence[Path], whole: Path) -> None:
@@ -495,7 +512,7 @@ def publish(texts: Sequence[Text], job: Job) -> None:
     sync_file(folder)
 
 
-def entropy_bits(counts: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> float:
+def entropy_bits(counts: CountsById) -> float:
     """Entropy of the unigram distribution, eos included; 0 of an empty text."""
     seen = counts[counts > 0].astype(np.float64)
     total = float(seen.sum())

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.binarize import COMPANIONS, KINDS, entropy_bits, interruptible
+from xlm_ds.binarize import COMPANIONS, KINDS, Counts, describe, interruptible, write_record
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import file_sha256, locked, naming, save_array, sync_file
+from xlm_ds.files import locked, naming, save_array, sync_file
 from xlm_ds.log import InputError
 from xlm_ds.ranks import Ranks
 
@@ -166,22 +166,11 @@ class NewPair:
         save_array(self.temporary["counts.npy"], counts.by_id)
         if unknown is None:
             unknown = counts.unknown
+        literal = counts.literal_specials + counts.unknown - unknown
+        figures = Counts(counts.lines, counts.tokens, unknown, counts.blank_lines, literal)
         split, language = split_and_language(self.prefix)
-        record = {
-            "language": language,
-            "split": split,
-            "lines": counts.lines,
-            "tokens": counts.tokens,
-            "unknown": unknown,
-            "blank": counts.blank_lines,
-            "literal_specials": counts.literal_specials + counts.unknown - unknown,
-            "unigram_entropy_bits": entropy_bits(counts.by_id),
-            "dictionary_sha256": dictionary.sha256,
-            "sha256": {kind: file_sha256(self.temporary[kind]) for kind in ("bin", "idx")},
-        }
-        text = json.dumps({**record, **more}, indent=1)
-        with naming(self.temporary["json"]):
-            self.temporary["json"].write_text(text + "\n", encoding="utf-8")
+        record = describe(split, language, figures, counts.by_id, dictionary, self.temporary)
+        write_record(self.temporary["json"], {**record, **more})
         return counts
 
 
