@@ -5,6 +5,7 @@ A limit on the size of files stands for a disk that is full within a file: the k
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlm_ds import binarize, prepare
+from xlm_ds import binarize, prepare, shards
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import copy_file, file_sha256, save_array
 
@@ -150,39 +151,58 @@ def test_a_dictionary_or_codes_that_cannot_be_written_are_written_next_time(
     assert len(Dictionary.load(out / "dict.txt")) == 5 + len(symbols)
 
 
-@pytest.mark.parametrize("what", ["fsync", "rename"])
-def test_a_disk_that_fails_at_any_moment_leaves_no_half_pair(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The n-th call fails, for every n there is."""
-    text = tmp_path / "text"
-    write_text(text, "a b a\n", ["a", "b"])
+@contextlib.contextmanager
+def nth_call_fails(what: str, n: int) -> Iterator[list[object]]:
+    """Gives what is called, call by call; fewer than n say that there was no n-th."""
     owner, name = (os, "fsync") if what == "fsync" else (Path, "replace")
-    real = getattr(owner, name)
-    calls, failing = 0, 1
+    real, calls = getattr(owner, name), list[object]()
 
     def fail(*arguments: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == failing:
+        calls.append(arguments)
+        if len(calls) == n:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*arguments)
 
-    while True:
-        out = tmp_path / f"out{failing}"
-        calls = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fail)
-            with contextlib.suppress(OSError):
-                run_binarize(text, out)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError):
+        patch.setattr(owner, name, fail)
+        yield calls
+
+
+@pytest.mark.parametrize("what", ["fsync", "rename"])
+def test_a_disk_that_fails_at_any_moment_leaves_no_half_pair(what: str, tmp_path: Path) -> None:
+    """The n-th call fails, for every n there is."""
+    text = tmp_path / "text"
+    write_text(text, "a b a\n", ["a", "b"])
+    for n in itertools.count(1):
+        out = tmp_path / f"out{n}"
+        with nth_call_fails(what, n) as calls:
+            run_binarize(text, out)
         check_pair(out)
         run_binarize(text, out)
         check_pair(out)
         assert (out / "train.en.idx").exists()
-        if calls < failing:
+        if len(calls) < n:
             break
-        failing += 1
-    assert failing > 4  # files, and the folder for fsync
+    assert n > 5  # files, and the folder for fsync
+
+
+@pytest.mark.parametrize("what", ["fsync", "rename"])
+def test_shards_leave_nothing_on_a_disk_that_fails_at_any_moment(what: str, tmp_path: Path) -> None:
+    text, pair = tmp_path / "text", tmp_path / "in" / "train.en"
+    write_text(text, "a b a\n", ["a", "b"])
+    run_binarize(text, pair.parent)
+    for n in itertools.count(1):
+        out = tmp_path / f"out{n}"
+        command = ["merge", str(out / "train.en"), str(pair), str(pair)]
+        with nth_call_fails(what, n) as calls:
+            shards.main(command)
+        if len(calls) < n:
+            break
+        assert not out.exists()
+        shards.main(command)
+        check_pair(out)
+    check_pair(out)
+    assert n > 6  # also the dictionary and its codes
 
 
 def test_a_full_disk_is_named_until_it_is_large_enough(
