@@ -414,6 +414,13 @@ def test_a_bad_byte_of_standard_input_is_named(text: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"dict.txt", "preprocess.log"}
 
 
+def test_empty_standard_input_is_refused(text: Path, tmp_path: Path) -> None:
+    result = from_standard_input(b"", text, tmp_path / "out")
+    assert result.returncode == 2
+    assert "standard input: was empty" in result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dict.txt", "preprocess.log"}
+
+
 def test_ctrl_c_ends_a_run_that_waits_for_standard_input(text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xlm_ds.binarize", "--source-lang=en", "--trainpref=-"]
     flags = [f"--destdir={tmp_path / 'out'}", f"--srcdict={text / 'vocab'}"]

@@ -447,6 +447,11 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
     figures = sum(np.load(temporary(text, job, "counts", rank)) for rank in ranks)
     counts = Counts(*(int(figure) for figure in figures[: len(Counts._fields)]))
     by_id = figures[len(Counts._fields) :]
+    if text.is_standard_input and counts.lines == 0:
+        # A pipe does not tell that the command before it has failed.
+        raise InputError(
+            "standard input: was empty; look whether the command that writes to it has failed"
+        )
     _core.write_text_index(new["idx"], job.kind, len(job.dictionary), lengths)
     save_array(new["counts.npy"], by_id)
     record = describe(text.split, text.language, counts, by_id, job.dictionary, new)
