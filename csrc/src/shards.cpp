@@ -39,7 +39,7 @@ std::pair<std::uint64_t, std::uint64_t> range_of(const Pair& pair, std::uint64_t
 }
 
 /// Reads lines [first, end): take_ids(ids) for all ids in turn, take_line(tokens) for every line. Checks that each line
-/// begins where the one before it ends, and ends with eos.
+/// begins where the one before it ends, also the one at `end`, and ends with eos.
 template <typename TakeIds, typename TakeLine>
 void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_t vocab_size, Progress& progress,
           TakeIds take_ids, TakeLine take_line) {
@@ -75,6 +75,10 @@ void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_
     }
     done += step;
     progress.add(step * width);
+  }
+  if (line == end && line_start != stop) {
+    refuse(pair.index_path(), "line " + std::to_string(end) + " starts at token " + std::to_string(stop) +
+                                  ", but the lines before it end at " + std::to_string(line_start));
   }
 }
 
