@@ -232,6 +232,10 @@ class ChunkCounter {
     std::vector<std::pair<std::string, std::uint64_t>> pairs;
     pairs.reserve(counts_.size());
     for (ByteTable::Number number = 0; number < counts_.size(); ++number) {
+      if (first_invalid_utf8(words_[number]) != words_[number].size()) {
+        throw InputError("the codes split a character into pieces that are not UTF-8; use codes that "
+                         "were learnt from UTF-8 text");
+      }
       pairs.emplace_back(words_[number], counts_[number]);
     }
     return pairs;
