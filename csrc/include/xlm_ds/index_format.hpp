@@ -22,8 +22,8 @@ enum class Dtype : std::uint8_t {
 [[nodiscard]] std::size_t element_bytes(Dtype dtype);
 [[nodiscard]] std::string_view dtype_name(Dtype dtype);
 
-/// The element type the programs themselves write: int32 for lazy; below 65,500 symbols uint16, else uint32 for mmap and
-/// int32 for megatron. The limit is theirs (65,500, strict), not 2^16: files must be equal byte for byte. Throws
+/// The element type the programs themselves write: int32 for lazy; below 65,500 symbols uint16, else uint32 (from 2^32 - 1
+/// on int64) for mmap and int32 for megatron. The limit is theirs (65,500, strict), not 2^16: files must be equal byte for byte. Throws
 /// InputError if the kind has no type for so many symbols.
 [[nodiscard]] Dtype dtype_to_write(IndexKind kind, std::uint64_t dictionary_size);
 
