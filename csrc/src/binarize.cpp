@@ -15,7 +15,6 @@
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/file.hpp"
 #include "xlm_ds/in_order.hpp"
-#include "xlm_ds/mapped_file.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/words.hpp"
 
@@ -278,9 +277,7 @@ TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary
 
 void write_text_index(const std::filesystem::path& index, IndexKind kind,
                       std::uint64_t dictionary_size, const std::filesystem::path& line_lengths) {
-  const MappedFile lengths(line_lengths);
-  write_index(index, kind, dtype_to_write(kind, dictionary_size), lengths.bytes(),
-              [&] { lengths.release_pages(); });
+  write_index(index, kind, dtype_to_write(kind, dictionary_size), line_lengths);
 }
 
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(std::span<const Piece> text,

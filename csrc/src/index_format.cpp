@@ -2,20 +2,14 @@
 
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <functional>
-#include <ios>
 #include <optional>
-#include <stdexcept>
 #include <string>
-#include <system_error>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/file.hpp"
 
 static_assert(std::endian::native == std::endian::little, "both formats are little-endian and are read without swapping");
 
@@ -35,7 +29,7 @@ constexpr std::uint64_t kMaxSequences = std::uint64_t{1} << 56;  // so that no s
 constexpr std::uint64_t kFairseqUint16Limit = 65500;
 constexpr std::uint64_t kUint32Limit = 4294967295;
 constexpr std::uint64_t kInt32Limit = std::uint64_t{1} << 31;
-constexpr std::size_t kWriteBufferBytes = std::size_t{1} << 18;
+constexpr std::size_t kBufferBytes = std::size_t{1} << 18;
 
 template <typename T>
 T load(std::span<const std::byte> bytes, std::size_t offset) {
@@ -156,46 +150,54 @@ Index read_lazy_header(std::span<const std::byte> bytes, const std::filesystem::
   return index;
 }
 
-/// A file written through one buffer; close() reports what a destructor would have to swallow.
+/// A file written front to back through one buffer; what is left in it is written by finish().
 class IndexFile {
  public:
-  explicit IndexFile(const std::filesystem::path& path, std::function<void()> after_block = {})
-      : path_(path), stream_(path, std::ios::binary | std::ios::trunc), after_block_(std::move(after_block)) {
-    buffer_.reserve(kWriteBufferBytes);
-    if (!stream_) fail();
-  }
+  explicit IndexFile(const std::filesystem::path& path) : file_(path) { buffer_.reserve(kBufferBytes); }
   template <typename T>
   void put(T value) {
     static_assert(std::is_trivially_copyable_v<T>);
-    if (buffer_.size() + sizeof(T) > kWriteBufferBytes) flush();
-    const auto* const first = reinterpret_cast<const char*>(&value);
+    if (buffer_.size() + sizeof(T) > kBufferBytes) finish();
+    const auto* const first = reinterpret_cast<const std::byte*>(&value);
     buffer_.insert(buffer_.end(), first, first + sizeof(T));
   }
-  void close() {
-    flush();
-    stream_.close();
-    if (!stream_) fail();
+  void finish() {
+    file_.write_at(written_, buffer_);
+    written_ += buffer_.size();
+    buffer_.clear();
   }
 
  private:
-  void flush() {
-    stream_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size()));
-    if (!stream_) fail();
-    buffer_.clear();
-    if (after_block_) after_block_();
-  }
-  [[noreturn]] void fail() const {
-    throw std::system_error(errno, std::generic_category(), "cannot write " + path_.string());
-  }
-  std::filesystem::path path_;
-  std::ofstream stream_;
-  std::function<void()> after_block_;
-  std::vector<char> buffer_;
+  OutputFile file_;
+  std::vector<std::byte> buffer_;
+  std::uint64_t written_ = 0;
 };
 
-std::uint32_t length_at(std::span<const std::byte> lengths, std::uint64_t i) {
-  return load<std::uint32_t>(lengths, sizeof(std::uint32_t) * i);
-}
+/// A file of lengths, native u32 each, which may be more than memory holds.
+class LengthsFile {
+ public:
+  explicit LengthsFile(const std::filesystem::path& path)
+      : path_(path), file_(path), size_(file_.size() / sizeof(std::uint32_t)) {}
+  [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
+
+  /// Calls take(length) for each.
+  template <typename Take>
+  void for_each(Take take) const {
+    std::vector<std::uint32_t> lengths(kBufferBytes / sizeof(std::uint32_t));
+    for (std::uint64_t done = 0; done < size_;) {
+      const auto bytes = std::as_writable_bytes(std::span(lengths));
+      const std::size_t count = file_.read_at(done * sizeof(std::uint32_t), bytes) / sizeof(std::uint32_t);
+      if (count == 0) refuse(path_, "it became shorter while it was read");
+      for (const std::uint32_t length : std::span(lengths).first(count)) take(length);
+      done += count;
+    }
+  }
+
+ private:
+  std::filesystem::path path_;
+  RandomAccessFile file_;
+  std::uint64_t size_;
+};
 
 void put_mmap_header(IndexFile& file, Dtype dtype, std::uint64_t sequences) {
   for (const char c : kMmapMagic) file.put(c);
@@ -205,29 +207,27 @@ void put_mmap_header(IndexFile& file, Dtype dtype, std::uint64_t sequences) {
 }
 
 /// Lengths and starts, as fairseq and Megatron-LM have them.
-void put_mmap_sequences(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
-  for (std::uint64_t i = 0; i < sequences; ++i) file.put(narrow_or_throw<std::int32_t>(length_at(lengths, i), "tokens in one line"));
+void put_mmap_sequences(IndexFile& file, Dtype dtype, const LengthsFile& lengths) {
+  lengths.for_each([&](std::uint32_t length) { file.put(narrow_or_throw<std::int32_t>(length, "tokens in one line")); });
   std::uint64_t bytes_before = 0;
-  for (std::uint64_t i = 0; i < sequences; ++i) {
+  lengths.for_each([&](std::uint32_t length) {
     file.put(bytes_before);
-    bytes_before += length_at(lengths, i) * std::uint64_t{element_bytes(dtype)};
-  }
+    bytes_before += length * std::uint64_t{element_bytes(dtype)};
+  });
 }
 
-void put_lazy(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+void put_lazy(IndexFile& file, Dtype dtype, const LengthsFile& lengths) {
   for (const char c : kLazyMagic) file.put(c);
   file.put(kVersion);
   file.put(static_cast<std::uint64_t>(dtype));
   file.put(static_cast<std::uint64_t>(element_bytes(dtype)));
-  file.put(sequences);
-  file.put(sequences);
-  for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);  // dim_offsets of one-dimensional items
+  file.put(lengths.size());
+  file.put(lengths.size());
+  for (std::uint64_t i = 0; i <= lengths.size(); ++i) file.put(i);  // dim_offsets of one-dimensional items
   std::uint64_t tokens_before = 0;
   file.put(tokens_before);
-  for (std::uint64_t i = 0; i < sequences; ++i) file.put(tokens_before += length_at(lengths, i));
-  for (std::uint64_t i = 0; i < sequences; ++i) file.put(std::uint64_t{length_at(lengths, i)});
+  lengths.for_each([&](std::uint32_t length) { file.put(tokens_before += length); });
+  lengths.for_each([&](std::uint32_t length) { file.put(std::uint64_t{length}); });
 }
 
 /// TNTIDX only: the columns that this program does not use, but fairseq does.
@@ -354,43 +354,26 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
   }
 }
 
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
-                 const std::function<void()>& after_block) {
-  IndexFile file(index_path, after_block);
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype,
+                 const std::filesystem::path& lengths_path) {
+  const LengthsFile lengths(lengths_path);
+  IndexFile file(index_path);
   switch (kind) {
     case IndexKind::mmap:
-      put_mmap_header(file, dtype, sequences);
+      put_mmap_header(file, dtype, lengths.size());
       put_mmap_sequences(file, dtype, lengths);
       break;
     case IndexKind::megatron:
-      put_mmap_header(file, dtype, sequences);
-      file.put(sequences + 1);
+      put_mmap_header(file, dtype, lengths.size());
+      file.put(lengths.size() + 1);
       put_mmap_sequences(file, dtype, lengths);
-      for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);
+      for (std::uint64_t i = 0; i <= lengths.size(); ++i) file.put(i);
       break;
     case IndexKind::lazy:
       put_lazy(file, dtype, lengths);
       break;
   }
-  file.close();
-}
-
-void write_megatron_index(const std::filesystem::path& index_path, Dtype dtype, std::span<const std::byte> lengths,
-                          std::span<const std::byte> document_starts) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
-  const std::uint64_t entries = document_starts.size() / sizeof(std::uint64_t);
-  const auto start_at = [&](std::uint64_t i) { return load<std::uint64_t>(document_starts, sizeof(std::uint64_t) * i); };
-  bool in_order = entries != 0 && start_at(0) == 0 && start_at(entries - 1) == sequences;
-  for (std::uint64_t i = 1; in_order && i < entries; ++i) in_order = start_at(i - 1) <= start_at(i);
-  if (!in_order) throw std::invalid_argument("documents must start with sequence 0, never fall, and end with the number of sequences");
-
-  IndexFile file(index_path);
-  put_mmap_header(file, dtype, sequences);
-  file.put(entries);
-  put_mmap_sequences(file, dtype, lengths);
-  for (std::uint64_t i = 0; i < entries; ++i) file.put(start_at(i));
-  file.close();
+  file.finish();
 }
 
 }  // namespace xlm_ds

@@ -228,8 +228,7 @@ void PairWriter::append_ids(std::span<const std::int64_t> ids, std::span<const s
 
 TextCounts PairWriter::finish(const std::filesystem::path& index_path) {
   flush_lengths();
-  const MappedFile lengths(lengths_path_);
-  write_index(index_path, kind_, dtype_, lengths.bytes(), [&] { lengths.release_pages(); });
+  write_index(index_path, kind_, dtype_, lengths_path_);
   count_words(counts_);
   return counts_;
 }

@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <span>
 #include <string_view>
 
@@ -60,17 +59,10 @@ struct Index {
 /// InputError naming the first that differs.
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path);
 
-/// Writes an .idx for sequences of the given lengths, in bounded memory (`lengths` may be a mapped file of native u32,
-/// any alignment; its size is 4 bytes per sequence). megatron gets one document per sequence. Calls `after_block` for every
-/// quarter of a megabyte written. Throws std::system_error if it cannot be written, InputError if a sequence is too long
-/// for the layout.
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
-                 const std::function<void()>& after_block = {});
-
-/// Writes a megatron .idx with documents: `document_starts` is the first sequence of each, then the number of sequences
-/// (native u64, any alignment). Throws as above; std::invalid_argument, before anything is written, unless they start
-/// with 0, never fall, and end with the number of sequences.
-void write_megatron_index(const std::filesystem::path& index_path, Dtype dtype, std::span<const std::byte> lengths,
-                          std::span<const std::byte> document_starts);
+/// Writes the .idx of sequences whose lengths are in a file, native u32 each: there may be more than memory holds.
+/// megatron gets one document per sequence. In place: callers give a temporary name. Throws std::system_error if a file
+/// cannot be read or written, InputError if a sequence is too long for the layout.
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype,
+                 const std::filesystem::path& lengths_path);
 
 }  // namespace xlm_ds
