@@ -67,6 +67,10 @@ Dtype checked_dtype(std::uint64_t code, const std::filesystem::path& path) {
                "is damaged or another program's, binarize again");
 }
 
+void check_header(std::size_t found, std::size_t needed, const std::filesystem::path& path) {
+  if (found < needed) refuse(path, "only " + std::to_string(found) + " bytes: the header is truncated; binarize again");
+}
+
 void check_version(std::uint64_t version, const std::filesystem::path& path) {
   if (version != kVersion) refuse(path, "format version " + std::to_string(version) + ", expected 1");
 }
@@ -96,7 +100,8 @@ bool has_megatron_size(std::span<const std::byte> bytes, std::uint64_t sequences
 /// The documents after the sequences: where each begins, and after the last one the number of sequences.
 void read_documents(Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
   if (index.dtype == Dtype::uint32 || index.dtype == Dtype::uint64) {
-    refuse(path, "has Megatron-LM's layout, but " + std::string(dtype_name(index.dtype)) + ", a type it does not know; write it again with int32");
+    refuse(path, "has Megatron-LM's layout, but " + std::string(dtype_name(index.dtype)) +
+                     ", a type it does not know; write it again with int32");
   }
   const auto entries = load<std::uint64_t>(bytes, kMegatronDocumentsOffset);
   if (entries == 0) refuse(path, "lists no documents, not even where the last one ends; write it again");
@@ -116,8 +121,14 @@ std::uint64_t pointer_at(const Index& index, std::span<const std::byte> bytes, s
   return load<std::uint64_t>(bytes, index.pointers_offset + 8 * i);
 }
 
+/// A stored start in tokens, for a message.
+std::string start_text(const Index& index, std::uint64_t pointer) {
+  const std::uint64_t unit = pointer_unit(index);
+  return std::to_string(pointer / unit) + (pointer % unit != 0 ? " and a part of one" : "");
+}
+
 Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::path& path) {
-  if (bytes.size() < kMmapSizesOffset) refuse(path, "only " + std::to_string(bytes.size()) + " bytes: the header is truncated; binarize again");
+  check_header(bytes.size(), kMmapSizesOffset, path);
   Index index{.kind = IndexKind::mmap};
   check_version(load<std::uint64_t>(bytes, kMmapVersionOffset), path);
   index.dtype = checked_dtype(load<std::uint8_t>(bytes, kMmapDtypeOffset), path);
@@ -136,14 +147,18 @@ Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::
 }
 
 Index read_lazy_header(std::span<const std::byte> bytes, const std::filesystem::path& path) {
-  if (bytes.size() < kLazyDimOffset) refuse(path, "only " + std::to_string(bytes.size()) + " bytes: the header is truncated; binarize again");
+  check_header(bytes.size(), kLazyDimOffset, path);
   Index index{.kind = IndexKind::lazy};
   check_version(load<std::uint64_t>(bytes, kLazyVersionOffset), path);
   index.dtype = checked_dtype(load<std::uint64_t>(bytes, kLazyDtypeOffset), path);
-  if (load<std::uint64_t>(bytes, kLazyElementOffset) != element_bytes(index.dtype)) refuse(path, "the element size in the header is not that of its dtype");
+  if (load<std::uint64_t>(bytes, kLazyElementOffset) != element_bytes(index.dtype)) {
+    refuse(path, "the element size in the header is not that of its dtype");
+  }
   index.sequences = load<std::uint64_t>(bytes, kLazyCountOffset);
   check_count(index.sequences, path);
-  if (load<std::uint64_t>(bytes, kLazySizesCountOffset) != index.sequences) refuse(path, "items of more than one dimension are not token sequences");
+  if (load<std::uint64_t>(bytes, kLazySizesCountOffset) != index.sequences) {
+    refuse(path, "items of more than one dimension are not token sequences");
+  }
   check_size(bytes.size(), kLazyDimOffset + 16 * (index.sequences + 1) + 8 * index.sequences, index.sequences, path);
   index.pointers_offset = kLazyDimOffset + 8 * (index.sequences + 1);
   index.sizes_offset = index.pointers_offset + 8 * (index.sequences + 1);
@@ -276,7 +291,9 @@ Dtype dtype_to_write(IndexKind kind, std::uint64_t dictionary_size) {
   if (kind == IndexKind::lazy) return Dtype::int32;
   if (dictionary_size < kFairseqUint16Limit) return Dtype::uint16;
   if (kind == IndexKind::megatron) {
-    if (dictionary_size > kInt32Limit) throw InputError("Megatron-LM's layout has no type for a dictionary of " + std::to_string(dictionary_size) + " symbols");
+    if (dictionary_size > kInt32Limit) {
+      throw InputError("Megatron-LM's layout has no type for a dictionary of " + std::to_string(dictionary_size) + " symbols");
+    }
     return Dtype::int32;
   }
   return dictionary_size < kUint32Limit ? Dtype::uint32 : Dtype::int64;
@@ -292,8 +309,10 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
   if (index.sequences != 0) {
     // A Megatron-LM file cut to the size of fairseq's layout shows here: lengths stand where starts should.
     const std::uint64_t first = pointer_at(index, index_bytes, 0);
-    if (first != 0) refuse(index_path, "the first sequence starts at token " + std::to_string(sequence_start(index, index_bytes, 0)) +
-                                           (first % pointer_unit(index) != 0 ? " and a part of one" : "") + ", expected 0; the file is damaged, binarize again");
+    if (first != 0) {
+      refuse(index_path, "the first sequence starts at token " + start_text(index, first) +
+                             ", expected 0; the file is damaged, binarize again");
+    }
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);
@@ -331,15 +350,15 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
   for (std::uint64_t i = 0; i < index.sequences; ++i) {
     const std::uint64_t pointer = pointer_at(index, index_bytes, i);  // exact: sequence_start rounds
     if (pointer != expected * unit) {
-      refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + std::to_string(sequence_start(index, index_bytes, i)) +
-                             (pointer % unit != 0 ? " and a part of one" : "") + ", expected " + std::to_string(expected) +
+      refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + start_text(index, pointer) +
+                             ", expected " + std::to_string(expected) +
                              " from the lengths before it, at byte " + std::to_string(index.pointers_offset + 8 * i) +
                              "; the file is damaged, binarize again");
     }
     const std::uint64_t length = sequence_length(index, index_bytes, i);
     if (length > index.tokens - expected) {  // also a negative one, which the next start might agree with
-      refuse(index_path, "sequence " + std::to_string(i) + " has a length of " + std::to_string(static_cast<std::int64_t>(length)) +
-                             ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin, at byte " +
+      refuse(index_path, "sequence " + std::to_string(i) + " has a length of " +
+                             std::to_string(static_cast<std::int64_t>(length)) + ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin, at byte " +
                              std::to_string(index.sizes_offset + (index.kind == IndexKind::lazy ? 8 : 4) * i) +
                              "; the file is damaged, binarize again");
     }
