@@ -341,6 +341,8 @@ def test_codes_that_split_a_character_are_refused(tmp_path: Path) -> None:
     assert bpe.apply_line("é".encode()) == b"\xc3@@ \xa9"
     with pytest.raises(InputError, match="the codes split a character of the word `é`"):
         encode(tmp_path / "tok", list(SPECIAL_SYMBOLS), bpe)
+    with pytest.raises(InputError, match="the codes split a character into pieces"):
+        _core.count_text_words([_core.Piece(tmp_path / "tok")], 1, _core.Progress(), bpe=bpe)
 
 
 def test_what_does_not_fit_a_cache_is_split_alike(bpe: _core.Bpe, tmp_path: Path) -> None:

@@ -10,13 +10,12 @@
 
 #include "xlm_ds/bpe_encoder.hpp"
 #include "xlm_ds/bpe_splitter.hpp"
-#include "xlm_ds/byte_table.hpp"
 #include "xlm_ds/chunk_reader.hpp"
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/file.hpp"
 #include "xlm_ds/in_order.hpp"
-#include "xlm_ds/mapped_file.hpp"
 #include "xlm_ds/special_ids.hpp"
+#include "xlm_ds/word_counts.hpp"
 #include "xlm_ds/words.hpp"
 
 namespace xlm_ds {
@@ -215,38 +214,32 @@ class ChunkCounter {
     check_utf8(chunk, chunk.text);
     for_each_block(splitter_ ? splitter_->apply(chunk.text) : chunk.text, [this](auto words) {
       for (const std::string_view word : words) {
-        if (!word.empty()) count(word, 1);
+        if (!word.empty()) counts_.add(word);
       }
     });
   }
   void in_turn() const noexcept {}
   void after_turn() const noexcept {}
 
-  void add(const ChunkCounter& other) {
-    for (ByteTable::Number number = 0; number < other.counts_.size(); ++number) {
-      count(other.words_[number], other.counts_[number]);
-    }
-  }
+  void add(const ChunkCounter& other) { counts_.add(other.counts_); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> counts() const {
     std::vector<std::pair<std::string, std::uint64_t>> pairs;
     pairs.reserve(counts_.size());
-    for (ByteTable::Number number = 0; number < counts_.size(); ++number) {
-      pairs.emplace_back(words_[number], counts_[number]);
+    for (WordCounts::Number number = 0; number < counts_.size(); ++number) {
+      const std::string_view word = counts_.word(number);
+      if (first_invalid_utf8(word) != word.size()) {
+        throw InputError("the codes split a character into pieces that are not UTF-8; use codes that "
+                         "were learnt from UTF-8 text");
+      }
+      pairs.emplace_back(word, counts_.count(number));
     }
     return pairs;
   }
 
  private:
-  void count(std::string_view word, std::uint64_t times) {
-    const auto number = words_.insert(word);
-    if (number == counts_.size()) counts_.push_back(0);
-    counts_[number] += times;
-  }
-
   std::optional<BpeSplitter> splitter_;
-  ByteTable words_;
-  std::vector<std::uint64_t> counts_;  // by number in words_
+  WordCounts counts_;
 };
 
 }  // namespace
@@ -274,9 +267,7 @@ TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary
 
 void write_text_index(const std::filesystem::path& index, IndexKind kind,
                       std::uint64_t dictionary_size, const std::filesystem::path& line_lengths) {
-  const MappedFile lengths(line_lengths);
-  write_index(index, kind, dtype_to_write(kind, dictionary_size), lengths.bytes(),
-              [&] { lengths.release_pages(); });
+  write_index(index, kind, dtype_to_write(kind, dictionary_size), line_lengths);
 }
 
 std::vector<std::pair<std::string, std::uint64_t>> count_text_words(std::span<const Piece> text,

@@ -1,11 +1,8 @@
 #include "xlm_ds/bpe.hpp"
 
 #include <algorithm>
-#include <cerrno>
 #include <exception>
-#include <fstream>
 #include <functional>
-#include <ios>
 #include <mutex>
 #include <numeric>
 #include <queue>
@@ -17,7 +14,9 @@
 #include "xlm_ds/bpe_splitter.hpp"
 #include "xlm_ds/bpe_words.hpp"
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/file.hpp"
 #include "xlm_ds/mapped_file.hpp"
+#include "xlm_ds/word_counts.hpp"
 
 namespace xlm_ds {
 namespace {
@@ -86,17 +85,6 @@ std::vector<std::string_view> fields_of(std::string_view line) {
   }
   fields.push_back(line);
   return fields;
-}
-
-std::ofstream open_to_write(const std::filesystem::path& path) {
-  std::ofstream output(path, std::ios::binary | std::ios::trunc);
-  if (!output) throw std::system_error(errno, std::generic_category(), "cannot write " + path.string());
-  return output;
-}
-
-void close_or_throw(std::ofstream& output, const std::filesystem::path& path) {
-  output.close();
-  if (!output) throw std::system_error(errno, std::generic_category(), "cannot write " + path.string());
 }
 
 /// Runs work(0) … work(count - 1) in that many threads, the last in the caller's; rethrows the first exception.
@@ -354,7 +342,8 @@ void Bpe::apply_file(const std::filesystem::path& input_path, const std::filesys
     throw InputError(output_path.string() + ": is the input too; give another name for the output");
   }
   const auto text = text_of(input);
-  auto output = open_to_write(output_path);
+  const OutputFile output(output_path);
+  std::uint64_t written = 0;
   std::vector<BpeSplitter> splitters(std::max<std::size_t>(threads, 1), BpeSplitter(*this));
   std::vector<std::string_view> results(splitters.size());
   for (std::size_t begin = 0; begin < text.size();) {
@@ -365,60 +354,44 @@ void Bpe::apply_file(const std::filesystem::path& input_path, const std::filesys
       begin = end;
     }
     run_in_threads(chunks.size(), [&](std::size_t i) { results[i] = splitters[i].apply(chunks[i]); });
-    for (std::size_t i = 0; i < chunks.size(); ++i) output << results[i];
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+      output.write_at(written, std::as_bytes(std::span(results[i])));
+      written += results[i].size();
+    }
   }
-  close_or_throw(output, output_path);
 }
 
 namespace {
 
-/// Counts words; one per thread.
-class WordCounter {
- public:
-  void count(std::string_view text) {
-    const char* const end = text.data() + text.size();
-    for (const char* at = word_begin(text.data(), end); at != end;) {
-      // fastBPE loses a last word that no line end follows; here it counts.
-      const char* const begin = std::exchange(at, word_end(at, end));
-      add({begin, at}, 1);
-      at = word_begin(at, end);
-    }
+void count_words_of(std::string_view text, WordCounts& counts) {
+  const char* const end = text.data() + text.size();
+  for (const char* at = word_begin(text.data(), end); at != end;) {
+    // fastBPE loses a last word that no line end follows; here it counts.
+    const char* const begin = std::exchange(at, word_end(at, end));
+    counts.add({begin, at});
+    at = word_begin(at, end);
   }
+}
 
-  void add(const WordCounter& other) {
-    for (ByteTable::Number number = 0; number < other.counts_.size(); ++number) {
-      add(other.words_[number], other.counts_[number]);
-    }
+/// Lines `word count`, most frequent first, equal counts in the order of their bytes.
+std::string lines_of(const WordCounts& counts) {
+  std::vector<WordCounts::Number> order(counts.size());
+  std::iota(order.begin(), order.end(), WordCounts::Number{0});
+  std::sort(order.begin(), order.end(), [&](auto a, auto b) {
+    return counts.count(a) != counts.count(b) ? counts.count(a) > counts.count(b) : counts.word(a) < counts.word(b);
+  });
+  std::string lines;
+  for (const auto number : order) {
+    lines.append(counts.word(number)).append(1, ' ').append(std::to_string(counts.count(number))).append(1, '\n');
   }
-
-  /// Lines `word count`, most frequent first, equal counts in the order of their bytes.
-  void write(std::ostream& output) const {
-    std::vector<ByteTable::Number> order(words_.size());
-    std::iota(order.begin(), order.end(), ByteTable::Number{0});
-    std::sort(order.begin(), order.end(), [this](auto a, auto b) {
-      return counts_[a] != counts_[b] ? counts_[a] > counts_[b] : words_[a] < words_[b];
-    });
-    for (const auto number : order) output << words_[number] << ' ' << counts_[number] << '\n';
-  }
-
-  [[nodiscard]] std::size_t distinct() const { return words_.size(); }
-
- private:
-  void add(std::string_view word, std::uint64_t times) {
-    const auto number = words_.insert(word);
-    if (number == counts_.size()) counts_.push_back(0);
-    counts_[number] += times;
-  }
-
-  ByteTable words_;
-  std::vector<std::uint64_t> counts_;  // by number in words_
-};
+  return lines;
+}
 
 }  // namespace
 
 std::size_t count_words(const std::vector<std::filesystem::path>& paths, const std::filesystem::path& output_path,
                         std::size_t threads) {
-  std::vector<WordCounter> counters(std::max<std::size_t>(threads, 1));
+  std::vector<WordCounts> counts(std::max<std::size_t>(threads, 1));
   for (const auto& path : paths) {
     const MappedFile file(path);
     const auto text = text_of(file);
@@ -429,15 +402,14 @@ std::size_t count_words(const std::vector<std::filesystem::path>& paths, const s
       const std::size_t begin = std::exchange(taken, cut_after(text, taken + std::min(kChunkBytes, text.size() - taken)));
       return text.substr(begin, taken - begin);
     };
-    run_in_threads(counters.size(), [&](std::size_t i) {
-      for (auto chunk = next_chunk(); !chunk.empty(); chunk = next_chunk()) counters[i].count(chunk);
+    run_in_threads(counts.size(), [&](std::size_t i) {
+      for (auto chunk = next_chunk(); !chunk.empty(); chunk = next_chunk()) count_words_of(chunk, counts[i]);
     });
   }
-  for (std::size_t i = 1; i < counters.size(); ++i) counters.front().add(std::exchange(counters[i], {}));
-  auto output = open_to_write(output_path);
-  counters.front().write(output);
-  close_or_throw(output, output_path);
-  return counters.front().distinct();
+  for (std::size_t i = 1; i < counts.size(); ++i) counts.front().add(std::exchange(counts[i], {}));
+  const std::string lines = lines_of(counts.front());
+  OutputFile(output_path).write_at(0, std::as_bytes(std::span(lines)));
+  return counts.front().size();
 }
 
 }  // namespace xlm_ds

@@ -7,17 +7,6 @@
 #include "xlm_ds/words.hpp"
 
 namespace xlm_ds {
-namespace {
-
-
-}  // namespace
-
-BpeEncoder::BpeEncoder(const Bpe& bpe, const Dictionary& dictionary) : bpe_(&bpe), dictionary_(&dictionary) {
-  if (dictionary.size() >= kFlag) {
-    throw InputError("a dictionary of " + std::to_string(dictionary.size()) + " symbols; with codes at most " +
-                     std::to_string(kFlag - 1) + " are supported");
-  }
-}
 
 std::span<std::uint32_t> BpeEncoder::encode(std::string_view text) {
   text_codes_.clear();

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/first_bytes.hpp"
 #include "xlm_ds/random.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/words.hpp"
@@ -16,20 +17,6 @@ namespace {
 
 constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
 constexpr std::size_t kMaxSymbols = std::size_t{1} << 30;  // twice as many slots have numbers of 32 bits
-
-static_assert(std::endian::native == std::endian::little,
-              "the first bytes of a word are the low ones of its key");
-
-/// kFirstBytes[n] keeps the first n bytes of 24.
-constexpr std::array<std::array<std::uint64_t, 3>, 25> kFirstBytes = [] {
-  std::array<std::array<std::uint64_t, 3>, 25> masks{};
-  for (std::size_t n = 0; n < masks.size(); ++n) {
-    for (std::size_t byte = 0; byte < n; ++byte) {
-      masks[n][byte / 8] |= std::uint64_t{0xFF} << (8 * (byte % 8));
-    }
-  }
-  return masks;
-}();
 
 std::uint64_t fold(std::uint64_t a, std::uint64_t b) noexcept {
   const Uint128 product = Uint128{a} * b;
@@ -43,12 +30,6 @@ std::uint64_t fold_in(std::uint64_t state, std::string_view bytes) noexcept {
     state = fold(state ^ eight, kOdd);
   }
   return state;
-}
-
-std::uint64_t load_eight(const char* at) noexcept {
-  std::uint64_t bytes;
-  std::memcpy(&bytes, at, sizeof(bytes));
-  return bytes;
 }
 
 }  // namespace
@@ -79,8 +60,8 @@ void Dictionary::insert(std::string_view word, std::uint32_t id) {
 }
 
 inline std::uint32_t Dictionary::set_key(Entry& entry, std::string_view word) const noexcept {
-  static_assert(kReadableAfter >= kKeyBytes && kFirstBytes.size() == kKeyBytes + 1);
-  const auto& mask = kFirstBytes[std::min(word.size(), kKeyBytes)];
+  static_assert(kReadableAfter >= kKeyBytes);
+  const auto& mask = kFirstBytes<kKeyWords>[std::min(word.size(), kKeyBytes)];
   const std::uint64_t first = load_eight(word.data()) & mask[0];
   const std::uint64_t second = load_eight(word.data() + 8) & mask[1];
   const std::uint64_t third = load_eight(word.data() + 16) & mask[2];

@@ -2,20 +2,14 @@
 
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <functional>
-#include <ios>
 #include <optional>
-#include <stdexcept>
 #include <string>
-#include <system_error>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/file.hpp"
 
 static_assert(std::endian::native == std::endian::little, "both formats are little-endian and are read without swapping");
 
@@ -35,7 +29,7 @@ constexpr std::uint64_t kMaxSequences = std::uint64_t{1} << 56;  // so that no s
 constexpr std::uint64_t kFairseqUint16Limit = 65500;
 constexpr std::uint64_t kUint32Limit = 4294967295;
 constexpr std::uint64_t kInt32Limit = std::uint64_t{1} << 31;
-constexpr std::size_t kWriteBufferBytes = std::size_t{1} << 18;
+constexpr std::size_t kBufferBytes = std::size_t{1} << 18;
 
 template <typename T>
 T load(std::span<const std::byte> bytes, std::size_t offset) {
@@ -73,6 +67,10 @@ Dtype checked_dtype(std::uint64_t code, const std::filesystem::path& path) {
                "is damaged or another program's, binarize again");
 }
 
+void check_header(std::size_t found, std::size_t needed, const std::filesystem::path& path) {
+  if (found < needed) refuse(path, "only " + std::to_string(found) + " bytes: the header is truncated; binarize again");
+}
+
 void check_version(std::uint64_t version, const std::filesystem::path& path) {
   if (version != kVersion) refuse(path, "format version " + std::to_string(version) + ", expected 1");
 }
@@ -102,7 +100,8 @@ bool has_megatron_size(std::span<const std::byte> bytes, std::uint64_t sequences
 /// The documents after the sequences: where each begins, and after the last one the number of sequences.
 void read_documents(Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
   if (index.dtype == Dtype::uint32 || index.dtype == Dtype::uint64) {
-    refuse(path, "has Megatron-LM's layout, but " + std::string(dtype_name(index.dtype)) + ", a type it does not know; write it again with int32");
+    refuse(path, "has Megatron-LM's layout, but " + std::string(dtype_name(index.dtype)) +
+                     ", a type it does not know; write it again with int32");
   }
   const auto entries = load<std::uint64_t>(bytes, kMegatronDocumentsOffset);
   if (entries == 0) refuse(path, "lists no documents, not even where the last one ends; write it again");
@@ -122,8 +121,14 @@ std::uint64_t pointer_at(const Index& index, std::span<const std::byte> bytes, s
   return load<std::uint64_t>(bytes, index.pointers_offset + 8 * i);
 }
 
+/// A stored start in tokens, for a message.
+std::string start_text(const Index& index, std::uint64_t pointer) {
+  const std::uint64_t unit = pointer_unit(index);
+  return std::to_string(pointer / unit) + (pointer % unit != 0 ? " and a part of one" : "");
+}
+
 Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::path& path) {
-  if (bytes.size() < kMmapSizesOffset) refuse(path, "only " + std::to_string(bytes.size()) + " bytes: the header is truncated; binarize again");
+  check_header(bytes.size(), kMmapSizesOffset, path);
   Index index{.kind = IndexKind::mmap};
   check_version(load<std::uint64_t>(bytes, kMmapVersionOffset), path);
   index.dtype = checked_dtype(load<std::uint8_t>(bytes, kMmapDtypeOffset), path);
@@ -142,60 +147,72 @@ Index read_mmap_header(std::span<const std::byte> bytes, const std::filesystem::
 }
 
 Index read_lazy_header(std::span<const std::byte> bytes, const std::filesystem::path& path) {
-  if (bytes.size() < kLazyDimOffset) refuse(path, "only " + std::to_string(bytes.size()) + " bytes: the header is truncated; binarize again");
+  check_header(bytes.size(), kLazyDimOffset, path);
   Index index{.kind = IndexKind::lazy};
   check_version(load<std::uint64_t>(bytes, kLazyVersionOffset), path);
   index.dtype = checked_dtype(load<std::uint64_t>(bytes, kLazyDtypeOffset), path);
-  if (load<std::uint64_t>(bytes, kLazyElementOffset) != element_bytes(index.dtype)) refuse(path, "the element size in the header is not that of its dtype");
+  if (load<std::uint64_t>(bytes, kLazyElementOffset) != element_bytes(index.dtype)) {
+    refuse(path, "the element size in the header is not that of its dtype");
+  }
   index.sequences = load<std::uint64_t>(bytes, kLazyCountOffset);
   check_count(index.sequences, path);
-  if (load<std::uint64_t>(bytes, kLazySizesCountOffset) != index.sequences) refuse(path, "items of more than one dimension are not token sequences");
+  if (load<std::uint64_t>(bytes, kLazySizesCountOffset) != index.sequences) {
+    refuse(path, "items of more than one dimension are not token sequences");
+  }
   check_size(bytes.size(), kLazyDimOffset + 16 * (index.sequences + 1) + 8 * index.sequences, index.sequences, path);
   index.pointers_offset = kLazyDimOffset + 8 * (index.sequences + 1);
   index.sizes_offset = index.pointers_offset + 8 * (index.sequences + 1);
   return index;
 }
 
-/// A file written through one buffer; close() reports what a destructor would have to swallow.
+/// A file written front to back through one buffer; what is left in it is written by finish().
 class IndexFile {
  public:
-  explicit IndexFile(const std::filesystem::path& path, std::function<void()> after_block = {})
-      : path_(path), stream_(path, std::ios::binary | std::ios::trunc), after_block_(std::move(after_block)) {
-    buffer_.reserve(kWriteBufferBytes);
-    if (!stream_) fail();
-  }
+  explicit IndexFile(const std::filesystem::path& path) : file_(path) { buffer_.reserve(kBufferBytes); }
   template <typename T>
   void put(T value) {
     static_assert(std::is_trivially_copyable_v<T>);
-    if (buffer_.size() + sizeof(T) > kWriteBufferBytes) flush();
-    const auto* const first = reinterpret_cast<const char*>(&value);
+    if (buffer_.size() + sizeof(T) > kBufferBytes) finish();
+    const auto* const first = reinterpret_cast<const std::byte*>(&value);
     buffer_.insert(buffer_.end(), first, first + sizeof(T));
   }
-  void close() {
-    flush();
-    stream_.close();
-    if (!stream_) fail();
+  void finish() {
+    file_.write_at(written_, buffer_);
+    written_ += buffer_.size();
+    buffer_.clear();
   }
 
  private:
-  void flush() {
-    stream_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size()));
-    if (!stream_) fail();
-    buffer_.clear();
-    if (after_block_) after_block_();
-  }
-  [[noreturn]] void fail() const {
-    throw std::system_error(errno, std::generic_category(), "cannot write " + path_.string());
-  }
-  std::filesystem::path path_;
-  std::ofstream stream_;
-  std::function<void()> after_block_;
-  std::vector<char> buffer_;
+  OutputFile file_;
+  std::vector<std::byte> buffer_;
+  std::uint64_t written_ = 0;
 };
 
-std::uint32_t length_at(std::span<const std::byte> lengths, std::uint64_t i) {
-  return load<std::uint32_t>(lengths, sizeof(std::uint32_t) * i);
-}
+/// A file of lengths, native u32 each, which may be more than memory holds.
+class LengthsFile {
+ public:
+  explicit LengthsFile(const std::filesystem::path& path)
+      : path_(path), file_(path), size_(file_.size() / sizeof(std::uint32_t)) {}
+  [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
+
+  /// Calls take(length) for each.
+  template <typename Take>
+  void for_each(Take take) const {
+    std::vector<std::uint32_t> lengths(kBufferBytes / sizeof(std::uint32_t));
+    for (std::uint64_t done = 0; done < size_;) {
+      const auto bytes = std::as_writable_bytes(std::span(lengths));
+      const std::size_t count = file_.read_at(done * sizeof(std::uint32_t), bytes) / sizeof(std::uint32_t);
+      if (count == 0) refuse(path_, "it became shorter while it was read");
+      for (const std::uint32_t length : std::span(lengths).first(count)) take(length);
+      done += count;
+    }
+  }
+
+ private:
+  std::filesystem::path path_;
+  RandomAccessFile file_;
+  std::uint64_t size_;
+};
 
 void put_mmap_header(IndexFile& file, Dtype dtype, std::uint64_t sequences) {
   for (const char c : kMmapMagic) file.put(c);
@@ -205,29 +222,27 @@ void put_mmap_header(IndexFile& file, Dtype dtype, std::uint64_t sequences) {
 }
 
 /// Lengths and starts, as fairseq and Megatron-LM have them.
-void put_mmap_sequences(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
-  for (std::uint64_t i = 0; i < sequences; ++i) file.put(narrow_or_throw<std::int32_t>(length_at(lengths, i), "tokens in one line"));
+void put_mmap_sequences(IndexFile& file, Dtype dtype, const LengthsFile& lengths) {
+  lengths.for_each([&](std::uint32_t length) { file.put(narrow_or_throw<std::int32_t>(length, "tokens in one line")); });
   std::uint64_t bytes_before = 0;
-  for (std::uint64_t i = 0; i < sequences; ++i) {
+  lengths.for_each([&](std::uint32_t length) {
     file.put(bytes_before);
-    bytes_before += length_at(lengths, i) * std::uint64_t{element_bytes(dtype)};
-  }
+    bytes_before += length * std::uint64_t{element_bytes(dtype)};
+  });
 }
 
-void put_lazy(IndexFile& file, Dtype dtype, std::span<const std::byte> lengths) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+void put_lazy(IndexFile& file, Dtype dtype, const LengthsFile& lengths) {
   for (const char c : kLazyMagic) file.put(c);
   file.put(kVersion);
   file.put(static_cast<std::uint64_t>(dtype));
   file.put(static_cast<std::uint64_t>(element_bytes(dtype)));
-  file.put(sequences);
-  file.put(sequences);
-  for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);  // dim_offsets of one-dimensional items
+  file.put(lengths.size());
+  file.put(lengths.size());
+  for (std::uint64_t i = 0; i <= lengths.size(); ++i) file.put(i);  // dim_offsets of one-dimensional items
   std::uint64_t tokens_before = 0;
   file.put(tokens_before);
-  for (std::uint64_t i = 0; i < sequences; ++i) file.put(tokens_before += length_at(lengths, i));
-  for (std::uint64_t i = 0; i < sequences; ++i) file.put(std::uint64_t{length_at(lengths, i)});
+  lengths.for_each([&](std::uint32_t length) { file.put(tokens_before += length); });
+  lengths.for_each([&](std::uint32_t length) { file.put(std::uint64_t{length}); });
 }
 
 /// TNTIDX only: the columns that this program does not use, but fairseq does.
@@ -276,7 +291,9 @@ Dtype dtype_to_write(IndexKind kind, std::uint64_t dictionary_size) {
   if (kind == IndexKind::lazy) return Dtype::int32;
   if (dictionary_size < kFairseqUint16Limit) return Dtype::uint16;
   if (kind == IndexKind::megatron) {
-    if (dictionary_size > kInt32Limit) throw InputError("Megatron-LM's layout has no type for a dictionary of " + std::to_string(dictionary_size) + " symbols");
+    if (dictionary_size > kInt32Limit) {
+      throw InputError("Megatron-LM's layout has no type for a dictionary of " + std::to_string(dictionary_size) + " symbols");
+    }
     return Dtype::int32;
   }
   return dictionary_size < kUint32Limit ? Dtype::uint32 : Dtype::int64;
@@ -292,8 +309,10 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
   if (index.sequences != 0) {
     // A Megatron-LM file cut to the size of fairseq's layout shows here: lengths stand where starts should.
     const std::uint64_t first = pointer_at(index, index_bytes, 0);
-    if (first != 0) refuse(index_path, "the first sequence starts at token " + std::to_string(sequence_start(index, index_bytes, 0)) +
-                                           (first % pointer_unit(index) != 0 ? " and a part of one" : "") + ", expected 0; the file is damaged, binarize again");
+    if (first != 0) {
+      refuse(index_path, "the first sequence starts at token " + start_text(index, first) +
+                             ", expected 0; the file is damaged, binarize again");
+    }
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);
@@ -331,15 +350,15 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
   for (std::uint64_t i = 0; i < index.sequences; ++i) {
     const std::uint64_t pointer = pointer_at(index, index_bytes, i);  // exact: sequence_start rounds
     if (pointer != expected * unit) {
-      refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + std::to_string(sequence_start(index, index_bytes, i)) +
-                             (pointer % unit != 0 ? " and a part of one" : "") + ", expected " + std::to_string(expected) +
+      refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + start_text(index, pointer) +
+                             ", expected " + std::to_string(expected) +
                              " from the lengths before it, at byte " + std::to_string(index.pointers_offset + 8 * i) +
                              "; the file is damaged, binarize again");
     }
     const std::uint64_t length = sequence_length(index, index_bytes, i);
     if (length > index.tokens - expected) {  // also a negative one, which the next start might agree with
-      refuse(index_path, "sequence " + std::to_string(i) + " has a length of " + std::to_string(static_cast<std::int64_t>(length)) +
-                             ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin, at byte " +
+      refuse(index_path, "sequence " + std::to_string(i) + " has a length of " +
+                             std::to_string(static_cast<std::int64_t>(length)) + ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin, at byte " +
                              std::to_string(index.sizes_offset + (index.kind == IndexKind::lazy ? 8 : 4) * i) +
                              "; the file is damaged, binarize again");
     }
@@ -354,43 +373,26 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
   }
 }
 
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
-                 const std::function<void()>& after_block) {
-  IndexFile file(index_path, after_block);
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype,
+                 const std::filesystem::path& lengths_path) {
+  const LengthsFile lengths(lengths_path);
+  IndexFile file(index_path);
   switch (kind) {
     case IndexKind::mmap:
-      put_mmap_header(file, dtype, sequences);
+      put_mmap_header(file, dtype, lengths.size());
       put_mmap_sequences(file, dtype, lengths);
       break;
     case IndexKind::megatron:
-      put_mmap_header(file, dtype, sequences);
-      file.put(sequences + 1);
+      put_mmap_header(file, dtype, lengths.size());
+      file.put(lengths.size() + 1);
       put_mmap_sequences(file, dtype, lengths);
-      for (std::uint64_t i = 0; i <= sequences; ++i) file.put(i);
+      for (std::uint64_t i = 0; i <= lengths.size(); ++i) file.put(i);
       break;
     case IndexKind::lazy:
       put_lazy(file, dtype, lengths);
       break;
   }
-  file.close();
-}
-
-void write_megatron_index(const std::filesystem::path& index_path, Dtype dtype, std::span<const std::byte> lengths,
-                          std::span<const std::byte> document_starts) {
-  const std::uint64_t sequences = lengths.size() / sizeof(std::uint32_t);
-  const std::uint64_t entries = document_starts.size() / sizeof(std::uint64_t);
-  const auto start_at = [&](std::uint64_t i) { return load<std::uint64_t>(document_starts, sizeof(std::uint64_t) * i); };
-  bool in_order = entries != 0 && start_at(0) == 0 && start_at(entries - 1) == sequences;
-  for (std::uint64_t i = 1; in_order && i < entries; ++i) in_order = start_at(i - 1) <= start_at(i);
-  if (!in_order) throw std::invalid_argument("documents must start with sequence 0, never fall, and end with the number of sequences");
-
-  IndexFile file(index_path);
-  put_mmap_header(file, dtype, sequences);
-  file.put(entries);
-  put_mmap_sequences(file, dtype, lengths);
-  for (std::uint64_t i = 0; i < entries; ++i) file.put(start_at(i));
-  file.close();
+  file.finish();
 }
 
 }  // namespace xlm_ds

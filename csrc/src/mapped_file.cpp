@@ -68,10 +68,6 @@ void MappedFile::expect_sequential_reads() const noexcept {
   if (data_ != nullptr) ::madvise(const_cast<std::byte*>(data_), size_, MADV_NORMAL);
 }
 
-void MappedFile::release_pages() const noexcept {
-  if (data_ != nullptr) ::madvise(const_cast<std::byte*>(data_), size_, MADV_DONTNEED);
-}
-
 void MappedFile::unmap() noexcept {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }

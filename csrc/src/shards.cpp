@@ -19,10 +19,6 @@ constexpr std::size_t kTokensPerStep = std::size_t{1} << 15;  // ids of one step
 constexpr std::size_t kLengthsPerWrite = std::size_t{1} << 16;
 constexpr std::size_t kUsualLength = std::size_t{1} << 12;  // of a line; shorter ones are counted in an array
 
-std::filesystem::path with_suffix(const std::filesystem::path& prefix, const char* suffix) {
-  return std::filesystem::path(prefix) += suffix;  // replace_extension would take ".ar" for one
-}
-
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& what) {
   throw InputError(path.string() + ": " + what + "; the file is damaged, or not binarized text: binarize again");
 }
@@ -39,7 +35,7 @@ std::pair<std::uint64_t, std::uint64_t> range_of(const Pair& pair, std::uint64_t
 }
 
 /// Reads lines [first, end): take_ids(ids) for all ids in turn, take_line(tokens) for every line. Checks that each line
-/// begins where the one before it ends, and ends with eos.
+/// begins where the one before it ends, also the one at `end`, and ends with eos.
 template <typename TakeIds, typename TakeLine>
 void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_t vocab_size, Progress& progress,
           TakeIds take_ids, TakeLine take_line) {
@@ -50,7 +46,9 @@ void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_
   std::uint64_t line = first;
   std::uint64_t line_start = done;  // of the line that the next ids belong to
   const std::uint64_t stop = pair.tokens_before(end);
-  if (stop < done || stop > pair.index().tokens) refuse(pair.index_path(), "line " + std::to_string(end) + " lies outside the .bin");
+  if (stop < done || stop > pair.index().tokens) {
+    refuse(pair.index_path(), "line " + std::to_string(end) + " lies outside the .bin");
+  }
   while (line < end && !progress.cancelled()) {
     const std::uint64_t step = std::min<std::uint64_t>(kTokensPerStep, stop - done);
     const auto ids = std::span(buffer).first(static_cast<std::size_t>(step));
@@ -62,7 +60,9 @@ void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_
         refuse(pair.index_path(), "line " + std::to_string(line) + " starts at token " + std::to_string(line_first) +
                                       ", but the lines before it end at " + std::to_string(line_start));
       }
-      if (line_end > stop) refuse(pair.index_path(), "line " + std::to_string(line) + " is longer than the next one's start says");
+      if (line_end > stop) {
+        refuse(pair.index_path(), "line " + std::to_string(line) + " is longer than the next one's start says");
+      }
       if (line_end > done + step) break;
       if (line_end == line_start) refuse(pair.index_path(), "line " + std::to_string(line) + " has no tokens, not even </s>");
       const std::int64_t last = ids[static_cast<std::size_t>(line_end - 1 - done)];
@@ -75,6 +75,10 @@ void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_
     }
     done += step;
     progress.add(step * width);
+  }
+  if (line == end && line_start != stop) {
+    refuse(pair.index_path(), "line " + std::to_string(end) + " starts at token " + std::to_string(stop) +
+                                  ", but the lines before it end at " + std::to_string(line_start));
   }
 }
 
@@ -110,8 +114,8 @@ void check_documents(const Pair& pair, std::uint64_t first, std::uint64_t end) {
 }  // namespace
 
 Pair::Pair(const std::filesystem::path& prefix)
-    : index_path_(with_suffix(prefix, ".idx")),
-      data_path_(with_suffix(prefix, ".bin")),
+    : index_path_(index_path_of(prefix)),
+      data_path_(data_path_of(prefix)),
       index_file_(index_path_),
       data_file_(data_path_),
       index_(read_index(index_file_.bytes(), data_file_.size(), index_path_)) {}
@@ -210,7 +214,9 @@ void PairWriter::append(const Pair& pair, std::uint64_t first, std::uint64_t end
 void PairWriter::append_ids(std::span<const std::int64_t> ids, std::span<const std::int64_t> lengths) {
   std::size_t end = 0;
   for (const std::int64_t length : lengths) {
-    if (length < 1 || static_cast<std::size_t>(length) > ids.size() - end) throw std::invalid_argument("lengths that are not those of the ids");
+    if (length < 1 || static_cast<std::size_t>(length) > ids.size() - end) {
+      throw std::invalid_argument("lengths that are not those of the ids");
+    }
     end += static_cast<std::size_t>(length);
     if (ids[end - 1] != kEos) throw std::invalid_argument("a line must end with eos");
     add_line(static_cast<std::uint64_t>(length));
@@ -224,8 +230,7 @@ void PairWriter::append_ids(std::span<const std::int64_t> ids, std::span<const s
 
 TextCounts PairWriter::finish(const std::filesystem::path& index_path) {
   flush_lengths();
-  const MappedFile lengths(lengths_path_);
-  write_index(index_path, kind_, dtype_, lengths.bytes(), [&] { lengths.release_pages(); });
+  write_index(index_path, kind_, dtype_, lengths_path_);
   count_words(counts_);
   return counts_;
 }

@@ -21,10 +21,6 @@ constexpr unsigned kLengthBits = 20;
 constexpr std::uint64_t kMaxTableLength = (std::uint64_t{1} << kLengthBits) - 1;
 constexpr std::uint64_t kMaxTableTokens = std::uint64_t{1} << (64 - kLengthBits);
 
-std::filesystem::path with_suffix(const std::filesystem::path& prefix, const char* suffix) {
-  return std::filesystem::path(prefix) += suffix;  // replace_extension would take ".ar" for one
-}
-
 /// Calls take(first token, tokens) for every block of fairseq's modes complete and complete_doc, of
 /// which some are longer than block_size. complete_doc leaves out blocks of one token.
 template <typename Take>
@@ -85,14 +81,14 @@ TokenDataset::TokenDataset(const std::filesystem::path& prefix, BreakMode mode,
     : prefix_(prefix),
       mode_(mode),
       block_size_(block_size),
-      index_file_(with_suffix(prefix, ".idx")),
-      data_file_(with_suffix(prefix, ".bin")),
+      index_file_(index_path_of(prefix)),
+      data_file_(data_path_of(prefix)),
       index_(read_index(index_file_.bytes(), data_file_.bytes().size(),
-                        with_suffix(prefix, ".idx"))) {
+                        index_path_of(prefix))) {
   if (block_size == 0) throw std::invalid_argument("a block must have room for a token");
   data_file_.expect_random_reads();
   if (mode == BreakMode::complete || mode == BreakMode::complete_doc) {
-    table_ = build_table(index_, index_file_.bytes(), with_suffix(prefix, ".idx"), mode, block_size);
+    table_ = build_table(index_, index_file_.bytes(), index_path_of(prefix), mode, block_size);
   }
 }
 
@@ -122,7 +118,7 @@ TokenDataset::Range TokenDataset::range_of(std::uint64_t block) const {
   const std::uint64_t first = sequence_start(index_, index_file_.bytes(), block);
   const std::uint64_t length = sequence_length(index_, index_file_.bytes(), block);
   if (length > index_.tokens || first > index_.tokens - length) {
-    throw InputError(with_suffix(prefix_, ".idx").string() + ": sequence " + std::to_string(block) +
+    throw InputError(index_path_of(prefix_).string() + ": sequence " + std::to_string(block) +
                      " lies outside the .bin; the file is damaged, binarize again");
   }
   return {first, std::min<std::size_t>(block_size_, length)};
@@ -152,7 +148,7 @@ void TokenDataset::fill_ids(std::uint64_t first, std::int64_t vocab_size,
   const std::byte* const source = data_file_.bytes().data() + first * element_bytes(index_.dtype);
   const std::uint64_t greatest = widen_ids(index_.dtype, source, index_.id_bias(), out);
   if (!out.empty() && greatest >= static_cast<std::uint64_t>(vocab_size)) {
-    throw InputError(with_suffix(prefix_, ".bin").string() + ": has the id " +
+    throw InputError(data_path_of(prefix_).string() + ": has the id " +
                      std::to_string(static_cast<std::int64_t>(greatest)) +
                      ", but the dictionary ends at " + std::to_string(vocab_size - 1) +
                      "; it was made with another dictionary, or is damaged: binarize again");

@@ -1,46 +1,27 @@
 #include "xlm_ds/word_cache.hpp"
 
 #include <algorithm>
-#include <bit>
+
+#include "xlm_ds/first_bytes.hpp"
 
 namespace xlm_ds {
-namespace {
-
-static_assert(std::endian::native == std::endian::little, "the first bytes of a word are the low ones of its key");
-
-using First = std::array<std::uint64_t, WordCache::kKeyBytes / 8>;
-
-/// kFirstBytes[n] keeps the first n bytes.
-constexpr std::array<First, WordCache::kKeyBytes + 1> kFirstBytes = [] {
-  std::array<First, WordCache::kKeyBytes + 1> masks{};
-  for (std::size_t n = 0; n < masks.size(); ++n) {
-    for (std::size_t i = 0; i < n; ++i) masks[n][i / 8] |= std::uint64_t{0xFF} << (8 * (i % 8));
-  }
-  return masks;
-}();
-
-std::uint64_t load_eight(const char* at) noexcept {
-  std::uint64_t bytes;
-  std::memcpy(&bytes, at, sizeof(bytes));
-  return bytes;
-}
-
-}  // namespace
 
 WordCache::Key WordCache::key_of(std::string_view word, const char* readable_end) noexcept {
   // Odd multipliers, from 2^64 / golden ratio and its multiples; the products do not wait for each other.
-  constexpr First kOdd = {0x9E3779B97F4A7C15, 0x3C6EF372FE94F82B, 0xDAA66D2C7DDF743F, 0x78DDE6E5FD29F055};
+  constexpr std::array<std::uint64_t, kKeyWords> kOdd = {0x9E3779B97F4A7C15, 0x3C6EF372FE94F82B, 0xDAA66D2C7DDF743F,
+                                                         0x78DDE6E5FD29F055};
   Key key;
   const std::size_t in_key = std::min(word.size(), kKeyBytes);
   if (static_cast<std::size_t>(readable_end - word.data()) >= kKeyBytes) {
-    for (std::size_t i = 0; i < key.first.size(); ++i) key.first[i] = load_eight(word.data() + 8 * i) & kFirstBytes[in_key][i];
+    const auto& mask = kFirstBytes<kKeyWords>[in_key];
+    for (std::size_t i = 0; i < kKeyWords; ++i) key.first[i] = load_eight(word.data() + 8 * i) & mask[i];
   } else {
     key.first = {};
     std::memcpy(key.first.data(), word.data(), in_key);
   }
   key.length = static_cast<std::uint32_t>(word.size());
   std::uint64_t state = key.length;
-  for (std::size_t i = 0; i < key.first.size(); ++i) state += key.first[i] * kOdd[i];
+  for (std::size_t i = 0; i < kKeyWords; ++i) state += key.first[i] * kOdd[i];
   const auto mix = [&] { state = (state ^ state >> 32) * kOdd[0]; };
   mix();
   for (auto rest = rest_of(word); !rest.empty(); rest.remove_prefix(std::min<std::size_t>(rest.size(), 8))) {

@@ -129,18 +129,18 @@ void WordSplitter::read_window() noexcept {
   next_window_ = window_ + bytes + std::popcount(overhang);
 }
 
-const char* WordSplitter::word_end(const char* begin) const noexcept {
-  WordSplitter rest(std::string_view(begin, static_cast<std::size_t>(end_ - begin)));
-  do {
-    rest.read_window();
-    for (std::size_t i = 0; i < rest.marks_; ++i) {
-      if (rest.blanks_[i] != 0) {
-        const std::size_t at = i * kMarkedBytes + static_cast<std::size_t>(std::countr_zero(rest.blanks_[i]));
-        return std::min(rest.window_ + at, end_);
-      }
+const char* WordSplitter::long_word_end() const noexcept {
+  WordSplitter rest(std::string_view(next_window_, static_cast<std::size_t>(end_ - next_window_)));
+  const WordSplitter* in = this;
+  for (std::size_t mark = mark_ + 1;; mark = 0) {
+    for (; mark < in->marks_; ++mark) {
+      const std::uint64_t blanks = in->blanks_[mark];
+      if (blanks != 0) return in->window_ + mark * kMarkedBytes + std::countr_zero(blanks);
     }
-  } while (rest.next_window_ != end_);
-  return end_;
+    if (in->next_window_ == end_) return end_;
+    rest.read_window();
+    in = &rest;
+  }
 }
 
 std::size_t WordSplitter::next(std::span<std::string_view> words) noexcept {
@@ -161,7 +161,7 @@ std::size_t WordSplitter::next(std::span<std::string_view> words) noexcept {
     const std::uint64_t blanks = blanks_[mark_] >> bit | blanks_[mark_ + 1] << 1 << (kMarkedBytes - 1 - bit);
     std::size_t length = static_cast<std::size_t>(std::countr_zero(blanks));
     if (blanks == 0) {  // longer than a set, or beyond the window
-      const char* const end = word_end(begin);
+      const char* const end = long_word_end();
       next_window_ = std::max(next_window_, end);
       length = static_cast<std::size_t>(end - begin);
     }

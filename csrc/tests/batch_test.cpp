@@ -13,6 +13,7 @@
 
 #include "check.hpp"
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/file.hpp"
 #include "xlm_ds/mask.hpp"
 #include "xlm_ds/special_ids.hpp"
 #include "xlm_ds/token_dataset.hpp"
@@ -29,8 +30,9 @@ class Pair {
   Pair(const std::vector<std::uint32_t>& lengths, const std::vector<std::uint16_t>& ids)
       : folder_(std::filesystem::temp_directory_path() / (std::to_string(::getpid()) + "-pair")) {
     std::filesystem::create_directories(folder_);
+    xlm_ds::OutputFile(folder_ / "lengths").write_at(0, std::as_bytes(std::span(lengths)));
     xlm_ds::write_index(folder_ / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16,
-                        std::as_bytes(std::span(lengths)));
+                        folder_ / "lengths");
     std::ofstream(folder_ / "train.ar.bin", std::ios::binary)
         .write(reinterpret_cast<const char*>(ids.data()),
                static_cast<std::streamsize>(2 * ids.size()));

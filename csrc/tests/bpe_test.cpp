@@ -165,6 +165,21 @@ TEST(bpe_encoder_gives_ids_of_pieces_and_line_ends) {
   CHECK(encode(encoder, "\nlow\xC2\xA0\t\n") == (Codes{kLineEnd, 6, 7, 10, kLineEnd}));
 }
 
+TEST(bpe_encoder_takes_words_without_a_piece) {
+  // Tabs alone, merged into one piece: in the cache, and too long for it.
+  std::string codes;
+  const auto tabs = [](std::size_t count) { return std::string(count, '\t'); };
+  for (std::size_t count = 1; count < 256; count *= 2) codes += tabs(count) + ' ' + tabs(count) + " 1\n";
+  for (std::size_t count = 1; count < 512; count *= 2) codes += tabs(count) + ' ' + tabs(count) + "</w> 1\n";
+  const auto bpe = bpe_of(codes);
+  const xlm_ds::Dictionary dictionary({"<s>", "<pad>", "</s>", "<unk>", "<mask>", "low"});
+  for (const std::size_t count : {1, 512}) {
+    xlm_ds::BpeEncoder encoder(bpe, dictionary);
+    CHECK(encode(encoder, tabs(count)).empty());
+    CHECK(encode(encoder, tabs(count) + "\n" + tabs(count)) == Codes{kLineEnd});
+  }
+}
+
 TEST(bpe_encoder_tells_words_spelt_like_symbols_from_unknown_ones) {
   const auto bpe = bpe_of("< u 9\nn k 8\nnk ></w> 7\n<u nk></w> 6\n");
   const xlm_ds::Dictionary dictionary({"<s>", "<pad>", "</s>", "<unk>", "<mask>", "<u@@"});

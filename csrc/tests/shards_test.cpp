@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <fstream>
 #include <limits>
 #include <unistd.h>
 #include <vector>
@@ -57,6 +58,23 @@ TEST(pairs_are_written_and_read_back) {
     CHECK(writer.finish(scratch.path("b.idx")).by_id == written.by_id);
     CHECK(xlm_ds::Pair(scratch.path("b")).line(2) == pair.line(0));
   }
+}
+
+TEST(a_gap_after_the_last_line_asked_for_is_refused) {
+  const Scratch scratch;
+  scratch.write("a", IndexKind::mmap, Dtype::uint16, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+  const std::int32_t shorter = 2;  // than line 0 is; reading the pair's other lines shows nothing
+  {
+    std::fstream index(scratch.path("a.idx"), std::ios::in | std::ios::out | std::ios::binary);
+    index.seekp(26).write(reinterpret_cast<const char*>(&shorter), sizeof(shorter));
+    std::fstream data(scratch.path("a.bin"), std::ios::in | std::ios::out | std::ios::binary);
+    data.seekp(2).write("\2", 1);  // that line ends with eos as well
+  }
+  xlm_ds::Progress progress;
+  const xlm_ds::Pair pair(scratch.path("a"));
+  xlm_ds::PairWriter writer(scratch.path("b.bin"), scratch.path("lengths"), IndexKind::mmap, Dtype::uint16, 10);
+  writer.append(pair, 1, 3, progress);
+  CHECK_THROWS(writer.append(pair, 0, 1, progress), xlm_ds::InputError);
 }
 
 TEST(what_is_no_line_is_not_written) {

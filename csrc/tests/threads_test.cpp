@@ -12,6 +12,7 @@
 #include "xlm_ds/binarize.hpp"
 #include "xlm_ds/bpe.hpp"
 #include "xlm_ds/error.hpp"
+#include "xlm_ds/file.hpp"
 #include "xlm_ds/token_dataset.hpp"
 
 namespace {
@@ -114,7 +115,8 @@ TEST(codes_are_applied_by_several_threads) {
 TEST(a_dataset_is_read_by_several_threads) {
   const Scratch scratch;
   const std::vector<std::uint32_t> lengths(1000, 3);
-  xlm_ds::write_index(scratch / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16, std::as_bytes(std::span(lengths)));
+  xlm_ds::OutputFile(scratch / "lengths").write_at(0, std::as_bytes(std::span(lengths)));
+  xlm_ds::write_index(scratch / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16, scratch / "lengths");
   write(scratch / "train.ar.bin", std::string(6000, '\1'));  // ids of 257
   const xlm_ds::TokenDataset dataset(scratch / "train.ar", xlm_ds::BreakMode::none, 7);
   std::vector<std::uint64_t> sums(3);

@@ -130,6 +130,21 @@ TEST(vectors_mark_bytes_as_the_plain_code_does) {
   }
 }
 
+TEST(long_words_follow_each_other) {
+  for (std::size_t length = 60; length < 200; ++length) {
+    std::string text;
+    std::vector<std::string> expected;
+    for (const std::string blank : {" ", "\u3000", "\r\n", "\u00A0", "  "}) {
+      for (int i = 0; i < 20; ++i) {
+        expected.push_back(std::string(length + text.size() % 7, 'x'));
+        text += expected.back() + blank;
+        if (blank == "\r\n") expected.emplace_back();
+      }
+    }
+    CHECK(split(text) == expected);
+  }
+}
+
 TEST(words_and_blanks_across_every_border) {
   // Sets of 64 bytes, windows of 4096, and the text's end, each with a long word, a blank of three bytes and a CRLF on it.
   for (const std::size_t border : {64, 128, 4096, 8192}) {

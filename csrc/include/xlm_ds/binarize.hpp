@@ -45,8 +45,8 @@ inline constexpr std::size_t kBinarizeChunkBytes = std::size_t{1} << 18;
 /// `bpe` a cache of words.
 ///
 /// Throws InputError for text that is not UTF-8 (naming file, line and byte; of standard input the
-/// byte only), std::system_error if a file cannot be read or written. A cancelled call returns
-/// early; its files are then worthless.
+/// byte only) or a `bpe` that splits a character, std::system_error if a file cannot be read or
+/// written. A cancelled call returns early; its files are then worthless.
 TextCounts encode_text(std::span<const Piece> text, const Dictionary& dictionary, IndexKind kind,
                        const EncodedPaths& paths, std::size_t threads, Progress& progress,
                        std::size_t chunk_bytes = kBinarizeChunkBytes, const Bpe* bpe = nullptr);

@@ -94,7 +94,8 @@ class Bpe {
       return at;
     }
     void grow();
-    std::vector<Slot> slots_ = std::vector<Slot>(64);  // a power of two of them, at most half in use: it is the processor's cache that misses
+    // A power of two of them, at most half in use: it is the processor's cache that misses.
+    std::vector<Slot> slots_ = std::vector<Slot>(64);
     std::size_t used_ = 0;
   };
 

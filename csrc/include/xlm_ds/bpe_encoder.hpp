@@ -18,13 +18,13 @@ namespace xlm_ds {
 class BpeEncoder {
  public:
   /// Set in the code of a line's end, whose id is kEos, and of a word that is not in the dictionary, whose id is kUnk;
-  /// not in that of a word spelt `</s>` or `<unk>`.
+  /// not in that of a word spelt `</s>` or `<unk>`. No id has it: a Dictionary has at most 2^30.
   static constexpr std::uint32_t kFlag = std::uint32_t{1} << 31;
   static constexpr std::uint32_t kLineEnd = std::uint32_t{kEos} | kFlag;
   static constexpr std::uint32_t kUnknown = std::uint32_t{kUnk} | kFlag;
 
-  /// Both must outlive the encoder. Throws InputError if the dictionary has ids of 32 bits.
-  BpeEncoder(const Bpe& bpe, const Dictionary& dictionary);
+  /// Both must outlive the encoder.
+  BpeEncoder(const Bpe& bpe, const Dictionary& dictionary) : bpe_(&bpe), dictionary_(&dictionary) {}
 
   /// The codes of the text's words and line ends: ids, and what kFlag is for. The caller may change them; they are valid
   /// until the next call. `text` is valid UTF-8, cut after 0x20 or 0x0A only (WordSplitter's line ends may differ

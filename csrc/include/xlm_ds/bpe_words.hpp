@@ -50,6 +50,7 @@ class WordOutput {
   }
   /// The bytes of any number of elements.
   void append(std::string_view bytes) {
+    if (bytes.empty()) return;  // memcpy takes no null pointer, not even for nothing
     make_room(bytes.size() / sizeof(Element));
     std::memcpy(end(), bytes.data(), bytes.size());
     size_ += bytes.size() / sizeof(Element);

@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <span>
 #include <string_view>
 
@@ -14,6 +13,10 @@ namespace xlm_ds {
 
 enum class IndexKind { mmap, lazy, megatron };
 
+/// The two files of a pair, as PATH/train.ar: not replace_extension, which would take ".ar" for one.
+[[nodiscard]] inline std::filesystem::path index_path_of(std::filesystem::path prefix) { return prefix += ".idx"; }
+[[nodiscard]] inline std::filesystem::path data_path_of(std::filesystem::path prefix) { return prefix += ".bin"; }
+
 /// fairseq's dtype codes, as stored in the files.
 enum class Dtype : std::uint8_t {
   uint8 = 1, int8 = 2, int16 = 3, int32 = 4, int64 = 5, uint16 = 8, uint32 = 9, uint64 = 10
@@ -22,9 +25,9 @@ enum class Dtype : std::uint8_t {
 [[nodiscard]] std::size_t element_bytes(Dtype dtype);
 [[nodiscard]] std::string_view dtype_name(Dtype dtype);
 
-/// The element type the programs themselves write: int32 for lazy; below 65,500 symbols uint16, else uint32 for mmap and
-/// int32 for megatron. The limit is theirs (65,500, strict), not 2^16: files must be equal byte for byte. Throws
-/// InputError if the kind has no type for so many symbols.
+/// The element type the programs themselves write: int32 for lazy; below 65,500 symbols uint16, else uint32 (from 2^32 - 1
+/// on int64) for mmap and int32 for megatron. The limit is theirs (65,500, strict), not 2^16: files must be equal byte for
+/// byte. Throws InputError if the kind has no type for so many symbols.
 [[nodiscard]] Dtype dtype_to_write(IndexKind kind, std::uint64_t dictionary_size);
 
 /// What an .idx says, checked against its own size and against the size of its .bin.
@@ -42,9 +45,9 @@ struct Index {
   [[nodiscard]] std::int64_t id_bias() const noexcept { return kind == IndexKind::lazy ? 1 : 0; }
 };
 
-/// Reads and checks the header in O(1): magic, version, dtype, file sizes, first pointer, last pointer + last length = tokens.
-/// `index_path` appears in messages only. Throws InputError if anything does not agree (a truncated file, another
-/// program's).
+/// Reads and checks the header in O(1): magic, version, dtype, file sizes, first pointer, last pointer + last length =
+/// tokens, and of documents the first and the end. `index_path` appears in messages only. Throws InputError if anything
+/// does not agree (a truncated file, another program's).
 [[nodiscard]] Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_bytes,
                                const std::filesystem::path& index_path);
 
@@ -60,17 +63,10 @@ struct Index {
 /// InputError naming the first that differs.
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path);
 
-/// Writes an .idx for sequences of the given lengths, in bounded memory (`lengths` may be a mapped file of native u32,
-/// any alignment; its size is 4 bytes per sequence). megatron gets one document per sequence. Calls `after_block` for every
-/// quarter of a megabyte written. Throws std::system_error if it cannot be written, InputError if a sequence is too long
-/// for the layout.
-void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype, std::span<const std::byte> lengths,
-                 const std::function<void()>& after_block = {});
-
-/// Writes a megatron .idx with documents: `document_starts` is the first sequence of each, then the number of sequences
-/// (native u64, any alignment). Throws as above; std::invalid_argument, before anything is written, unless they start
-/// with 0, never fall, and end with the number of sequences.
-void write_megatron_index(const std::filesystem::path& index_path, Dtype dtype, std::span<const std::byte> lengths,
-                          std::span<const std::byte> document_starts);
+/// Writes the .idx of sequences whose lengths are in a file, native u32 each: there may be more than memory holds.
+/// megatron gets one document per sequence. In place: callers give a temporary name. Throws std::system_error if a file
+/// cannot be read or written, InputError if a sequence is too long for the layout.
+void write_index(const std::filesystem::path& index_path, IndexKind kind, Dtype dtype,
+                 const std::filesystem::path& lengths_path);
 
 }  // namespace xlm_ds

@@ -25,9 +25,6 @@ class MappedFile {
   void expect_random_reads() const noexcept;
   void expect_sequential_reads() const noexcept;
 
-  /// Takes the file's pages out of this process' memory; what is looked at again comes back.
-  void release_pages() const noexcept;
-
  private:
   void unmap() noexcept;
   const std::byte* data_ = nullptr;

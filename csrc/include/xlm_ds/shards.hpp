@@ -69,7 +69,8 @@ class PairWriter {
   /// Appends lines [first, end) of a pair, checking them as verify_pair does. Returns early if cancelled.
   void append(const Pair& pair, std::uint64_t first, std::uint64_t end, Progress& progress);
 
-  /// Appends lines of these lengths, eos included; their sum is ids.size(). Throws InputError as append does.
+  /// Appends lines of these lengths, eos included; their sum is ids.size(). Throws std::invalid_argument unless
+  /// they are lines of the dictionary; InputError for an id that the dtype cannot hold.
   void append_ids(std::span<const std::int64_t> ids, std::span<const std::int64_t> lengths);
 
   /// Writes the .idx and returns the counts, as verify_pair does. To be called once, at the end.

@@ -18,9 +18,9 @@ namespace xlm_ds {
 enum class BreakMode { none, eos, complete, complete_doc };
 
 /// A .bin/.idx pair, mapped and seen as blocks of at most block_size tokens: fairseq's
-/// TokenBlockDataset, except that no block is longer. Every block is found in O(1). In modes none and
-/// eos without a table, and opening reads only the header and the last sequence; in the two others
-/// opening checks and walks over all sequences, and keeps 8 bytes a block.
+/// TokenBlockDataset, except that no block is longer. Every block is found in O(1): in modes none and
+/// eos without a table, and opening reads only the header, the first and the last sequence; in the two
+/// others opening checks and walks over all sequences, and keeps 8 bytes a block.
 class TokenDataset {
  public:
   /// Opens `prefix`.bin and `prefix`.idx. Throws std::system_error if one cannot be opened,

@@ -35,7 +35,8 @@ class WordSplitter {
   static constexpr std::size_t kWindowMarks = 64;  // 4 KB of text, whose bit sets are 1 KB
 
   void read_window() noexcept;
-  [[nodiscard]] const char* word_end(const char* begin) const noexcept;
+  /// The first blank after the sets of mark_, or the end of the text.
+  [[nodiscard]] const char* long_word_end() const noexcept;
 
   const char* window_ = nullptr;  // the text whose bit sets are below
   const char* next_window_;
