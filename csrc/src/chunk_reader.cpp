@@ -55,10 +55,15 @@ void ChunkReader::open_piece() {
 
 bool ChunkReader::next(Chunk& chunk) {
   const std::lock_guard lock(mutex_);
-  while (file_ && !progress_->cancelled()) {
-    if (next_of_piece(chunk)) return !progress_->cancelled();
-    pieces_ = pieces_.subspan(1);
-    open_piece();
+  try {
+    while (file_ && !progress_->cancelled()) {
+      if (next_of_piece(chunk)) return !progress_->cancelled();
+      pieces_ = pieces_.subspan(1);
+      open_piece();
+    }
+  } catch (...) {
+    file_.reset();  // or another thread would read on, from a place that is not the next
+    throw;
   }
   return false;
 }

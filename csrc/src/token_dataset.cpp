@@ -147,7 +147,7 @@ void TokenDataset::fill_ids(std::uint64_t first, std::int64_t vocab_size,
                             std::span<std::int64_t> out) const {
   const std::byte* const source = data_file_.bytes().data() + first * element_bytes(index_.dtype);
   const std::uint64_t greatest = widen_ids(index_.dtype, source, index_.id_bias(), out);
-  if (!out.empty() && greatest >= static_cast<std::uint64_t>(vocab_size)) {
+  if (!out.empty() && greatest >= static_cast<std::uint64_t>(std::max<std::int64_t>(vocab_size, 0))) {
     throw InputError(data_path_of(prefix_).string() + ": has the id " +
                      std::to_string(static_cast<std::int64_t>(greatest)) +
                      ", but the dictionary ends at " + std::to_string(vocab_size - 1) +
