@@ -27,7 +27,8 @@ def main() -> int:
     if stage not in STAGES:
         sys.stderr.write(f"xlm-ds: error: unknown stage {stage}; there are {', '.join(STAGES)}\n")
         return EXIT_BAD_INPUT
-    runpy.run_module(f"xlm_ds.{stage}", run_name="__main__")  # exits with the stage's code
+    # Exits with the stage's code. alter_sys: prepare's worker processes look for its functions in __main__.
+    runpy.run_module(f"xlm_ds.{stage}", run_name="__main__", alter_sys=True)
     return EXIT_OK
 
 
