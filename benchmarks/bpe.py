@@ -294,23 +294,18 @@ def main() -> None:
         sizes = [int(1e6 * size) for size in (arguments.megabytes, arguments.slice_megabytes)]
         job, about = build_job(Path(scratch), arguments.files, *sizes)
         harness.warm([Path(job[text]["text"]) for text in TEXTS])
-        rounds, skipped = harness.run(Path(__file__), CONTENDERS, job, arguments)
-    report = harness.Report(
-        name="bpe",
-        unit="bytes",
-        contenders=CONTENDERS,
-        rounds=rounds,
-        skipped=skipped,
-        machine=machine,
-        about={"text": about, "rounds": arguments.rounds},
-        goals=GOALS,
-    )
-    report.show(harness.TEXT_COLUMNS)
-    report.save(arguments.output)
+        harness.compare(
+            "bpe",
+            job,
+            arguments,
+            contenders=CONTENDERS,
+            unit="bytes",
+            about={"text": about},
+            goals=GOALS,
+            columns=harness.TEXT_COLUMNS,
+            machine=machine,
+        )
 
 
 if __name__ == "__main__":
-    if harness.is_child():
-        harness.run_child(CONTENDERS)
-    else:
-        main()
+    harness.start(CONTENDERS, main)

@@ -455,3 +455,39 @@ TEXT_COLUMNS = [
     *OF_FLOORS,
     NOTE,
 ]
+
+
+def compare(
+    name: str,
+    job: Job,
+    arguments: argparse.Namespace,
+    *,
+    contenders: Sequence[Contender],
+    unit: str,
+    about: Mapping[str, Any],
+    goals: Sequence[Goal],
+    columns: Sequence[Column],
+    machine: dict[str, Any],
+) -> None:
+    """Runs benchmarks/NAME.py's contenders, prints the table and saves the result. `machine` is of before any work."""
+    rounds, skipped = run(Path(__file__).with_name(f"{name}.py"), contenders, job, arguments)
+    report = Report(
+        name=name,
+        unit=unit,
+        contenders=contenders,
+        rounds=rounds,
+        skipped=skipped,
+        machine=machine,
+        about={**about, "rounds": arguments.rounds},
+        goals=goals,
+    )
+    report.show(columns)
+    report.save(arguments.output)
+
+
+def start(contenders: Sequence[Contender], main: Callable[[], None]) -> None:
+    """A benchmark's process is the one that was started, or the child of one contender."""
+    if is_child():
+        run_child(contenders)
+    else:
+        main()

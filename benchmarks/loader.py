@@ -500,23 +500,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         job, about = build_job(Path(scratch), arguments)
         harness.warm([Path(scratch) / "train.xx.bin"])
-        rounds, skipped = harness.run(Path(__file__), CONTENDERS, job, arguments)
-    report = harness.Report(
-        name="loader",
-        unit="tokens",
-        contenders=CONTENDERS,
-        rounds=rounds,
-        skipped=skipped,
-        machine=machine,
-        about={"data": about, "rounds": arguments.rounds},
-        goals=GOALS,
-    )
-    report.show(COLUMNS)
-    report.save(arguments.output)
+        harness.compare(
+            "loader",
+            job,
+            arguments,
+            contenders=CONTENDERS,
+            unit="tokens",
+            about={"data": about},
+            goals=GOALS,
+            columns=COLUMNS,
+            machine=machine,
+        )
 
 
 if __name__ == "__main__":
-    if harness.is_child():
-        harness.run_child(CONTENDERS)
-    else:
-        main()
+    harness.start(CONTENDERS, main)

@@ -12,34 +12,16 @@
 #include <vector>
 
 #include "check.hpp"
+#include "scratch.hpp"
 #include "xlm_ds/chunk_reader.hpp"
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/special_ids.hpp"
 
 namespace {
 
-/// A folder of its own, removed at the end.
-class Scratch {
- public:
-  Scratch() { std::filesystem::create_directories(folder_); }
-  ~Scratch() { std::filesystem::remove_all(folder_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  [[nodiscard]] std::filesystem::path operator/(const char* name) const { return folder_ / name; }
-
- private:
-  std::filesystem::path folder_ =
-      std::filesystem::temp_directory_path() / ("xlm_ds_binarize_" + std::to_string(::getpid()));
-};
-
-void write(const std::filesystem::path& path, const std::string& content) {
-  std::ofstream(path, std::ios::binary) << content;
-}
-
-std::string read(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
+using xlm_ds_test::read;
+using xlm_ds_test::Scratch;
+using xlm_ds_test::write;
 
 const xlm_ds::Dictionary kDictionary({"<s>", "<pad>", "</s>", "<unk>", "<mask>", "the", "cat",
                                       "sat", "dog"});
@@ -73,7 +55,7 @@ std::string refusal(const Scratch& scratch, const std::string& text, std::size_t
 }  // namespace
 
 TEST(the_worked_example) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   const auto mmap = binarized(scratch, "the cat sat\nthe xyz", xlm_ds::IndexKind::mmap);
   CHECK(mmap.data == std::string("\5\0\6\0\7\0\2\0\5\0\3\0\2\0", 14) && mmap.index.size() == 50);
   CHECK(mmap.counts.lines == 2 && mmap.counts.unknown == 1 && mmap.counts.by_id[xlm_ds::kEos] == 2);
@@ -82,7 +64,7 @@ TEST(the_worked_example) {
 }
 
 TEST(threads_and_chunks_change_nothing) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   std::mt19937 random(3);
   const std::vector<std::string> pieces{"the",    "cat", " ",     "\n",         "\r\n", "\r",
                                         "\u3000", "xyz", "<unk>", "\U0001F600", "\t"};
@@ -103,7 +85,7 @@ TEST(threads_and_chunks_change_nothing) {
 }
 
 TEST(the_first_bad_byte_is_named_whatever_the_threads) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   std::string text;
   for (int line = 0; line < 50; ++line) text += "the cat\r\n";
   const std::string good = text;
@@ -118,7 +100,7 @@ TEST(the_first_bad_byte_is_named_whatever_the_threads) {
 }
 
 TEST(files_that_cannot_be_opened_are_system_errors) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   write(scratch / "text", "the");
   xlm_ds::Progress progress;
   const auto attempt = [&](const char* text, const char* data) {
@@ -131,7 +113,7 @@ TEST(files_that_cannot_be_opened_are_system_errors) {
 }
 
 TEST(a_cancelled_call_returns_early) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   write(scratch / "text", std::string(100000, '\n'));
   for (const std::size_t threads : {1, 3}) {
     xlm_ds::Progress progress;
@@ -143,7 +125,7 @@ TEST(a_cancelled_call_returns_early) {
 }
 
 TEST(words_are_counted) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   write(scratch / "text", "the cat the\n\u00A0the");
   for (const std::size_t threads : {1, 2, 7}) {
     xlm_ds::Progress progress;
@@ -156,7 +138,7 @@ TEST(words_are_counted) {
 }
 
 TEST(chunks_are_the_text_cut_after_blanks) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   const std::string text = "ab cd\r\nefghijklmnop q\rr";
   write(scratch / "text", text);
   const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text"}};
@@ -175,7 +157,7 @@ TEST(chunks_are_the_text_cut_after_blanks) {
 }
 
 TEST(pieces_follow_each_other_and_each_ends_its_line) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   write(scratch / "a", "one\ntwo three\nfour");
   write(scratch / "empty", "");
   write(scratch / "b", "five\r");
@@ -204,7 +186,7 @@ TEST(pieces_follow_each_other_and_each_ends_its_line) {
 }
 
 TEST(a_file_that_is_shorter_than_its_piece_is_refused) {
-  const Scratch scratch;
+  const Scratch scratch("binarize");
   write(scratch / "text", "the cat\n");
   const std::vector<xlm_ds::Piece> pieces{{.path = scratch / "text", .begin = 0, .end = 9}};
   const auto attempt = [&](std::size_t threads, std::size_t chunk_bytes) {

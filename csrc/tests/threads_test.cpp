@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "scratch.hpp"
 #include "xlm_ds/binarize.hpp"
 #include "xlm_ds/bpe.hpp"
 #include "xlm_ds/error.hpp"
@@ -17,28 +18,9 @@
 
 namespace {
 
-/// A folder of its own, removed at the end.
-class Scratch {
- public:
-  Scratch() { std::filesystem::create_directories(folder_); }
-  ~Scratch() { std::filesystem::remove_all(folder_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  [[nodiscard]] std::filesystem::path operator/(const std::string& name) const { return folder_ / name; }
-
- private:
-  std::filesystem::path folder_ =
-      std::filesystem::temp_directory_path() / ("xlm_ds_threads_" + std::to_string(::getpid()));
-};
-
-void write(const std::filesystem::path& path, const std::string& content) {
-  std::ofstream(path, std::ios::binary) << content;
-}
-
-std::string read(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
+using xlm_ds_test::read;
+using xlm_ds_test::Scratch;
+using xlm_ds_test::write;
 
 std::string text_of(std::size_t lines) {
   std::string text;
@@ -52,7 +34,7 @@ constexpr std::size_t kChunkBytes = 512;
 }  // namespace
 
 TEST(two_files_are_binarized_at_once_while_their_progress_is_read) {
-  const Scratch scratch;
+  const Scratch scratch("threads");
   write(scratch / "text", text_of(20000));
   const std::vector<xlm_ds::Piece> text{{.path = scratch / "text"}};
   std::vector<xlm_ds::Progress> progress(2);
@@ -71,7 +53,7 @@ TEST(two_files_are_binarized_at_once_while_their_progress_is_read) {
 }
 
 TEST(work_is_cancelled_from_another_thread) {
-  const Scratch scratch;
+  const Scratch scratch("threads");
   write(scratch / "text", text_of(50000));
   const std::vector<xlm_ds::Piece> text{{.path = scratch / "text"}};
   xlm_ds::Progress binarized, counted;
@@ -89,7 +71,7 @@ TEST(work_is_cancelled_from_another_thread) {
 }
 
 TEST(a_bad_byte_stops_all_threads) {
-  const Scratch scratch;
+  const Scratch scratch("threads");
   write(scratch / "text", text_of(2000) + "\xFF\n" + text_of(2000) + "\xFE\n");
   const std::vector<xlm_ds::Piece> text{{.path = scratch / "text"}};
   for (int round = 0; round < 20; ++round) {
@@ -102,7 +84,7 @@ TEST(a_bad_byte_stops_all_threads) {
 }
 
 TEST(codes_are_applied_by_several_threads) {
-  const Scratch scratch;
+  const Scratch scratch("threads");
   write(scratch / "codes", "t h 3\nth e</w> 2\nc a 2\nca t</w> 1\n");
   write(scratch / "text", text_of(700000));  // more than one chunk for each of the threads
   const xlm_ds::Bpe bpe(scratch / "codes");
@@ -113,7 +95,7 @@ TEST(codes_are_applied_by_several_threads) {
 }
 
 TEST(a_dataset_is_read_by_several_threads) {
-  const Scratch scratch;
+  const Scratch scratch("threads");
   const std::vector<std::uint32_t> lengths(1000, 3);
   xlm_ds::OutputFile(scratch / "lengths").write_at(0, std::as_bytes(std::span(lengths)));
   xlm_ds::write_index(scratch / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16, scratch / "lengths");
