@@ -49,6 +49,7 @@ CONFIG_DIRECTORY = (
     if _INSTALLED_CONFIGS.is_dir()
     else Path(__file__).parent.parent / "ds_configs"
 )
+FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they have been tested with
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What DeepSpeed raises for a configuration that it cannot use, depending on where it notices.
 CONFIG_ERRORS = (ValidationError, DeepSpeedConfigError, ValueError, TypeError, AssertionError)
@@ -218,24 +219,121 @@ def _filled(
 # ----------------------------------------------------------------------------------------- engine
 
 
+def takes_flat_gradients(settings: Mapping[str, Any]) -> bool:
+    """Whether FlatGradients does what DeepSpeed would; `return False` here is DeepSpeed's own path for all."""
+    return (
+        deepspeed.__version__ in FLAT_GRADIENTS_KNOW
+        and settings["zero_optimization"]["stage"] == 1
+        and "offload_optimizer" not in settings["zero_optimization"]
+        and not settings.get("fp16", {}).get("enabled")  # a loss scale, and updates that are skipped
+    )
+
+
+def without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    zero = {**settings["zero_optimization"], "compute_grad_norm": False}
+    return {**settings, "zero_optimization": zero, "gradient_clipping": 0.0}
+
+
+class FlatGradients:
+    """The gradients of ZeRO stage 1 in one buffer, laid out as ZeRO's own flat weights, in place of its buckets.
+
+    A gradient is copied (or, after the first micro-batch, added) once where autograd leaves it, and each rank takes its
+    part of the whole at the end: of the stock path's passes over all gradients the bucket, the division, the
+    concatenation and the norm through float64 are gone. Weights, moments and the step itself stay ZeRO's; it is given
+    the gradient as its own DeepCompile does (compile/init_z1_and_2.py). Needs "compute_grad_norm": false, which leaves
+    norm and clipping to us.
+    """
+
+    def __init__(self, engine: Any, *, clip_norm: float) -> None:
+        zero = engine.optimizer
+        engine.enable_backward_allreduce = False
+        zero.contiguous_gradients = False  # no buckets
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero._grad_acc_hooks.clear()
+        self._zero = zero
+        self._clip_norm = clip_norm
+        # Added up in fp32; a single micro-batch's gradient is as precise in its own dtype, and half as large.
+        accumulates = engine.gradient_accumulation_steps() > 1
+        self._buffers, self._views = [], {}
+        for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
+            dtype = torch.float32 if accumulates else weights.dtype
+            buffer = torch.zeros_like(weights, dtype=dtype)
+            self._buffers.append(buffer)
+            for parameter in parameters:
+                offset = parameter.data_ptr() - weights.data_ptr()
+                view = buffer.narrow(0, offset // weights.element_size(), parameter.numel())
+                self._views[parameter] = view.view_as(parameter)
+                parameter.register_post_accumulate_grad_hook(self._take)
+        self._fresh = set(self._views)  # parameters without a gradient in this update
+        self.norm: Tensor | None = None
+
+    def _take(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if parameter in self._fresh:
+            self._fresh.remove(parameter)
+            self._views[parameter].copy_(gradient)
+        else:
+            self._views[parameter].add_(gradient)
+
+    def hand_over(self) -> None:
+        """Gives ZeRO this rank's part of the gradient, averaged over the ranks and clipped, in fp32."""
+        for parameter in self._fresh:
+            self._views[parameter].zero_()
+        self._fresh = set(self._views)
+        parts = [self._reduced(i, buffer) for i, buffer in enumerate(self._buffers)]
+        squares = torch.stack([torch.linalg.vector_norm(part) ** 2 for part in parts]).sum()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(squares)
+        self.norm = squares.sqrt()
+        if self._clip_norm > 0:
+            factor = (self._clip_norm / (self.norm + 1e-6)).clamp(max=1.0)
+            for part in parts:
+                part.mul_(factor)
+        for i, part in enumerate(parts):
+            self._zero.averaged_gradients[i] = _FlatPart(part)
+
+    def _reduced(self, group: int, buffer: Tensor) -> Tensor:
+        ranks = self._zero.real_dp_process_group[group]
+        world = dist.get_world_size(ranks)
+        if world == 1:
+            return buffer.float()
+        part = torch.empty_like(buffer[: buffer.numel() // world])
+        dist.reduce_scatter_tensor(part, buffer, group=ranks)
+        return part.float().div_(world)
+
+
+class _FlatPart(list[Tensor]):
+    """A gradient that is flat already, as ZeRO's step looks for it."""
+
+    def __init__(self, part: Tensor) -> None:
+        super().__init__([part])
+        self.flat_partition = part
+
+
 class Engine:
     """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage."""
 
     def __init__(self, model: XlmEncoder, settings: Mapping[str, Any], ranks: Ranks) -> None:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        # ZeRO 3 gathers a module's own parameters; the tied embedding is not the head's own.
-        deepspeed.zero.register_external_parameter(model.head, model.token_embedding.weight)
+        # ZeRO 3 gathers a module's own parameters; the encoder itself reads the tied table.
+        deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
         self.settings = dict(settings)
         self.ranks = ranks
+        flat = takes_flat_gradients(settings)
+        if flat:
+            settings = without_norm(settings)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._engine, *_ = deepspeed.initialize(
-                    model=model, model_parameters=list(model.parameters()), config=self.settings
+                    model=model, model_parameters=list(model.parameters()), config=dict(settings)
                 )
         except CONFIG_ERRORS as error:
             sentence = " ".join(str(error).split())
             raise InputError(f"DeepSpeed does not take this configuration: {sentence}") from error
+        clip_norm = self.settings["gradient_clipping"]
+        self._flat = FlatGradients(self._engine, clip_norm=clip_norm) if flat else None
 
     def __call__(self, batch: MaskedBatch) -> Tensor:
         """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
@@ -253,11 +351,14 @@ class Engine:
         """Counts a micro-step; on the last of an update, applies the gradient with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._flat and self._engine.is_gradient_accumulation_boundary():
+            self._flat.hand_over()
         self._engine.step()
 
     def gradient_norm(self) -> float:
         """L2 norm of the last applied gradient before clipping. Reads the device: for log lines only."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        norm = self._flat.norm if self._flat else self._engine.get_global_grad_norm()
+        return float(norm or 0.0)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every parameter's fp32 weight and Adam moments, whole; all ranks must iterate. Not to be kept: clone them."""

@@ -1,0 +1,97 @@
+"""The loss of a large vocabulary: one matrix of logits, turned in place into its own gradient.
+
+    losses = linear_cross_entropy(hidden, weight, bias, targets, ignore_index=PAD)   # (N,) fp32 nats
+
+is F.cross_entropy(F.linear(hidden, weight).float() + bias, targets, reduction="none"), forward and backward, but the
+logits (N, V) exist once, in the dtype of `hidden`, and what is done to them is one pass over memory for the log-sum-exp
+and one for softmax - onehot. On CUDA both are a Triton kernel, a program per row; elsewhere torch does it, some rows at
+a time. Sums are in fp32: near a log-probability of -10, bf16 steps are 1/16 wide.
+
+With Z = H W' + b and P = softmax(Z), dL_i/dZ_i = P_i - onehot(t_i). The incoming gradient g (N,) is multiplied into the
+small sides of the products and never into the (N, V): dH = g (dZ W), dW = dZ' (g H), db = dZ' g.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from xlm_ds import cross_entropy_kernel as kernel
+except ModuleNotFoundError as error:  # torch's CPU builds come without Triton
+    if error.name != "triton":
+        raise
+    kernel: ModuleType | None = None  # type: ignore[no-redef]
+
+TILE = 128  # columns; a row of logits begins at a multiple of it, which matrix units want at any size of vocabulary
+CHUNK_ELEMENTS = 1 << 22  # of logits in fp32 at a time, without the kernel: 16 MB
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, ignore_index: int
+) -> Tensor:
+    """Negative log-likelihood (N,) in fp32 nats of targets (N,); 0 where a target is `ignore_index`.
+
+    `hidden` (N, d) and `weight` (V, d) have one dtype; `bias` (V,).
+    """
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+    ) -> Tensor:
+        wants_gradient = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        logits = _empty_logits(len(hidden), len(weight), hidden)
+        torch.mm(hidden, weight.t(), out=logits)
+        cross_entropy = kernel.cross_entropy_ if kernel and logits.is_cuda else cross_entropy_
+        losses = cross_entropy(
+            logits, bias, targets, ignore_index=ignore_index, writes_gradient=wants_gradient
+        )
+        if wants_gradient:
+            ctx.save_for_backward(hidden, weight, logits)
+        return losses
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        hidden, weight, gradient = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale = grad_losses.to(hidden.dtype)
+        grad_hidden = (gradient @ weight) * scale[:, None]
+        grad_weight = gradient.t() @ (hidden * scale[:, None])
+        grad_bias = (scale[None] @ gradient)[0]  # bf16's gradient.t() @ scale is ten times slower on a CPU
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _empty_logits(rows: int, columns: int, like: Tensor) -> Tensor:
+    padded = -(-columns // TILE) * TILE
+    return torch.empty(rows, padded, dtype=like.dtype, device=like.device)[:, :columns]
+
+
+def cross_entropy_(
+    logits: Tensor, bias: Tensor, targets: Tensor, *, ignore_index: int, writes_gradient: bool
+) -> Tensor:
+    """What cross_entropy_kernel.cross_entropy_ does, by torch, on any device."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    rows_at_a_time = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    for begin in range(0, len(logits), rows_at_a_time):
+        rows = slice(begin, begin + rows_at_a_time)
+        log_p = torch.log_softmax(logits[rows].float() + bias.float(), dim=1)
+        losses[rows] = F.nll_loss(
+            log_p, targets[rows], ignore_index=ignore_index, reduction="none"
+        )
+        if writes_gradient:
+            counts = (targets[rows] != ignore_index).float()[:, None]
+            gradient = log_p.exp_().mul_(counts)
+            gradient.scatter_add_(1, targets[rows, None], -counts)
+            logits[rows] = gradient
+    return losses
