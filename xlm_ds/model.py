@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xlm_ds.dictionary import PAD
 from xlm_ds.linear_cross_entropy import linear_cross_entropy
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 FIRST_POSITION_ROW = PAD + 1  # fairseq's position table has unused rows 0 and PAD before the first
 LAYER_NORM_EPS = 1e-5
+# On a CPU torch has no fused attention with dropout (2.13): what it keeps for the backward pass grows with the square of
+# the row. Beyond this it is computed again instead, layer by layer: 2,048 tokens in one row took 3 GB more.
+LONGEST_KEPT_ATTENTION = 256  # tokens
 INIT_STD = 0.02  # of every matrix and table, as in BERT (Devlin et al. 2018, and its code)
 
 ActivationName = Literal["gelu", "relu"]
@@ -68,15 +72,19 @@ class SelfAttention(nn.Module):
         """Maps (B, T, d) to (B, T, d); `attend` (B, 1, 1, T) is False at keys to leave out."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d / heads)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attend,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        if dropout and not hidden.is_cuda and hidden.shape[1] > LONGEST_KEPT_ATTENTION:
+            context = checkpoint(_attention, query, key, value, attend, dropout, use_reentrant=False)
+        else:
+            context = _attention(query, key, value, attend, dropout)
         out: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
         return out
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None, dropout: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
 
 
 class FeedForward(nn.Module):
