@@ -1,0 +1,102 @@
+"""The loss and its gradient against fp64, by torch and by the Triton kernel (in Triton's interpreter without a GPU)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlm_ds import linear_cross_entropy as rooms
+from xlm_ds.linear_cross_entropy import CHUNK_ELEMENTS, TILE, linear_cross_entropy
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IGNORE = 1
+# Of a gradient between -1 and 1. In fp32 a logit near 100 has steps of 8e-6; of bf16 the interpreter cuts off what does
+# not fit, where a GPU rounds.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+
+def case(rows: int, columns: int, dtype: torch.dtype, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, bias, targets), a row of them to be ignored, in a wider matrix as the model's are."""
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.randn(rows, columns + 3, generator=generator).mul(spread)
+    bias = torch.randn(columns, generator=generator)
+    targets = torch.randint(0, columns, (rows,), generator=generator)
+    targets[0], targets[-1] = columns - 1, IGNORE
+    return logits.to(DEVICE, dtype)[:, :columns], bias.to(DEVICE, dtype), targets.to(DEVICE)
+
+
+def exact(logits: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses, softmax - onehot) in fp64."""
+    log_p = (logits.double() + bias.double()).log_softmax(dim=1)
+    counts = targets != IGNORE
+    gradient = (log_p.exp() - F.one_hot(targets, logits.shape[1])) * counts[:, None]
+    return -log_p.gather(1, targets[:, None])[:, 0] * counts, gradient
+
+
+@pytest.fixture(params=["torch", "kernel"])
+def cross_entropy_(request: pytest.FixtureRequest) -> object:
+    if request.param == "torch":
+        return rooms.cross_entropy_
+    pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+    assert rooms.kernel is not None
+    return rooms.kernel.cross_entropy_
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("columns", [2, 127, 4096, 9001])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_loss_and_gradient_are_those_of_fp64(
+    cross_entropy_: Callable[..., Tensor], dtype: torch.dtype, columns: int, spread: float
+) -> None:
+    logits, bias, targets = case(5, columns, dtype, spread)
+    losses, gradient = exact(logits, bias, targets)
+    beside = logits._base[:, columns:].clone()  # type: ignore[union-attr]
+    found = cross_entropy_(logits, bias, targets, ignore_index=IGNORE, writes_gradient=True)
+    torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), gradient, rtol=0, atol=TOLERANCE[dtype])
+    assert torch.equal(logits._base[:, columns:], beside), "wrote beside the logits"  # type: ignore[union-attr]
+    assert not logits[-1].any()
+
+
+def test_logits_stay_where_no_gradient_is_wanted(cross_entropy_: Callable[..., Tensor]) -> None:
+    logits, bias, targets = case(5, 300, torch.float32, 1.0)
+    before = logits.clone()
+    found = cross_entropy_(logits, bias, targets, ignore_index=IGNORE, writes_gradient=False)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(found.double(), exact(logits, bias, targets)[0])
+
+
+def test_rows_in_several_chunks_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = (case(7, 50, torch.float32, 1.0)[0] for _ in range(2))
+    _, bias, targets = case(7, 50, torch.float32, 1.0)
+    assert whole.numel() < CHUNK_ELEMENTS
+    first = rooms.cross_entropy_(whole, bias, targets, ignore_index=IGNORE, writes_gradient=True)
+    monkeypatch.setattr(rooms, "CHUNK_ELEMENTS", 2 * 50)
+    second = rooms.cross_entropy_(parts, bias, targets, ignore_index=IGNORE, writes_gradient=True)
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("columns", [TILE, 301])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_of_all_inputs_are_autograds(dtype: torch.dtype, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, dim = 11, 16
+    shapes = ((rows, dim), (columns, dim), (columns,))
+    ours = [torch.randn(s, generator=generator).to(DEVICE, dtype).requires_grad_() for s in shapes]
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    targets = torch.randint(0, columns, (rows,), generator=generator).to(DEVICE)
+    targets[3] = IGNORE
+    incoming = torch.rand(rows, generator=generator).to(DEVICE)
+    found = linear_cross_entropy(*ours, targets, ignore_index=IGNORE)
+    found.backward(incoming)
+    logits = F.linear(theirs[0], theirs[1]) + theirs[2]
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    expected.backward(incoming.double())
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.05}
+    torch.testing.assert_close(found.double(), expected, **near)
+    for mine, true in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad.double(), true.grad, **near)
