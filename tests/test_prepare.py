@@ -23,7 +23,8 @@ from xlm_ds.files import CHUNK_CHARACTERS
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
 from xlm_ds.merges import learn_merges, sample_copies
-from xlm_ds.prepare import Record, choose_held_out, main, prepare
+from xlm_ds.prepare import choose_held_out, main, prepare
+from xlm_ds.prepare_record import Record
 from xlm_ds.tokenisation import Tokenisation, tokenise_line
 
 GOLDEN = Path(__file__).parent / "data" / "bpe"

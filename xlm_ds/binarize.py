@@ -12,21 +12,17 @@ that is there already and was made from the same is not made again.
     mpirun -n 64 python -m xlm_ds.binarize …     many machines with a shared folder (pip install 'xlm_ds[mpi]')
 """
 
-import json
-import math
 import secrets
 import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
@@ -35,28 +31,19 @@ from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
 from xlm_ds.files import copy_file, file_sha256, locked, naming, save_array, sync_file
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
-from xlm_ds.ranks import Ranks, Stopped, started_ranks
+from xlm_ds.pair_record import (
+    COMPANIONS,
+    KINDS,
+    Counts,
+    describe,
+    is_made_from,
+    write_record,
+)
+from xlm_ds.ranks import Ranks, interruptible, started_ranks
 from xlm_ds.texts import Share, Text, divide, texts_of
 
-Result = TypeVar("Result")
-CountsById: TypeAlias = NDArray[np.uint64]  # (V,)
-
-# What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
-COMPANIONS = ("codes", "prepare.json")
-KINDS = ("bin", "counts.npy", "json", "idx")  # of a pair's files, in the order of their renaming
 JOIN_BYTES = 1 << 20
-POLL_SECONDS = 0.1
 MANY_UNKNOWN = 0.1  # of all tokens; text and dictionary of one prepare have next to none
-
-
-class Counts(NamedTuple):
-    """What a text contains (_core.TextCounts), or a rank's part of it."""
-
-    lines: int
-    tokens: int
-    unknown: int
-    blank_lines: int
-    literal_specials: int
 
 
 class Job(NamedTuple):
@@ -388,21 +375,9 @@ def made_from(text: Text, job: Job) -> dict[str, Any]:
 
 
 def is_there(text: Text, job: Job) -> bool:
-    """Whether the pair is whole and made from the same. Of standard input nobody knows."""
-    base = job.config.destdir / text.pair
-    try:
-        record = json.loads(Path(f"{base}.json").read_bytes())
-        sizes = {
-            kind: Path(f"{base}.{kind}").stat().st_size for kind in ("bin", "counts.npy", "idx")
-        }
-    except (FileNotFoundError, ValueError):
-        return False
-    return (
-        not text.is_standard_input
-        and isinstance(record, dict)
-        and record.get("made_from") == made_from(text, job)
-        and record.get("bytes") == sizes
-    )
+    """Of standard input nobody knows."""
+    pair = job.config.destdir / text.pair
+    return not text.is_standard_input and is_made_from(pair, made_from(text, job))
 
 
 def encode_share(texts: Sequence[Text], share: Share, job: Job) -> None:
@@ -461,35 +436,6 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
     return counts
 
 
-def describe(
-    split: str,
-    language: str,
-    counts: Counts,
-    by_id: CountsById,
-    dictionary: Dictionary,
-    files: Mapping[str, Path],
-) -> dict[str, Any]:
-    """The record of a pair but for what it was made from. `files`, by kind, are written, all but the record itself."""
-    return {
-        "language": language,
-        "split": split,
-        "lines": counts.lines,
-        "tokens": counts.tokens,
-        "unknown": counts.unknown,
-        "blank": counts.blank_lines,
-        "literal_specials": counts.literal_specials,
-        "unigram_entropy_bits": entropy_bits(by_id),
-        "dictionary_sha256": dictionary.sha256,
-        "sha256": {kind: file_sha256(files[kind]) for kind in ("bin", "idx")},
-        "bytes": {kind: files[kind].stat().st_size for kind in ("bin", "counts.npy", "idx")},
-    }
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    with naming(path):
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def join(parts: Sequence[Path], whole: Path) -> None:
     parts[0].replace(whole)
     with naming(whole), whole.open("ab") as file:
@@ -515,37 +461,6 @@ def publish(texts: Sequence[Text], job: Job) -> None:
                 for path in final.values():
                     path.unlink(missing_ok=True)
     sync_file(folder)
-
-
-def entropy_bits(counts: CountsById) -> float:
-    """Entropy of the unigram distribution, eos included; 0 of an empty text."""
-    seen = counts[counts > 0].astype(np.float64)
-    total = float(seen.sum())
-    return float(math.log2(total) - (seen * np.log2(seen)).sum() / total) if total else 0.0
-
-
-@contextmanager
-def interruptible(
-    progress: _core.Progress, ranks: Ranks, bar: "tqdm[None] | None" = None
-) -> Iterator[Callable[[Callable[[], Result]], Result]]:
-    """Runs calls of the core on another thread, so that Ctrl-C or another rank's failure ends them; moves the bar."""
-
-    def result_of(future: "Future[Result]") -> Result:
-        shown = 0
-        while not future.done():
-            wait([future], timeout=POLL_SECONDS)
-            ranks.check_stop()
-            if bar is not None:
-                bar.update(progress.done_bytes - shown)
-                shown = progress.done_bytes
-        return future.result()
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            yield lambda call: result_of(thread.submit(call))
-        except (KeyboardInterrupt, Stopped):
-            progress.cancel()
-            raise
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.binarize import COMPANIONS, KINDS, Counts, describe, interruptible, write_record
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import locked, naming, save_array, sync_file
 from xlm_ds.log import InputError
-from xlm_ds.ranks import Ranks
+from xlm_ds.pair_record import COMPANIONS, KINDS, Counts, describe, write_record
+from xlm_ds.ranks import Ranks, interruptible
 
 Result = TypeVar("Result")
 

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.binarize import entropy_bits
 from xlm_ds.config import (
     ShardsConvertConfig,
     ShardsInspectConfig,
@@ -36,6 +35,7 @@ from xlm_ds.dictionary import BOS, EOS, MASK, PAD, SPECIAL_SYMBOLS, UNK, Diction
 from xlm_ds.files import file_sha256
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, logger, run_stage, sentence_of
+from xlm_ds.pair_record import entropy_bits
 from xlm_ds.pairs import (
     PAIR_FIELDS,
     Source,
