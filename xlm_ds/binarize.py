@@ -16,6 +16,7 @@ import secrets
 import shutil
 import socket
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from xlm_ds import _core
 from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
-from xlm_ds.files import copy_file, file_sha256, locked, naming, save_array, sync_file
+from xlm_ds.files import copy_file, file_sha256, locked, make_folder, naming, save_array, sync_file
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
+from xlm_ds.merges import load_bpe
 from xlm_ds.pair_record import (
     COMPANIONS,
     KINDS,
@@ -62,6 +64,8 @@ class Job(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     with started_ranks("binarize") as ranks:
+        if ranks.rank != 0 and {"-h", "--help"} & set(argv):
+            return EXIT_OK  # rank 0 shows it
         config = ranks.together(
             lambda: parse(BinarizeConfig, argv, answered=BINARIZE_ANSWERED, description=__doc__)
         )
@@ -76,11 +80,11 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     """
     texts = ranks.on_first(lambda: texts_for(config, ranks.size))
     threads = config.workers or ranks.threads()
-    bpe = ranks.together(lambda: load_bpe(config))
-    bpe_sha256 = ranks.on_first(lambda: bpe_checksums(config))
+    bpe = ranks.together(lambda: bpe_of(config))
+    bpe_sha256 = ranks.on_first(lambda: bpe_checksums(config.bpe_codes, config.bpe_vocab))
     ranks.together(lambda: check_same_bpe(config, bpe_sha256))
     dictionary = find_dictionary(config, texts, bpe, threads, ranks)
-    ranks.on_first(lambda: start_folder(config, dictionary))
+    ranks.on_first(lambda: start_folder(config, dictionary, bpe_sha256))
     check_shared(config.destdir, ranks)
     sizes = [text.size for text in texts]
     unknown_size = any(text.is_standard_input for text in texts)
@@ -116,11 +120,22 @@ def tell(text: Text, counts: Counts | None) -> None:
             f"{text}: many words are not in the dictionary; was the text split with the codes that "
             "the dictionary was counted with?"
         )
+    for file in text.inputs:
+        if not text.is_standard_input and begins_with_byte_order_mark(file.path):
+            logger.info(
+                f"{file.path}: begins with a byte order mark, which is part of its first word, as with fairseq; "
+                "remove it (sed -i '1s/^\\xef\\xbb\\xbf//')"
+            )
     if counts.literal_specials:
         logger.info(
             f"{text}: {counts.literal_specials} words are spelt like a special symbol "
             f"({', '.join(SPECIAL_SYMBOLS)}) and got its id, as with fairseq"
         )
+
+
+def begins_with_byte_order_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
 
 
 def summary(counts: Counts) -> str:
@@ -151,24 +166,24 @@ def texts_for(config: BinarizeConfig, ranks: int) -> list[Text]:
     return texts
 
 
-def load_bpe(config: BinarizeConfig) -> _core.Bpe | None:
+def bpe_of(config: BinarizeConfig) -> _core.Bpe | None:
     if config.bpe_codes is None:
         if config.bpe_vocab is not None:
             raise InputError(
                 "--bpe-vocab goes with --bpe-codes, whose merges it limits; give both or neither"
             )
         return None
-    return _core.Bpe(config.bpe_codes, config.bpe_vocab)
+    return load_bpe(config.bpe_codes, config.bpe_vocab)
 
 
-def bpe_checksums(config: BinarizeConfig) -> dict[str, str]:
-    files = {"bpe_codes_sha256": config.bpe_codes, "bpe_vocab_sha256": config.bpe_vocab}
+def bpe_checksums(codes: Path | None, vocab: Path | None) -> dict[str, str]:
+    files = {"bpe_codes_sha256": codes, "bpe_vocab_sha256": vocab}
     return {name: file_sha256(path) for name, path in files.items() if path is not None}
 
 
 def check_same_bpe(config: BinarizeConfig, first: Mapping[str, str]) -> None:
     """Raises InputError on a rank whose files are not those of rank 0, whose checksums are `first`."""
-    if bpe_checksums(config) != first:
+    if bpe_checksums(config.bpe_codes, config.bpe_vocab) != first:
         raise InputError(
             f"{config.bpe_codes}: on {socket.gethostname()} it, or its --bpe-vocab, is another file than on the "
             "first rank; give files that are the same on all hosts"
@@ -202,7 +217,8 @@ def dictionary_of(config: BinarizeConfig, words: Counter[str]) -> Dictionary:
         if config.max_vocab is not None:
             # After the padding, so that the model has no more rows than asked for.
             found = found.truncated(config.max_vocab)
-    if len(found) == len(SPECIAL_SYMBOLS):
+    symbols = found.symbols[len(SPECIAL_SYMBOLS) :]
+    if not any(config.srcdict or symbol in words for symbol in symbols):  # the padding's are none
         raise InputError(
             f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
         )
@@ -230,15 +246,17 @@ def count_words(
     return ranks.merged(ranks.together(count), merge)
 
 
-def start_folder(config: BinarizeConfig, dictionary: Dictionary) -> None:
-    """Makes OUT, its log and OUT/dict.txt. Raises InputError if another dictionary is there."""
-    config.destdir.mkdir(parents=True, exist_ok=True)
+def start_folder(
+    config: BinarizeConfig, dictionary: Dictionary, bpe_sha256: Mapping[str, str]
+) -> None:
+    """Makes OUT, its log, OUT/dict.txt and its companions. Raises InputError if others are there."""
+    make_folder(config.destdir)
     add_log_file(config.destdir / "preprocess.log")
     # The recipe's loop over languages may run in parallel: they must not write the same file.
     with locked(config.destdir / ".dict.txt.lock"):
         write_dictionary(config, dictionary)
         if config.bpe_codes is not None:
-            write_codes(config.bpe_codes, config.destdir)
+            write_bpe(config, bpe_sha256)
 
 
 def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
@@ -252,10 +270,9 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
             )
         return
     if config.srcdict is not None:
-        for name in COMPANIONS:
-            other_codes = name == "codes" and config.bpe_codes is not None
+        for name in COMPANIONS if config.bpe_codes is None else ("prepare.json",):
             here = config.srcdict.parent / name
-            if here.is_file() and not other_codes and not (config.destdir / name).exists():
+            if here.is_file() and not (config.destdir / name).exists():
                 copy_file(here, config.destdir / name)
     temporary = path.with_name(".dict.txt.tmp")
     try:
@@ -267,17 +284,20 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_codes(codes: Path, folder: Path) -> None:
-    """OUT/codes, instead of those beside --srcdict. Raises InputError if others are there: they split other pieces."""
-    path = folder / "codes"
-    if path.exists():
-        if file_sha256(path) != file_sha256(codes):
-            raise InputError(
-                f"{path}: other codes than {codes} are there already; binarize into an empty --destdir, or use "
-                f"these with --bpe-codes {path}"
-            )
+def write_bpe(config: BinarizeConfig, sha256: Mapping[str, str]) -> None:
+    """OUT/codes and OUT/bpe_vocab, instead of those beside --srcdict. Raises InputError if there are others."""
+    codes, vocab = config.destdir / "codes", config.destdir / "bpe_vocab"
+    there = bpe_checksums(*(path if path.exists() else None for path in (codes, vocab)))
+    if there == sha256:
         return
-    copy_file(codes, path)
+    if codes.exists() or not there.items() <= sha256.items():
+        raise InputError(
+            f"{config.destdir}: other codes than {config.bpe_codes}, or another vocabulary of theirs, are there "
+            "already and split other pieces; binarize into an empty --destdir, or use what is there"
+        )
+    for given, path in ((config.bpe_vocab, vocab), (config.bpe_codes, codes)):
+        if given is not None:  # the codes last: where they are, a vocabulary they go with is too
+            copy_file(given, path)
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:

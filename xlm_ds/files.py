@@ -25,6 +25,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_folder(path: Path) -> None:
+    """With those above it, where they are missing. Raises InputError if a file is in the way; OSError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            f"{path}: a file is where this folder, or one above it, would be; give another folder"
+        ) from error
+
+
 @contextlib.contextmanager
 def naming(path: Path, verb: str = "write") -> Iterator[None]:
     """Puts the file at work into an OSError that does not say where it happened: that of opening does, no other."""

@@ -8,6 +8,7 @@ A stage's `main(argv)` is wrapped once:
 Library code raises `InputError`; only `run_stage` turns it into a sentence on stderr and exit code 2.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -96,6 +97,8 @@ def _log_to(stream: TextIO) -> None:
 def sentence_of(error: Exception) -> str:
     """OSError's own text begins with [Errno n]; the core's says what could not be done to which file."""
     if isinstance(error, OSError) and error.strerror is not None:
+        if error.errno == errno.EAGAIN and error.strerror == os.strerror(errno.EAGAIN):
+            return "the system gives no more threads or processes; give fewer --workers"
         where = f"{error.filename}: " if error.filename is not None else ""
         return where + (error.strerror.lower() if where else error.strerror)
     return str(error)

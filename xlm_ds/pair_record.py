@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import file_sha256, naming
 
-# What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
-COMPANIONS = ("codes", "prepare.json")
+# What new text needs to become ids, as prepare or --bpe-codes left it: it travels with the data.
+COMPANIONS = ("codes", "bpe_vocab", "prepare.json")
 KINDS = ("bin", "counts.npy", "json", "idx")  # of a pair's files, in the order of their renaming
 
 CountsById: TypeAlias = NDArray[np.uint64]  # (V,)

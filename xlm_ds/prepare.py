@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig, check_languages
-from xlm_ds.files import alone_in, naming, read_lines
+from xlm_ds.files import alone_in, make_folder, naming, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
-from xlm_ds.merges import count_merges, learn_merges, sample_copies
+from xlm_ds.merges import count_merges, learn_merges, load_bpe, sample_copies
 from xlm_ds.prepare_record import (
     TOKENISED,
     Record,
@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig) -> None:
     Raises InputError for bad text, flags that do not go together, or a folder that holds other things.
     """
     sources = _sources(config)
-    (config.destdir / TOKENISED).mkdir(parents=True, exist_ok=True)
+    make_folder(config.destdir / TOKENISED)
     with alone_in(config.destdir, "prepare"):
         record = open_record(config, sources)
         if record.has(*file_names(sources)):
@@ -127,7 +127,8 @@ def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
         raise InputError("--langs is empty; expected languages, as ar,de,en")
     for path in itertools.chain.from_iterable(splits.values() for splits in sources.values()):
         if not path.is_file():
-            raise InputError(f"{path}: no such file; every language needs its raw text")
+            what = "not a file" if path.exists() else "no such file"
+            raise InputError(f"{path}: {what}; every language needs its raw text")
     return sources
 
 
@@ -394,7 +395,7 @@ def _apply_codes(record: Record, names: Sequence[str], vocab: Path | None, worke
     missing = [name for name in names if not record.has(name)]
     if not missing:
         return
-    bpe = _core.Bpe(record.path("codes"), vocab)
+    bpe = load_bpe(record.path("codes"), vocab)
     total = sum(record.path(f"{TOKENISED}/{name}").stat().st_size for name in missing)
     with tqdm(total=total, desc="bpe", unit="B", unit_scale=True, disable=None) as bar:
         for name in missing:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from xlm_ds import _core
 from xlm_ds.config import PrepareConfig
 from xlm_ds.files import file_sha256, naming
 from xlm_ds.log import InputError
+from xlm_ds.merges import load_bpe
 from xlm_ds.tokenisation import tokenisation_of
 
 # Valid is made after test and train after both, as each leaves out the lines of those before it.
@@ -115,7 +115,8 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
         (folder / name).unlink(missing_ok=True)
     new["files"] = {name: facts for name, facts in old["files"].items() if name not in stale}
     record = Record(folder, new)
-    record.save()
+    if new != old:
+        record.save()
     return record
 
 
@@ -124,12 +125,13 @@ def _load_record(path: Path) -> dict[str, Any]:
         return {"inputs": {}, "files": {}}
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not a record of prepare ({error}); give another --destdir"
-        ) from error
-    if content.get("format") != RECORD_FORMAT:
-        raise InputError(f"{path}: not a record of this prepare; give another --destdir")
+        entries = [*content["files"].values()]
+        for splits in content["inputs"].values():
+            entries += splits.values()
+        if content["format"] != RECORD_FORMAT or any(type(e["bytes"]) is not int for e in entries):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a record of this prepare; give another --destdir") from error
     return content
 
 
@@ -148,7 +150,7 @@ def _describe(
         names = ("split_by", "valid_lines", "test_lines", "seed")
         splitting |= {name: getattr(config, name) for name in names}
     if config.codes is not None:
-        _core.Bpe(config.codes, config.vocab)  # refused before hours of tokenising
+        load_bpe(config.codes, config.vocab)  # refused before hours of tokenising
         codes = {
             "codes": file_sha256(config.codes),
             "vocab": config.vocab and file_sha256(config.vocab),

@@ -173,7 +173,7 @@ def interruptible(
     with ThreadPoolExecutor(max_workers=1) as thread:
         try:
             yield lambda call: result_of(thread.submit(call))
-        except (KeyboardInterrupt, Stopped):
+        except BaseException:
             progress.cancel()
             raise
 

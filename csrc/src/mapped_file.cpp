@@ -32,6 +32,11 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
     ::close(fd);
     throw_errno("cannot read the size of", path);
   }
+  if (S_ISDIR(status.st_mode)) {  // mmap would say "No such device"
+    ::close(fd);
+    errno = EISDIR;
+    throw_errno("cannot read", path);
+  }
   size_ = static_cast<std::size_t>(status.st_size);
   if (size_ != 0) {
     void* const address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
