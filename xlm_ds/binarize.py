@@ -140,10 +140,8 @@ def begins_with_byte_order_mark(path: Path) -> bool:
 
 def summary(counts: Counts) -> str:
     """fairseq's line; its percentage has three significant digits."""
-    share = f" {100 * counts.unknown / counts.tokens:.3}% replaced" if counts.tokens else ""
-    return f"{counts.lines} sents, {counts.tokens} tokens,{share} (by <unk>)".replace(
-        "tokens, (by", "tokens (by"
-    )
+    share = f", {100 * counts.unknown / counts.tokens:.3}% replaced" if counts.tokens else ""
+    return f"{counts.lines} sents, {counts.tokens} tokens{share} (by <unk>)"
 
 
 # ------------------------------------------------------------------------------- before the first pair

@@ -67,8 +67,8 @@ def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file as a whole: under another name first."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Copies a file as a whole: under another name first, which is no other process's while a lock is held."""
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         with naming(temporary):
             shutil.copyfile(source, temporary)
@@ -136,9 +136,10 @@ def _lock_handle(path: Path, busy: str | None) -> int:
         )  # NFS locks only what is open to write
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before may have removed the file since it was opened here.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
-                return handle
+            # Who held it before may have removed the file since it was opened here, and others made it again.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(handle)):
+                    return handle
         except BlockingIOError as error:
             os.close(handle)
             raise InputError(str(busy)) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from xlm_ds.config import PrepareConfig
-from xlm_ds.files import file_sha256, naming
+from xlm_ds.files import file_sha256, naming, sync_file
 from xlm_ds.log import InputError
 from xlm_ds.merges import load_bpe
 from xlm_ds.tokenisation import tokenisation_of
@@ -74,6 +74,7 @@ class Record:
             "sha256": file_sha256(temporary),
             **(facts or {}),
         }
+        sync_file(temporary)
         self.save()
         temporary.replace(self.path(name))
 
