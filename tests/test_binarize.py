@@ -301,22 +301,6 @@ def test_files_and_folders_in_each_others_place(text: Path, tmp_path: Path) -> N
             run_stage(text, destdir, "--langs=en", f"--srcdict={text / 'vocab'}")
 
 
-def test_threads_that_cannot_be_had_are_one_sentence(text: Path, tmp_path: Path) -> None:
-    """A container's limit is met by fewer threads than are allowed here; a limit of memory stands for it."""
-    program = (
-        "import resource, sys; from xlm_ds import binarize; from xlm_ds.log import run_stage; "
-        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
-        "sys.exit(run_stage('binarize', binarize.main))"
-    )
-    flags = ["--langs=en", f"--trainpref={text / 'train'}", f"--destdir={tmp_path / 'out'}"]
-    command = [sys.executable, "-c", program, *flags, "--workers=4096"]
-    root = Path(__file__).parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "no more threads or processes; give fewer --workers" in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
 def test_another_dictionary_in_the_folder_is_refused(text: Path, tmp_path: Path) -> None:
     run_stage(text, tmp_path / "out", "--langs=en", f"--srcdict={text / 'vocab'}")
     before = (tmp_path / "out" / "train.en.bin").read_bytes()

@@ -254,6 +254,23 @@ def test_the_stage_says_it_in_one_line_and_with_its_exit_code(tmp_path: Path) ->
     assert not list(out.glob("valid*"))
 
 
+def test_threads_that_cannot_be_had_are_one_sentence(tmp_path: Path) -> None:
+    """Fewer than --workers may be, as in a container with a limit; here one of memory, for their stacks."""
+    text = tmp_path / "text"
+    write_text(text, "a b\n", ["a", "b"])
+    program = (
+        "import resource, sys; from xlm_ds import binarize; from xlm_ds.log import run_stage; "
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
+        "sys.exit(run_stage('binarize', binarize.main))"
+    )
+    flags = ["--langs=en", f"--trainpref={text / 'train'}", f"--destdir={tmp_path / 'out'}"]
+    command = [sys.executable, "-c", program, *flags, "--workers=4096"]
+    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no more threads or processes; give fewer --workers" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 # ----------------------------------------------------------------------------------------- prepare
 
 
