@@ -36,7 +36,7 @@ def test_core_program_passes(programs: Path) -> None:
     assert ", 0 failed" in result.stdout
 
 
-@pytest.mark.parametrize("target", ["codes", "dataset", "dictionary", "index", "words"])
+@pytest.mark.parametrize("target", ["bpe", "codes", "dataset", "dictionary", "index", "pair", "words"])
 def test_fuzz_targets_find_nothing(programs: Path, target: str) -> None:
     """A bounded part of `make fuzz`; both what is accepted and what is refused must be among the inputs."""
     command = [str(programs / f"fuzz_{target}"), "--runs", "3000"]
