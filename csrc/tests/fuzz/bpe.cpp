@@ -65,10 +65,11 @@ std::vector<std::string> xlm_ds_fuzz::seeds() {
   const std::string codes =
       "e s 9\nes t</w> 9\nl o 7\nw est</w> 6\ne west</w> 6\nn ewest</w> 6\nlo w</w> 5\nw i 3\nd est</w> 3\nwi dest</w> 3\n";
   const std::string vocabulary = "est 1\nl@@ 1\no@@ 1\nw@@ 1\nw 1\ne@@ 1\nr 1\nnewest 1\n";
-  const std::string long_words = std::string(70, 'a') + "b" + std::string(300, 'a') + " " + std::string(70, 'a') + "b";
+  std::string uncached;  // for its bytes, of which a character has as many as it can
+  while (uncached.size() <= 256) uncached += "\U0001F600";
   return {codes + "\xFF\xFFlow\nlo@@\nr\nw@@\xFFlow  lower\n newest widest low\r\nlow\r \n\r",
           codes + "\xFF" + vocabulary + "\xFF" "est\nl@@\no@@\nw\xFFlow lower widest\nlowest low\n\nlower",
-          "a a 9\naa aa 8\naaaa aaaa 7\naaaaaaaa a</w> 6\nb a 5\n\xFF" "aa@@ 3\naaaa@@ 1\n\xFF" "aa@@\nb\n\xFF" + long_words,
+          "a a 9\naa aa 8\naaaa aaaa 7\naaaaaaaa a</w> 6\nb a 5\n\xFF" "aa@@ 3\naaaa@@ 1\n\xFF" "aa@@\nb\n\xFF" + std::string(70, 'a') + "b " + uncached,
           "\t \t 4\n\t \t</w> 3\n\xFF\xFFlow\n@@\xFF\t\t\tlow\t \t\n\t\t low\u00A0\t\u2028x\n",
           "< u 9\nn k 8\nnk ></w> 7\n<u nk></w> 6\n\xFF\xFF<u@@\xFF<unk> <un </s> <s>\n",
           "\xE0 \xA4\x95 1\n\xE0\xA4\x95 a</w> 1\n\xFF\u0915@@ 1\n\u0915" "a 1\n\xFF\u0915@@\n\u0915\xFF\u0915" "a \u0915\u0915"};
