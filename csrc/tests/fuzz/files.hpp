@@ -13,6 +13,13 @@
 /// Files for what the core reads from files, in memory: a disk would be the slowest part.
 namespace xlm_ds_fuzz {
 
+/// Makes it the content of an open file, whose pages are used again: a file emptied first would give them back.
+inline void overwrite(int file, std::string_view content) {
+  const auto written = ::pwrite(file, content.data(), content.size(), 0);
+  require(written == static_cast<ssize_t>(content.size()), "a file can be written");
+  require(::ftruncate(file, written) == 0, "a file can be cut");
+}
+
 /// A file without a name.
 class MemoryFile {
  public:
@@ -20,9 +27,7 @@ class MemoryFile {
     require(descriptor_ >= 0, "there is room for a file in memory");
   }
   [[nodiscard]] std::filesystem::path with(std::string_view content) const {
-    require(::ftruncate(descriptor_, 0) == 0, "the file can be emptied");
-    const auto written = ::pwrite(descriptor_, content.data(), content.size(), 0);
-    require(written == static_cast<ssize_t>(content.size()), "the file can be written");
+    overwrite(descriptor_, content);
     return "/proc/self/fd/" + std::to_string(descriptor_);
   }
 
@@ -45,9 +50,9 @@ class Folder {
   [[nodiscard]] std::filesystem::path operator/(const char* name) const { return path_ / name; }
 
   void write(const char* name, std::string_view content) const {
-    const int file = ::open((path_ / name).c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    require(file >= 0 && ::write(file, content.data(), content.size()) == static_cast<ssize_t>(content.size()),
-            "a file can be written");
+    const int file = ::open((path_ / name).c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    require(file >= 0, "a file can be opened");
+    overwrite(file, content);
     ::close(file);
   }
 
