@@ -31,7 +31,7 @@ constexpr std::uint64_t kMaxSequences = std::uint64_t{1} << 56;  // so that no s
 constexpr std::uint64_t kFairseqUint16Limit = 65500;
 constexpr std::uint64_t kUint32Limit = 4294967295;
 constexpr std::uint64_t kInt32Limit = std::uint64_t{1} << 31;
-constexpr std::size_t kBufferBytes = std::size_t{1} << 18;
+constexpr std::size_t kBufferBytes = std::size_t{1} << 16;
 
 template <typename T>
 T load(std::span<const std::byte> bytes, std::size_t offset) {
