@@ -68,7 +68,7 @@ class TokenDataset:
         """
         path = _beside(self.prefix, ".counts.npy")
         if not path.exists():
-            return self.core.count_ids(vocab_size=self.vocab_size)
+            return _core.Pair(self.prefix).count_ids(self.vocab_size, _core.Progress())
         try:
             counts: NDArray[np.uint64] = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:

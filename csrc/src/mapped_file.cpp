@@ -69,10 +69,6 @@ void MappedFile::expect_random_reads() const noexcept {
   if (data_ != nullptr && !fits_into_memory(size_)) ::madvise(const_cast<std::byte*>(data_), size_, MADV_RANDOM);
 }
 
-void MappedFile::expect_sequential_reads() const noexcept {
-  if (data_ != nullptr) ::madvise(const_cast<std::byte*>(data_), size_, MADV_NORMAL);
-}
-
 void MappedFile::unmap() noexcept {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }

@@ -51,7 +51,8 @@ struct Index {
 [[nodiscard]] Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_bytes,
                                const std::filesystem::path& index_path);
 
-/// Length in tokens of sequence i, and its first token counted from the start of the .bin. O(1); i < index.sequences.
+/// Length in tokens of sequence i, and its first token counted from the start of the .bin. O(1); i < index.sequences. Both
+/// as stored, so maybe beyond index.tokens: a negative length is, and a start between two tokens is 2^64 - 1.
 [[nodiscard]] std::uint64_t sequence_length(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 [[nodiscard]] std::uint64_t sequence_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 
