@@ -23,9 +23,10 @@ constexpr std::size_t kUsualLength = std::size_t{1} << 12;  // of a line; shorte
   throw InputError(path.string() + ": " + what + "; the file is damaged, or not binarized text: binarize again");
 }
 
-/// Where line `number` is: [first, end) in tokens. Throws InputError if it is not within the .bin.
+/// Where line `number` is: [first, end) in tokens. Throws InputError if it is not within the .bin, or no line but a matrix.
 std::pair<std::uint64_t, std::uint64_t> range_of(const Pair& pair, std::uint64_t number) {
   const Index& index = pair.index();
+  for (const std::uint64_t i : {number, number + 1}) verify_dimension(index, pair.index_bytes(), pair.index_path(), i);
   const std::uint64_t first = sequence_start(index, pair.index_bytes(), number);
   const std::uint64_t length = sequence_length(index, pair.index_bytes(), number);
   if (length > index.tokens || first > index.tokens - length) {

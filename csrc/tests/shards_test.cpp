@@ -77,6 +77,21 @@ TEST(a_gap_after_the_last_line_asked_for_is_refused) {
   CHECK_THROWS(writer.append(pair, 0, 1, progress), xlm_ds::InputError);
 }
 
+TEST(items_of_another_shape_are_not_copied) {
+  const Scratch scratch;
+  scratch.write("a", IndexKind::lazy, Dtype::int32, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+  const std::int64_t dimensions = 2;  // of item 0; item 1 has none then
+  std::fstream(scratch.path("a.idx"), std::ios::in | std::ios::out | std::ios::binary)
+      .seekp(48 + 8)
+      .write(reinterpret_cast<const char*>(&dimensions), sizeof(dimensions));
+  xlm_ds::Progress progress;
+  const xlm_ds::Pair pair(scratch.path("a"));
+  xlm_ds::PairWriter writer(scratch.path("b.bin"), scratch.path("lengths"), IndexKind::mmap, Dtype::uint16, 10);
+  writer.append(pair, 2, 3, progress);
+  CHECK_THROWS(writer.append(pair, 0, 1, progress), xlm_ds::InputError);
+  CHECK_THROWS(writer.append(pair, 1, 2, progress), xlm_ds::InputError);
+}
+
 TEST(what_is_no_line_is_not_written) {
   const Scratch scratch;
   CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {5, 6}, {2}), std::invalid_argument);
