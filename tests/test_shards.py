@@ -1,6 +1,10 @@
 """Looking after pairs: joined and divided without a byte lost, every damaged byte named, nothing left of a failure."""
 
+import errno
+import io
+import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,8 +18,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from pairs import write_lazy, write_megatron, write_mmap
+from pairs import write_lazy, write_megatron, write_mmap, write_mmap_index
 from xlm_ds import _core, binarize, shards
 from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
@@ -66,6 +71,12 @@ def make_recorded(folder: Path, name: str = "train.en") -> Path:
 def contents(prefix: Path) -> tuple[bytes, bytes]:
     data, index = (prefix.with_name(f"{prefix.name}.{kind}") for kind in ("bin", "idx"))
     return data.read_bytes(), index.read_bytes()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """But for locks: those of a killed program stay, and are nobody's."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path.name: path.read_bytes() for path in files}
 
 
 def record_of(prefix: Path) -> dict[str, Any]:
@@ -187,6 +198,65 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
     assert "train.en1.idx: is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["a/train.en", "a/train.en2"],
+            r"a/train\.en: is shard 0 of 3, and shard 1 does not follow",
+        ),
+        (
+            ["a/train.en1", "a/train.en"],
+            r"a/train\.en1: is shard 1 of 3, and shard 0 is not before",
+        ),
+        (["a/train.en", "a/train.en1"], r"a/train\.en1: is shard 1 of 3, and shard 2 does not"),
+        (["a/train.en", "b/train.en1"], r"a/train\.en: is shard 0 of 3, and shard 1 does not"),
+        (
+            ["in/train.en", "a/train.en1"],
+            r"a/train\.en1: is shard 1 of 3, and shard 0 is not before",
+        ),
+        (["in/train.en", "in/train.de"], r"in/train\.de: is of language de, but .*train\.en of en"),
+    ],
+)
+def test_shards_are_merged_all_and_in_order(
+    tmp_path: Path, names: list[str], expected: str
+) -> None:
+    pair, other = make_recorded(tmp_path / "in"), make_recorded(tmp_path / "in", "train.de")
+    run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "a")
+    change_record(tmp_path / "in", flavour="of another text")
+    run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "b")
+    with pytest.raises(InputError, match=expected):
+        run("merge", tmp_path / "out" / "train.en", *(tmp_path / name for name in names))
+    assert not (tmp_path / "out").exists()
+    all_of_a = [tmp_path / "a" / f"train.en{k or ''}" for k in range(3)]
+    assert run("merge", tmp_path / "out" / "train.en", pair, *all_of_a, *all_of_a) == EXIT_OK
+    assert other.name == "train.de"
+
+
+def test_shards_of_two_texts_are_not_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path / "in")
+    run("reshard", pair, "--shards", 2, "--destdir", tmp_path / "a")
+    change_record(tmp_path / "in", flavour="of another text")
+    run("reshard", pair, "--shards", 2, "--destdir", tmp_path / "b")
+    assert run("verify", tmp_path / "a") == EXIT_OK
+    for path in (tmp_path / "b").glob("train.en1.*"):
+        shutil.copy(path, tmp_path / "a")
+    assert run("verify", tmp_path / "a") == EXIT_BAD_INPUT
+    assert "train.en1.idx: is not a shard of the text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reshard", "convert"])
+def test_a_shard_alone_is_not_made_into_something_else(tmp_path: Path, command: str) -> None:
+    """It would be taken for the whole text of a language en1."""
+    run("reshard", make_recorded(tmp_path / "in"), "--shards", 2, "--destdir", tmp_path / "a")
+    out = tmp_path / "out" / "train.en1"
+    flags = ["--shards", 1, "--destdir", out.parent] if command == "reshard" else [out]
+    with pytest.raises(InputError, match=r"train\.en1: is shard 1 of 2 of a text; merge them"):
+        run(command, tmp_path / "a" / "train.en1", *flags)
+
+
 def test_training_does_not_take_one_shard_for_the_text(tmp_path: Path) -> None:
     pair = make_recorded(tmp_path / "in")
     dictionary_sha256 = record_of(pair)["dictionary_sha256"]
@@ -217,10 +287,11 @@ def test_a_pair_is_made_by_one_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with locked(out / ".train.en.lock"):
-        (out / ".train.en.bin.tmp").write_bytes(b"of the other")
+        (out / ".train.en.new").mkdir()
+        (out / ".train.en.new" / "train.en.bin").write_bytes(b"of the other")
         with pytest.raises(InputError, match=r"train\.en: another program is making this pair"):
             run("merge", out / "train.en", pair, pair)
-        assert (out / ".train.en.bin.tmp").read_bytes() == b"of the other"
+        assert (out / ".train.en.new" / "train.en.bin").read_bytes() == b"of the other"
         assert run("merge", out / "valid.en", pair, pair) == EXIT_OK
     assert run("merge", out / "train.en", pair, pair) == EXIT_OK
     assert not list(out.glob(".*"))
@@ -288,8 +359,13 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
         ),
         (["merge", "{out}/train.en"], "PAIRS is missing"),
         (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
+        (["convert", "{pair}", "{out}/train.bin"], "a pair's name is SPLIT.LANG"),
+        (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: is a file; give"),
+        (["merge", "{out}/train.en", "{folder}"], "is a folder; name a pair in it"),
         (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
         (["inspect", "{pair}", "--lines", "a:b"], "give A:B"),
+        (["inspect", "{pair}", "--lines", "2:2"], "give A:B"),
+        (["inspect", "{pair}", "--lines", "9" * 5000], "give A:B"),
         (["inspect", "{out}"], "cannot open .*out.idx"),
         (["convert", "{pair}", "{out}/train.en", "--to", "raw"], "is not supported; there is mmap"),
         (["convert", "{pair}", "{out}/train.en", "--dict", "{out}/x"], "No such file"),
@@ -298,13 +374,87 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
 )
 def test_bad_requests(tmp_path: Path, arguments: list[str], expected: str) -> None:
     pair = make_pair(tmp_path / "train.en")
-    values = [a.format(pair=pair, out=tmp_path / "out") for a in arguments]
+    values = [a.format(pair=pair, out=tmp_path / "out", folder=tmp_path) for a in arguments]
     with pytest.raises((InputError, OSError), match=expected):
         run(*values)
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
+def killed_at_move(number: int, *arguments: object) -> bool:
+    """Runs a command that ends without a word when it is about to move its file `number`; False if there are fewer."""
+    child = os.fork()
+    if child == 0:
+        moves, real = itertools.count(), Path.replace
+
+        def replace(path: Path, target: Path) -> Path:
+            if next(moves) == number:
+                os._exit(9)
+            return real(path, target)
+
+        Path.replace = replace  # type: ignore[assignment,method-assign]
+        try:
+            run(*arguments)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("shards_before", [0, 2])
+def test_what_was_killed_at_any_move_is_undone_and_goes_on(
+    tmp_path: Path, shards_before: int
+) -> None:
+    """And no reader takes a mixture of old and new shards for a text."""
+    pair, old = make_recorded(tmp_path / "in"), tmp_path / "old" / "train.en"
+    run("merge", old, pair, pair)
+    out = tmp_path / "out"
+    command = ["reshard", pair, "--shards", 3, "--destdir", out]
+    run(*command)
+    new = tree(out)
+    for number in itertools.count():
+        shutil.rmtree(out)
+        if shards_before:
+            run("reshard", old, "--shards", shards_before, "--destdir", out)
+            before = tree(out)
+        if not killed_at_move(number, *command, "--overwrite"):
+            break
+        if (out / "train.en.idx").exists():
+            assert run("verify", out / "train.en") == EXIT_OK
+        if shards_before:
+            with pytest.raises(InputError, match="is there already"):
+                run(*command)
+            assert tree(out) == before
+        run(*command, *(["--overwrite"] if shards_before else []))
+        assert tree(out) == new
+    assert number == 13 + 4 * shards_before + (
+        0 if shards_before else 1
+    )  # the list, the dictionary
+
+
+def test_what_cannot_be_put_back_is_kept_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, out = make_recorded(tmp_path / "in"), tmp_path / "out"
+    run("merge", out / "train.en", pair, pair)
+    before, real = tree(out), Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if target == out / "train.en.idx":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(
+            OSError, match=r"could not be put back .* it is in \S+/\.train\.en\.new/old"
+        ):
+            run("merge", out / "train.en", pair, "--overwrite")
+    with pytest.raises(InputError, match="is there already"):
+        run("merge", out / "train.en", pair)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_it_and_leave_nothing(tmp_path: Path, number: int) -> None:
     make_pair(tmp_path / "train.en")
     count = 4_000_000
     (tmp_path / "train.en.bin").write_bytes(np.array([5] * 9 + [2], "<u2").tobytes() * count)
@@ -315,9 +465,9 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command: list[str | Path] = [sys.executable, "-m", "xlm_ds.shards", "merge", out / "train.en"]
     process = subprocess.Popen([*command, *[tmp_path / "train.en"] * 20], cwd=ROOT)
-    while not (out / ".train.en.bin.tmp").exists():
+    while not (out / ".train.en.new" / "train.en.bin").exists():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(timeout=30) == 130
     assert not out.exists()
 
@@ -448,26 +598,52 @@ def change_record(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(record | changes), encoding="utf-8")
 
 
+def lose_record_and_a_word(folder: Path) -> None:
+    (folder / "train.en.json").unlink()
+    flip(folder / "train.en.bin", 0, mask=3)
+
+
 def add_count(folder: Path) -> None:
     counts = np.load(folder / "train.en.counts.npy")
     counts[5] += 1
     np.save(folder / "train.en.counts.npy", counts)
 
 
+def _saved(array: NDArray[Any]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def _with_shape(shape: bytes) -> bytes:
+    return _saved(np.ones(10, np.uint64)).replace(b"(10,), }".ljust(22), shape.ljust(22))
+
+
 # The pair's ids are 5 6 2 | 2 | 7 3 5 2 as uint16; its .idx has 3 lengths from byte 26 and 3 starts from byte 38.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an id beyond the dictionary": (
         lambda f: flip(f / "train.en.bin", 9, mask=0x40),
-        r"train\.en\.bin: id 16391 at byte 8 \(token 4\), but the dictionary ends at 9",
+        r"train\.en\.bin: its SHA-256 .*: \S+/train\.en\.bin: id 16391 at byte 8 \(token 4\), but the dictionary ends",
     ),
     "a line without eos": (
         lambda f: flip(f / "train.en.bin", 6),
         r"train\.en\.bin: line 1 ends with id 3 instead of </s> \(2\), at byte 6",
     ),
-    "another word": (lambda f: flip(f / "train.en.bin", 0, mask=3), r"counts\.npy: says that id 5 occurs"),
+    "another word": (
+        lambda f: flip(f / "train.en.bin", 0, mask=3),
+        r"train\.en\.bin: its SHA-256 is not the one in train\.en\.json, .* only the checksum shows it, and not where",
+    ),
+    "another word, without a record": (
+        lose_record_and_a_word,
+        r"counts\.npy: says that id 5 occurs 2 times, but in the \.bin it occurs 1 times; one of the two was changed",
+    ),
     "words swapped": (
         lambda f: flip(f / "train.en.bin", 0, 2, mask=3),
-        r"train\.en\.bin: its SHA-256 is .*, but train\.en\.json says",
+        r"train\.en\.bin: its SHA-256 is not the one in train\.en\.json",
+    ),
+    "an .idx of another text": (
+        lambda f: write_mmap_index(f / "train.en.idx", [2, 2, 4]),
+        r"train\.en\.idx: its SHA-256 .*: \S+/train\.en\.bin: line 0 ends with id 6 instead of </s> \(2\), at byte 2",
     ),
     "a start": (
         lambda f: flip(f / "train.en.idx", 46, mask=2),
@@ -501,10 +677,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "train.en.json").write_text("[]", encoding="utf-8"),
         r"json: not the record of a binarized file",
     ),
-    "counts that are none": (
-        lambda f: (f / "train.en.counts.npy").write_bytes(b"x"),
-        r"counts\.npy: not a numpy array",
+    "a record 100,000 deep": (
+        lambda f: (f / "train.en.json").write_text("[" * 100_000, encoding="utf-8"),
+        r"json: not the record of a binarized file",
     ),
+    "a count beyond all numbers": (lambda f: change_record(f, lines=10**400), r"json: lines is 1000"),
+    "a shard that is none": (lambda f: change_record(f, shard=2, shards=2), r"json: is of shard 2 of 2"),
+    "shards that are no number": (lambda f: change_record(f, shards="2"), r"json: shards is '2'"),
 }  # fmt: skip
 
 
@@ -552,13 +731,34 @@ def test_every_flipped_byte_of_the_data_is_found(
     pair = make_recorded(tmp_path)
     for kind in ("bin", "counts.npy"):
         path = tmp_path / f"train.en.{kind}"
-        first = 0 if kind == "bin" else 128  # after numpy's header, which has blanks of no meaning
-        for at in range(first, path.stat().st_size):
+        for at in range(path.stat().st_size):
             flip(path, at)
             assert run("verify", pair) == EXIT_BAD_INPUT, (kind, at)
             flip(path, at)
     assert run("verify", pair) == EXIT_OK
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"counts",
+        _with_shape(b"(10"),  # numpy's own reader raises tokenize.TokenError
+        _with_shape(b"(10000000000,), }"),  # MemoryError
+        _saved(np.ones(10)),
+        _saved(np.ones(11, np.uint64)),
+        _saved(np.ones(10, np.uint64))[:-1],
+        _saved(np.ones(10, np.uint64)) + b"x",
+    ],
+)
+def test_counts_that_are_none(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path)
+    (tmp_path / "train.en.counts.npy").write_bytes(content)
+    assert run("verify", pair) == EXIT_BAD_INPUT
+    assert "counts.npy: is not numpy's file of 10 numbers of 64 bits" in capsys.readouterr().err
 
 
 def test_fairseqs_own_files_are_good(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
