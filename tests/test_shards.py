@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from xlm_ds import _core, binarize, shards
 from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import locked
-from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_CLOSED_PIPE, EXIT_OK, InputError
 from xlm_ds.pairs import PAIR_FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -231,6 +232,16 @@ def test_shards_are_merged_all_and_in_order(
     all_of_a = [tmp_path / "a" / f"train.en{k or ''}" for k in range(3)]
     assert run("merge", tmp_path / "out" / "train.en", pair, *all_of_a, *all_of_a) == EXIT_OK
     assert other.name == "train.de"
+
+
+def test_more_pairs_are_merged_than_files_may_be_open(tmp_path: Path) -> None:
+    pair = make_recorded(tmp_path / "in")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, before[1]))
+    try:
+        assert run("merge", tmp_path / "out" / "train.en", *[pair] * 100) == EXIT_OK
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_shards_of_two_texts_are_not_good(
@@ -517,6 +528,22 @@ def test_the_dictionary_decides_the_type(tmp_path: Path, size: int, to: str, dty
     assert found.line(0).tolist() == [size - 1, 2]
 
 
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_items_of_another_shape_are_no_lines(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TNTIDX can hold matrices; here item 0 is one, and item 1 has no dimension."""
+    pair = make_pair(tmp_path / "train.en", LINES, "lazy")
+    flip(tmp_path / "train.en.idx", 48 + 8, mask=3)
+    expected = "the items before item 1 have 2 dimensions together, expected one each, at byte 56"
+    if command == "verify":
+        assert run("verify", pair) == EXIT_BAD_INPUT
+        assert expected in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=expected):
+            run("convert", pair, tmp_path / "out" / "train.en")
+
+
 def test_documents_of_several_lines_are_not_lost_without_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -568,6 +595,25 @@ def test_inspect_shows_blocks_as_training_reads_them(
     assert row["unknown_share"] == 1 / 8  # counted, as there is no record
     assert run("inspect", pair, "--lines", "0") == EXIT_OK
     assert "line 0: the cat </s>" in capsys.readouterr().out
+
+
+def test_inspect_shows_no_words_of_another_dictionary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path)
+    write_dict(tmp_path, ("a", "b", "c", "d", "e"))
+    assert inspected(capsys, pair)[0]["unknown"] == 1  # as recorded
+    with pytest.raises(InputError, match="was made with the dictionary of SHA-256"):
+        run("inspect", pair, "--lines", "0")
+
+
+def test_inspect_shows_the_lines_that_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pair(tmp_path / "train.en")
+    make_pair(tmp_path / "valid.en", [])
+    rows = inspected(capsys, tmp_path, "--lines", "2:9")
+    assert [[shown["number"] for shown in row["shown"]] for row in rows] == [[2], []]
 
 
 def test_inspect_needs_no_dictionary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -787,6 +833,45 @@ def test_the_stage_is_known(tmp_path: Path) -> None:
     for arguments, code in ((["--help"], 0), (["verify", tmp_path], 0), (["verify", "x"], 2)):
         done = subprocess.run([*command, *arguments], cwd=ROOT, check=False, capture_output=True)
         assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["inspect", "{pair}"], EXIT_CLOSED_PIPE),
+        (["verify", "{pair}", "{pair}x"], EXIT_CLOSED_PIPE),
+        (["convert", "{pair}", "{out}"], EXIT_OK),  # only its log is cut short
+        (["convert", "{pair}x", "{out}"], EXIT_BAD_INPUT),
+    ],
+)
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path, arguments: list[str], code: int) -> None:
+    """As `| head -1` does; here it has left before the first line."""
+    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
+    values = [argument.format(pair=pair, out=out) for argument in arguments]
+    command = [sys.executable, "-u", "-m", "xlm_ds", "shards", *values]
+    for others in (subprocess.PIPE, subprocess.STDOUT):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=others) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            said = process.stderr.read().decode() if process.stderr else ""
+        assert process.returncode == code
+        assert not re.search("roken pipe|Traceback", said)
+        assert out.with_suffix(".en.idx").exists() == ("convert" in arguments and code == EXIT_OK)
+
+
+def test_words_that_the_terminal_has_not_are_spelt_out(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "train.en")
+    write_dict(tmp_path, ("\u0641", *WORDS[1:]))
+    command = [sys.executable, "-m", "xlm_ds", "shards", "inspect", str(pair), "--lines", "0"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.stdout.endswith(b"line 0: \\u0641 cat </s>\n")
 
 
 def test_dictionary_and_companions_travel(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Pairs on disk, as the tools for them see them: opened with what lies beside them, written whole or not at all.
 
-source = open_source(Path("OUT/train.en"), None)
+source = find_source(Path("OUT/train.en"), None)
 with new_pairs([Path("NEW/train.en")], source.dictionary, Path("OUT"), overwrite=False) as (new,):
-    writer = new.writer(source.pair.kind, source.pair.dtype, len(source.dictionary))
+    writer = new.writer(_core.IndexKind.mmap, _core.Dtype.uint16, len(source.dictionary))
     …
     new.finish(writer, source.dictionary, unknown=None, more={})
 """
@@ -50,28 +50,35 @@ class Source(NamedTuple):
     """A pair that is there, with its dictionary and, if it has one, its record."""
 
     prefix: Path
-    pair: _core.Pair
     dictionary: Dictionary
     dictionary_path: Path
     record: dict[str, Any] | None
 
-    @property
-    def place(self) -> tuple[int, int]:
-        return place_of(self.record)
+    def open(self) -> _core.Pair:
+        """Of many sources only some at a time: each takes an open file."""
+        return _core.Pair(self.prefix)
 
 
-def open_source(prefix: Path, dictionary_path: Path | None) -> Source:
+def find_source(prefix: Path, dictionary_path: Path | None) -> Source:
     """Raises InputError if it is no pair, has no dictionary, or was made with another one; OSError."""
-    pair = _core.Pair(prefix)
-    path = dictionary_path or find_dictionary(prefix)
-    dictionary = load_dictionary(path)
+    _core.Pair(prefix)
     record = load_record(prefix)
+    path, dictionary = dictionary_of(prefix, record, dictionary_path)
+    return Source(prefix, dictionary, path, record)
+
+
+def dictionary_of(
+    prefix: Path, record: Mapping[str, Any] | None, given: Path | None
+) -> tuple[Path, Dictionary]:
+    """The one given, or the one beside the pair. Raises InputError if there is none, or the record says another."""
+    path = given or find_dictionary(prefix)
+    dictionary = load_dictionary(path)
     if record is not None and record["dictionary_sha256"] != dictionary.sha256:
         raise InputError(
-            f"{prefix}: was made with the dictionary of SHA-256 {record['dictionary_sha256']}, but {path} has "
+            f"{prefix}: was made with the dictionary of SHA-256 {record['dictionary_sha256']:.64}, but {path} has "
             f"{dictionary.sha256}; give the one it was made with (--dict)"
         )
-    return Source(prefix, pair, dictionary, path, record)
+    return path, dictionary
 
 
 def beside(prefix: Path, kind: str) -> Path:

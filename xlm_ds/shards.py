@@ -41,12 +41,12 @@ from xlm_ds.pairs import (
     Source,
     beside,
     bin_bytes,
-    find_dictionary,
+    dictionary_of,
     find_pairs,
+    find_source,
     load_dictionary,
     load_record,
     new_pairs,
-    open_source,
     place_of,
     progress_bar,
     run_core,
@@ -112,7 +112,7 @@ def _facts(prefix: Path, config: ShardsInspectConfig) -> dict[str, Any]:
     record = load_record(prefix)
     dictionary = None
     try:
-        dictionary = load_dictionary(config.dict or find_dictionary(prefix))
+        _, dictionary = dictionary_of(prefix, record, config.dict)
     except InputError:
         if config.dict or config.lines is not None or config.blocks is not None:
             raise
@@ -234,10 +234,10 @@ def verify_pair(prefix: Path, dictionary_path: Path | None) -> str:
     """What was found of a good pair. Raises InputError with the first thing that is wrong; OSError."""
     changed = _changed(prefix, load_record(prefix))
     try:
-        source = open_source(prefix, dictionary_path)
+        source = find_source(prefix, dictionary_path)
+        pair, size = source.open(), len(source.dictionary)
         with progress_bar(bin_bytes([prefix])) as bar:
-            size = len(source.dictionary)
-            counts = run_core(lambda progress: _core.verify_pair(source.pair, size, progress), bar)
+            counts = run_core(lambda progress: _core.verify_pair(pair, size, progress), bar)
     except InputError as error:
         if changed is None:
             raise
@@ -335,23 +335,24 @@ def are_of_one_text(one: Mapping[str, Any] | None, other: Mapping[str, Any] | No
 
 
 def merge(config: ShardsMergeConfig) -> int:
-    sources = [open_source(without_suffix(prefix), config.dict) for prefix in config.pairs]
+    sources = [find_source(without_suffix(prefix), config.dict) for prefix in config.pairs]
     if not sources:
         raise InputError("PAIRS is missing: give the pairs to join after the one to write")
-    first = sources[0]
-    for other in sources[1:]:
-        if (other.pair.kind, other.pair.dtype) != (first.pair.kind, first.pair.dtype):
+    first = sources[0].open()
+    for source in sources:
+        pair = source.open()
+        if (pair.kind, pair.dtype) != (first.kind, first.dtype):
             raise InputError(
-                f"{other.prefix}: is {other.pair.kind.name} of {other.pair.dtype.name}, but {first.prefix} is "
-                f"{first.pair.kind.name} of {first.pair.dtype.name}; convert one of them first"
+                f"{source.prefix}: is {pair.kind.name} of {pair.dtype.name}, but {sources[0].prefix} is "
+                f"{first.kind.name} of {first.dtype.name}; convert one of them first"
             )
-        if other.dictionary.sha256 != first.dictionary.sha256:
+        if source.dictionary.sha256 != sources[0].dictionary.sha256:
             raise InputError(
-                f"{other.prefix}: has another dictionary than {first.prefix}; binarize both with one --srcdict"
+                f"{source.prefix}: has another dictionary than {sources[0].prefix}; binarize both with one --srcdict"
             )
     _check_languages(sources)
     _check_order(sources)
-    _join("merge", sources, config.out, first.pair.kind, first.pair.dtype, config.overwrite)
+    _join("merge", sources, config.out, first.kind, first.dtype, config.overwrite)
     return EXIT_OK
 
 
@@ -399,7 +400,8 @@ def _join(
     ):
         writer = new.writer(kind, dtype, len(dictionary))
         for source in sources:
-            _append(writer, source, 0, source.pair.lines, bar)
+            pair = source.open()
+            _append(writer, pair, 0, pair.lines, bar)
         unknown = _unknown_words(sources)
         counts = new.finish(writer, dictionary, unknown=unknown, more=_made_from(command, sources))
     logger.info(f"{out}: {counts.lines} lines, {counts.tokens} tokens, {kind.name}")
@@ -412,9 +414,9 @@ def _unknown_words(sources: Sequence[Source]) -> int | None:
 
 
 def _append(
-    writer: _core.PairWriter, source: Source, first: int, end: int, bar: "tqdm[None]"
+    writer: _core.PairWriter, pair: _core.Pair, first: int, end: int, bar: "tqdm[None]"
 ) -> None:
-    run_core(lambda progress: writer.append(source.pair, first, end, progress), bar)
+    run_core(lambda progress: writer.append(pair, first, end, progress), bar)
 
 
 def _made_from(command: str, sources: Iterable[Source]) -> dict[str, Any]:
@@ -430,9 +432,10 @@ def _more_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reshard(config: ShardsReshardConfig) -> int:
-    source = _open_whole(config.pair, config.dict)
+    source = _find_whole(config.pair, config.dict)
     split, language = split_and_language(source.prefix)
-    ends = shard_ends(source, config)
+    pair = source.open()
+    ends = shard_ends(source.prefix, pair, config)
     name = f"{split}.{language}"
     outs = [config.destdir / f"{name}{number or ''}" for number in range(len(ends))]
     folder = source.dictionary_path.parent
@@ -442,8 +445,8 @@ def reshard(config: ShardsReshardConfig) -> int:
     ):
         first = 0
         for number, (new, end) in enumerate(zip(pairs, ends, strict=True)):
-            writer = new.writer(source.pair.kind, source.pair.dtype, len(source.dictionary))
-            _append(writer, source, first, end, bar)
+            writer = new.writer(pair.kind, pair.dtype, len(source.dictionary))
+            _append(writer, pair, first, end, bar)
             place = {"language": language, "shard": number, "shards": len(ends)}
             more = place | _made_from("reshard", [source])
             counts = new.finish(writer, source.dictionary, unknown=None, more=more)
@@ -452,9 +455,9 @@ def reshard(config: ShardsReshardConfig) -> int:
     return EXIT_OK
 
 
-def _open_whole(path: Path, dictionary: Path | None) -> Source:
-    source = open_source(without_suffix(path), dictionary)
-    shard, shards = source.place
+def _find_whole(path: Path, dictionary: Path | None) -> Source:
+    source = find_source(without_suffix(path), dictionary)
+    shard, shards = place_of(source.record)
     if shards > 1:
         raise InputError(
             f"{source.prefix}: is shard {shard} of {shards} of a text; merge them first"
@@ -462,15 +465,14 @@ def _open_whole(path: Path, dictionary: Path | None) -> Source:
     return source
 
 
-def shard_ends(source: Source, config: ShardsReshardConfig) -> list[int]:
+def shard_ends(prefix: Path, pair: _core.Pair, config: ShardsReshardConfig) -> list[int]:
     """The line before which each shard ends; the last is the number of lines. No shard is without a line."""
-    pair = source.pair
     given = [f for f in ("shards", "max_tokens", "max_bytes") if getattr(config, f) is not None]
     if len(given) != 1:
         raise InputError("give one of --shards, --max-tokens and --max-bytes")
     if pair.lines < (config.shards or 1):
         raise InputError(
-            f"{source.prefix}: has {pair.lines} lines, which are not enough for {config.shards or 1} shards"
+            f"{prefix}: has {pair.lines} lines, which are not enough for {config.shards or 1} shards"
         )
     ends: list[int] = []
     if config.shards is not None:
@@ -494,11 +496,10 @@ def convert(config: ShardsConvertConfig) -> int:
     kind = LAYOUTS[config.to]
     if config.source.suffix == ".pth":
         return _convert_xlm(config, kind)
-    source = _open_whole(config.source, config.dict)
-    if source.pair.documents not in (0, source.pair.lines):
-        logger.info(
-            f"{source.prefix}: its {source.pair.documents} documents become one per line, or none"
-        )
+    source = _find_whole(config.source, config.dict)
+    pair = source.open()
+    if pair.documents not in (0, pair.lines):
+        logger.info(f"{source.prefix}: its {pair.documents} documents become one per line, or none")
     dtype = _core.dtype_to_write(kind, len(source.dictionary))
     _join("convert", [source], config.out, kind, dtype, config.overwrite)
     return EXIT_OK
