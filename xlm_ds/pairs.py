@@ -60,9 +60,14 @@ class Source(NamedTuple):
 
 
 def find_source(prefix: Path, dictionary_path: Path | None) -> Source:
-    """Raises InputError if it is no pair, has no dictionary, or was made with another one; OSError."""
-    _core.Pair(prefix)
+    """Raises InputError if it is no pair, or not the one recorded, or has no dictionary, or another one; OSError."""
+    pair = _core.Pair(prefix)
     record = load_record(prefix)
+    for name, value in (("lines", pair.lines), ("tokens", pair.tokens)):
+        if record is not None and record[name] != value:
+            raise InputError(
+                f"{beside(prefix, 'json')}: says {name} {record[name]}, but it is {value}; binarize again"
+            )
     path, dictionary = dictionary_of(prefix, record, dictionary_path)
     return Source(prefix, dictionary, path, record)
 
@@ -200,6 +205,11 @@ class NewPair:
         save_array(self._files["counts.npy"], counts.by_id)
         if unknown is None:
             unknown = counts.unknown
+        if not 0 <= unknown <= counts.unknown:
+            raise InputError(
+                f"{self.prefix}: not written: what it is made from says that {unknown} words are unknown, but its "
+                f"lines have {counts.unknown} <unk>; one of the two is damaged"
+            )
         literal = counts.literal_specials + counts.unknown - unknown
         figures = Counts(counts.lines, counts.tokens, unknown, counts.blank_lines, literal)
         split, language = split_and_language(self.prefix)

@@ -288,8 +288,6 @@ def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCou
     if named != ".".join(split_and_language(prefix)):
         raise InputError(f"{path}: was written for {named}; binarize again, or rename the files")
     expected = {
-        "lines": counts.lines,
-        "tokens": counts.tokens,
         "blank": counts.blank_lines,
         # Which of them a literal <unk> is, the ids do not tell.
         "unknown and literal_specials together": counts.unknown + counts.literal_specials,
