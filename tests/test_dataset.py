@@ -323,6 +323,7 @@ def as_npy(counts: np.ndarray) -> bytes:
         ("train.ar.json", b"[]", "not the record"),
         ("train.ar.json", b'{"tokens": 8}', "not the record"),
         ("train.ar.json", b"\xff", "not the record"),
+        ("train.ar.json", b"[" * 100_000, "not the record"),
         (
             "train.ar.json",
             json.dumps(
@@ -330,10 +331,11 @@ def as_npy(counts: np.ndarray) -> bytes:
             ).encode(),
             r"says 7 tokens, but the \.bin beside it has 8",
         ),
-        ("train.ar.counts.npy", b"", "not a numpy array"),
-        ("train.ar.counts.npy", b"counts", "not a numpy array"),
-        ("train.ar.counts.npy", as_npy(np.ones(20)), "has float64 of shape"),
-        ("train.ar.counts.npy", as_npy(np.ones(19, np.uint64)), "expected uint64 of shape"),
+        (
+            "train.ar.counts.npy",
+            as_npy(np.ones(19, np.uint64)),
+            "is not numpy's file of 20 numbers",
+        ),
         ("train.ar.counts.npy", as_npy(np.ones(20, np.uint64)), "counts 20 tokens, but"),
     ],
 )

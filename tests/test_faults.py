@@ -186,19 +186,32 @@ def test_a_disk_that_fails_at_any_moment_leaves_no_half_pair(what: str, tmp_path
     assert n > 5  # files, and the folder for fsync
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("what", ["fsync", "rename"])
-def test_shards_leave_nothing_on_a_disk_that_fails_at_any_moment(what: str, tmp_path: Path) -> None:
+def test_shards_leave_what_was_there_on_a_disk_that_fails_at_any_moment(
+    what: str, overwrite: bool, tmp_path: Path
+) -> None:
     text, pair = tmp_path / "text", tmp_path / "in" / "train.en"
     write_text(text, "a b a\n", ["a", "b"])
     run_binarize(text, pair.parent)
     for n in itertools.count(1):
         out = tmp_path / f"out{n}"
-        command = ["merge", str(out / "train.en"), str(pair), str(pair)]
+        if overwrite:
+            shards.main(["merge", str(out / "train.en"), str(pair)])
+        before = tree(out)
+        command = [
+            "merge",
+            str(out / "train.en"),
+            str(pair),
+            str(pair),
+            *["--overwrite"] * overwrite,
+        ]
         with nth_call_fails(what, n) as calls:
             shards.main(command)
         if len(calls) < n:
             break
-        assert not out.exists()
+        assert tree(out) == before
+        assert out.exists() == overwrite
         shards.main(command)
         check_pair(out)
     check_pair(out)

@@ -66,6 +66,27 @@ def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
         path.write_bytes(content.getbuffer())
 
 
+def load_counts(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A .npy file of so many counts, as save_array writes it; read-only.
+
+    Raises: InputError if it is anything else. Its header is compared and not read: numpy's reader evaluates it, and for
+    damaged ones raises whatever Python's own does (tokenize.TokenError, SyntaxError, MemoryError; numpy 2.4).
+    """
+    header = io.BytesIO()
+    shape = {"descr": "<u8", "fortran_order": False, "shape": (size,)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    expected = header.getvalue()
+    whole = len(expected) + 8 * size
+    with path.open("rb") as file, naming(path, "read"):
+        content = file.read(whole + 1)
+    if len(content) != whole or not content.startswith(expected):
+        raise InputError(
+            f"{path}: is not numpy's file of {size} numbers of 64 bits, one for each symbol of the dictionary; "
+            "binarize again"
+        )
+    return np.frombuffer(content, np.uint64, offset=len(expected))
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file as a whole: under another name first, which is no other process's while a lock is held."""
     temporary = target.with_name(f".{target.name}.tmp")

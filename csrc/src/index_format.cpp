@@ -249,12 +249,7 @@ void put_lazy(IndexFile& file, Dtype dtype, const LengthsFile& lengths) {
 
 /// TNTIDX only: the columns that this program does not use, but fairseq does.
 void verify_dimensions(const Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
-  for (std::uint64_t i = 0; i <= index.sequences; ++i) {
-    if (load<std::uint64_t>(bytes, kLazyDimOffset + 8 * i) != i) {
-      refuse(path, "item " + std::to_string(i) + " is not of one dimension, at byte " +
-                       std::to_string(kLazyDimOffset + 8 * i) + "; the file is damaged, binarize again");
-    }
-  }
+  for (std::uint64_t i = 0; i <= index.sequences; ++i) verify_dimension(index, bytes, path, i);
   const auto total = load<std::uint64_t>(bytes, index.pointers_offset + 8 * index.sequences);
   if (total != index.tokens) {
     refuse(path, "says " + std::to_string(total) + " tokens after its last sequence, expected " + std::to_string(index.tokens) +
@@ -344,6 +339,17 @@ std::uint64_t sequence_start(const Index& index, std::span<const std::byte> inde
 
 std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
   return load<std::uint64_t>(index_bytes, index.documents_offset + 8 * i);
+}
+
+void verify_dimension(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path,
+                      std::uint64_t i) {
+  if (index.kind != IndexKind::lazy) return;
+  const std::size_t offset = kLazyDimOffset + 8 * i;
+  const auto dimensions_before = load<std::uint64_t>(index_bytes, offset);
+  if (dimensions_before == i) return;
+  refuse(index_path, "the items before item " + std::to_string(i) + " have " + std::to_string(dimensions_before) +
+                         " dimensions together, expected one each, at byte " + std::to_string(offset) +
+                         "; the file is damaged or not of text, binarize again");
 }
 
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path) {

@@ -27,9 +27,10 @@ constexpr std::size_t kUsualLength = std::size_t{1} << 12;  // of a line; shorte
   refuse(pair.index_path(), "line " + std::to_string(number) + " lies outside the .bin");
 }
 
-/// Where line `number` is: [first, end) in tokens. Throws InputError if it is not within the .bin.
+/// Where line `number` is: [first, end) in tokens. Throws InputError if it is not within the .bin, or no line but a matrix.
 std::pair<std::uint64_t, std::uint64_t> range_of(const Pair& pair, std::uint64_t number) {
   const Index& index = pair.index();
+  for (const std::uint64_t i : {number, number + 1}) verify_dimension(index, pair.index_bytes(), pair.index_path(), i);
   const std::uint64_t first = sequence_start(index, pair.index_bytes(), number);
   const std::uint64_t length = sequence_length(index, pair.index_bytes(), number);
   if (length > index.tokens || first > index.tokens - length) refuse_line(pair, number);

@@ -89,6 +89,19 @@ TEST(lengths_and_starts_outside_the_data_are_refused) {
   }
 }
 
+TEST(items_of_another_shape_are_not_copied) {
+  const Scratch scratch("shards");
+  write_pair(scratch / "a", IndexKind::lazy, Dtype::int32, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+  const std::int64_t dimensions = 2;  // of item 0; item 1 has none then
+  overwrite(scratch / "a.idx", 48 + 8, dimensions);
+  xlm_ds::Progress progress;
+  const xlm_ds::Pair pair(scratch / "a");
+  xlm_ds::PairWriter writer(scratch / "b.bin", scratch / "lengths", IndexKind::mmap, Dtype::uint16, 10);
+  writer.append(pair, 2, 3, progress);
+  CHECK_THROWS(writer.append(pair, 0, 1, progress), xlm_ds::InputError);
+  CHECK_THROWS(writer.append(pair, 1, 2, progress), xlm_ds::InputError);
+}
+
 TEST(what_is_no_line_is_not_written) {
   const Scratch scratch("shards");
   CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {5, 6}, {2}), std::invalid_argument);

@@ -60,6 +60,11 @@ struct Index {
 /// by read_index except for the first and the last.
 [[nodiscard]] std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 
+/// Checks entry i of TNTIDX's column of dimensions, i <= index.sequences: that the sequences before i have one each. O(1).
+/// Throws InputError.
+void verify_dimension(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path,
+                      std::uint64_t i);
+
 /// Checks every sequence and document in O(sequences): starts follow from the lengths, documents from each other. Throws
 /// InputError naming the first that differs.
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path);

@@ -29,8 +29,9 @@ using Lines = std::vector<Ids>;
 constexpr std::array kDtypes{Dtype::uint16, Dtype::int32, Dtype::uint32, Dtype::int64,
                              Dtype::uint8,  Dtype::int8,  Dtype::int16,  Dtype::uint64};
 
-/// None if the line is not within the .bin.
+/// None if the line is not within the .bin, or is a matrix.
 std::optional<Ids> line_of(const PairFiles& files, std::size_t i) {
+  if (!files.twin->is_flat(i)) return std::nullopt;
   const auto start = files.twin->start(i);
   const auto length = static_cast<std::uint64_t>(files.twin->lengths[i]);
   if (!start || length > files.ids.size() || *start > files.ids.size() - length) return std::nullopt;
