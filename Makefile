@@ -63,7 +63,7 @@ tsan: | setup
 # driver (once build/asan-core is removed), which learns from each input and so has far fewer of them a second.
 RUNS := 10000000
 SEED := 1
-FUZZ_TARGETS := codes dataset dictionary index words
+FUZZ_TARGETS := bpe codes dataset dictionary index pair words
 FUZZ_LOG := benchmarks/results/fuzz.log
 fuzz: build/asan-core/core_tests
 	{ echo "make fuzz RUNS=$(RUNS) SEED=$(SEED), $$(date -u +%F), commit $$(git describe --always --dirty)"; \

@@ -18,7 +18,7 @@ import reference
 from xlm_ds import _core, binarize
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.files import file_sha256, locked
-from xlm_ds.log import InputError
+from xlm_ds.log import InputError, sentence_of
 
 BLANKS = "\t\x0b\x0c\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
 NOT_BLANK = "\u180e\u200b\u200c\u200d\u2060\ufeff"
@@ -277,14 +277,28 @@ def test_the_recipes_loop_and_all_at_once_give_the_same_files(text: Path, tmp_pa
         (["--langs=en,en"], "en is named twice"),
         (["--langs=../x"], "is no name of a language"),
         (["--langs=en", "--nwordssrc=3", "--padding-factor=1"], "without a single word"),
+        (["--langs=en", "--thresholdsrc=9"], "without a single word"),
+        (["--langs=en", "--workers=5000"], "must be in [0, 4096]"),
+        (["--langs=en", "--bpe-codes=."], "cannot read .: Is a directory"),
     ],
 )
 def test_bad_requests(text: Path, tmp_path: Path, flags: list[str], expected: str) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises((InputError, OSError)) as caught:
         run_stage(text, tmp_path / "out", *flags)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
+    sentence = sentence_of(caught.value)
+    assert expected in sentence
+    assert "\n" not in sentence
     assert not (tmp_path / "out").exists()
+
+
+def test_files_and_folders_in_each_others_place(text: Path, tmp_path: Path) -> None:
+    (text / "valid.en").mkdir()
+    with pytest.raises(InputError, match=r"valid\.en: not a file, although --validpref"):
+        run_stage(text, tmp_path, "--langs=en", f"--validpref={text / 'valid'}")
+    (tmp_path / "file").touch()
+    for destdir in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="a file is where this folder"):
+            run_stage(text, destdir, "--langs=en", f"--srcdict={text / 'vocab'}")
 
 
 def test_another_dictionary_in_the_folder_is_refused(text: Path, tmp_path: Path) -> None:
@@ -294,6 +308,18 @@ def test_another_dictionary_in_the_folder_is_refused(text: Path, tmp_path: Path)
     with pytest.raises(InputError, match="another dictionary is there already"):
         run_stage(text, tmp_path / "out", "--langs=en", f"--srcdict={text / 'other'}")
     assert (tmp_path / "out" / "train.en.bin").read_bytes() == before
+
+
+def test_a_byte_order_mark_is_said_and_kept_as_by_fairseq(
+    text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (text / "train.en").write_bytes(b"\xef\xbb\xbfb c\n")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run_stage(text, tmp_path / "out", "--langs=en,fr", f"--srcdict={text / 'vocab'}")
+    assert [m.split(": ")[0] for m in caplog.messages if "byte order mark" in m] == [
+        f"{text / 'train.en'}"
+    ]
+    assert pair_bytes(tmp_path / "out", "train.en")[0] == np.array([3, 6, 2], "<u2").tobytes()
 
 
 def test_text_that_is_not_utf8_leaves_no_pair(text: Path, tmp_path: Path) -> None:
@@ -471,6 +497,8 @@ def test_what_is_there_is_redone_only_when_something_has_changed(
     (out / "train.fr.counts.npy").unlink()
     (out / "train.en.json").write_text("[]", encoding="utf-8")
     assert redone() == {"en", "fr"}
+    (out / "train.en.json").write_text("[" * 100_000, encoding="utf-8")
+    assert redone() == {"en"}
     assert redone("--dataset-impl=lazy") == {"en", "fr"}
     assert redone("--dataset-impl=cached") == set()
 

@@ -142,6 +142,7 @@ def test_what_all_ranks_see_is_said_once(corpus: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.endswith("standard input, which 2 ranks cannot share; give a file\n")
     assert result.stderr.count("\n") == 1
+    assert mpirun(3, *STAGE, "--help").stdout.count("usage:") == 1
 
 
 DYING = """

@@ -412,12 +412,36 @@ def test_the_codes_used_travel_with_the_data(tmp_path: Path) -> None:
     folder = binarize_tokenised(tmp_path, *arguments, f"--bpe-codes={tmp_path / 'given'}")
     assert (folder / "codes").read_bytes() == golden("codes")
     binarize_tokenised(tmp_path, *arguments, f"--bpe-codes={tmp_path / 'given'}")
+    for more in ([f"--bpe-codes={tmp_path / 'codes'}"],
+                 [f"--bpe-codes={tmp_path / 'given'}", f"--bpe-vocab={vocabulary}"]):  # fmt: skip
+        with pytest.raises(InputError, match="other codes than"):
+            binarize_tokenised(tmp_path, *arguments, *more)
+
+
+def test_the_vocabulary_used_travels_with_the_codes(tmp_path: Path) -> None:
+    """Also when the first run was killed between the two; without it later text would be split otherwise."""
+    codes, vocabulary = unpacked("codes", tmp_path), unpacked("vocab", tmp_path)
+    arguments = ("--source-lang=en", f"--srcdict={vocabulary}", f"--bpe-codes={codes}")
+    limited = (*arguments, f"--bpe-vocab={vocabulary}")
+    folder = binarize_tokenised(tmp_path, *limited)
+    (folder / "codes").unlink()
     with pytest.raises(InputError, match="other codes than"):
-        binarize_tokenised(tmp_path, *arguments, f"--bpe-codes={tmp_path / 'codes'}")
+        binarize_tokenised(tmp_path, *arguments)
+    binarize_tokenised(tmp_path, *limited)
+    assert (folder / "codes").read_bytes() == golden("codes")
+    assert (folder / "bpe_vocab").read_bytes() == golden("vocab")
+    with pytest.raises(InputError, match="other codes than"):
+        binarize_tokenised(tmp_path, *arguments)
 
 
 def test_a_vocabulary_needs_codes(tmp_path: Path) -> None:
     vocabulary = unpacked("vocab", tmp_path)
     with pytest.raises(InputError, match="--bpe-vocab goes with --bpe-codes"):
         binarize_tokenised(tmp_path, "--langs=en", f"--bpe-vocab={vocabulary}")
+    (tmp_path / "empty").touch()
+    codes = unpacked("codes", tmp_path)
+    with pytest.raises(InputError, match="empty: is empty, expected lines `word count`"):
+        binarize_tokenised(
+            tmp_path, "--langs=en", f"--bpe-codes={codes}", f"--bpe-vocab={tmp_path / 'empty'}"
+        )
     assert not (tmp_path / "out").exists()

@@ -55,6 +55,8 @@ def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixtur
         (["OUT", "--seed", "99999999999999999999"], "must be in [0, 18446744073709551615]"),
         (["OUT", "--adam-betas", "0.9"], "must be 2 values"),
         (["OUT", "--save-dir", ""], "--save-dir : not a path"),
+        (["OUT", "--save-dir"], "--save-dir: a value must follow it"),
+        (["OUT", "--no-epoch-checkpoints=3"], "--no-epoch-checkpoints: takes no value"),
         (["OUT", "stray"], "unexpected argument 'stray'"),
         ([], "DATA is missing"),
     ],

@@ -300,9 +300,7 @@ def test_an_id_beyond_the_dictionary_is_refused(tmp_path: Path) -> None:
     write_mmap(tmp_path / "train.ar", LINES)
     dataset = open_one(tmp_path, vocab_size=14)
     for read in (dataset.counts, lambda: dataset.block(0)):
-        with pytest.raises(
-            InputError, match=r"has the id 14, but the dictionary ends at 13; .*another"
-        ):
+        with pytest.raises(InputError, match=r"id 14.*, but the dictionary ends at 13; .*another"):
             read()
 
 
@@ -325,6 +323,7 @@ def as_npy(counts: np.ndarray) -> bytes:
         ("train.ar.json", b"[]", "not the record"),
         ("train.ar.json", b'{"tokens": 8}', "not the record"),
         ("train.ar.json", b"\xff", "not the record"),
+        ("train.ar.json", b"[" * 100_000, "not the record"),
         (
             "train.ar.json",
             json.dumps(
@@ -332,10 +331,11 @@ def as_npy(counts: np.ndarray) -> bytes:
             ).encode(),
             r"says 7 tokens, but the \.bin beside it has 8",
         ),
-        ("train.ar.counts.npy", b"", "not a numpy array"),
-        ("train.ar.counts.npy", b"counts", "not a numpy array"),
-        ("train.ar.counts.npy", as_npy(np.ones(20)), "has float64 of shape"),
-        ("train.ar.counts.npy", as_npy(np.ones(19, np.uint64)), "expected uint64 of shape"),
+        (
+            "train.ar.counts.npy",
+            as_npy(np.ones(19, np.uint64)),
+            "is not numpy's file of 20 numbers",
+        ),
         ("train.ar.counts.npy", as_npy(np.ones(20, np.uint64)), "counts 20 tokens, but"),
     ],
 )

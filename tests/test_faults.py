@@ -186,19 +186,32 @@ def test_a_disk_that_fails_at_any_moment_leaves_no_half_pair(what: str, tmp_path
     assert n > 5  # files, and the folder for fsync
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("what", ["fsync", "rename"])
-def test_shards_leave_nothing_on_a_disk_that_fails_at_any_moment(what: str, tmp_path: Path) -> None:
+def test_shards_leave_what_was_there_on_a_disk_that_fails_at_any_moment(
+    what: str, overwrite: bool, tmp_path: Path
+) -> None:
     text, pair = tmp_path / "text", tmp_path / "in" / "train.en"
     write_text(text, "a b a\n", ["a", "b"])
     run_binarize(text, pair.parent)
     for n in itertools.count(1):
         out = tmp_path / f"out{n}"
-        command = ["merge", str(out / "train.en"), str(pair), str(pair)]
+        if overwrite:
+            shards.main(["merge", str(out / "train.en"), str(pair)])
+        before = tree(out)
+        command = [
+            "merge",
+            str(out / "train.en"),
+            str(pair),
+            str(pair),
+            *["--overwrite"] * overwrite,
+        ]
         with nth_call_fails(what, n) as calls:
             shards.main(command)
         if len(calls) < n:
             break
-        assert not out.exists()
+        assert tree(out) == before
+        assert out.exists() == overwrite
         shards.main(command)
         check_pair(out)
     check_pair(out)
@@ -252,6 +265,23 @@ def test_the_stage_says_it_in_one_line_and_with_its_exit_code(tmp_path: Path) ->
     check_pair(out)
     assert (out / "train.en.idx").exists()
     assert not list(out.glob("valid*"))
+
+
+def test_threads_that_cannot_be_had_are_one_sentence(tmp_path: Path) -> None:
+    """Fewer than --workers may be, as in a container with a limit; here one of memory, for their stacks."""
+    text = tmp_path / "text"
+    write_text(text, "a b\n", ["a", "b"])
+    program = (
+        "import resource, sys; from xlm_ds import binarize; from xlm_ds.log import run_stage; "
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
+        "sys.exit(run_stage('binarize', binarize.main))"
+    )
+    flags = ["--langs=en", f"--trainpref={text / 'train'}", f"--destdir={tmp_path / 'out'}"]
+    command = [sys.executable, "-c", program, *flags, "--workers=4096"]
+    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no more threads or processes; give fewer --workers" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------- prepare

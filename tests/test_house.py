@@ -15,7 +15,7 @@ FLOORS = [
     {"_core", "log"},
     {"flags", "files", "ranks", "steps"},
     {"config", "dictionary"},
-    {"tokenisation", "merges", "texts"},
+    {"tokenisation", "merges", "texts", "pair_record", "prepare_record"},
     {"prepare", "binarize", "pairs", "xlm_pth", "shards"},
     {"dataset"},
     {"order"},

@@ -23,7 +23,8 @@ from xlm_ds.files import CHUNK_CHARACTERS
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
 from xlm_ds.merges import learn_merges, sample_copies
-from xlm_ds.prepare import Record, choose_held_out, main, prepare
+from xlm_ds.prepare import choose_held_out, main, prepare
+from xlm_ds.prepare_record import Record
 from xlm_ds.tokenisation import Tokenisation, tokenise_line
 
 GOLDEN = Path(__file__).parent / "data" / "bpe"
@@ -349,9 +350,13 @@ def test_the_command_line_gives_the_same_bytes_with_two_processes(
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert set(tree(tmp_path / "one")) > {"codes", "vocab_mlm", "train.de", "valid.hi", "test.de"}
     command = [*python, "xlm_ds.prepare", *arguments]
+    written = (tmp_path / "two/prepare.json").stat().st_ino
     second = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True)
     assert "nothing to do" in second.stdout
     assert second.stderr == ""
+    assert (
+        tmp_path / "two/prepare.json"
+    ).stat().st_ino == written  # it may be on a disk that is read only
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7, 9, 13, 14])
@@ -454,9 +459,11 @@ def test_files_of_others_are_left_alone(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "D/vocab_mlm").write_bytes(b"my own\n")
     with pytest.raises(InputError, match="vocab_mlm was edited"):
         run(raw, tmp_path / "D")
-    (tmp_path / "D/prepare.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match="not a record of this prepare"):
-        run(raw, tmp_path / "D")
+    damaged = ["{}", "[]", "{", "[" * 100_000, '{"format": 1, "files": {}, "inputs": {"de": 3}}']
+    for record in damaged:
+        (tmp_path / "D/prepare.json").write_text(record, encoding="utf-8")
+        with pytest.raises(InputError, match="not a record of this prepare"):
+            run(raw, tmp_path / "D")
 
 
 def test_two_at_once_are_refused(raw: Path, tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 """Looking after pairs: joined and divided without a byte lost, every damaged byte named, nothing left of a failure."""
 
+import errno
+import io
+import itertools
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,13 +19,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from pairs import write_lazy, write_megatron, write_mmap
+from pairs import write_lazy, write_megatron, write_mmap, write_mmap_index
 from xlm_ds import _core, binarize, shards
 from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import locked
-from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_CLOSED_PIPE, EXIT_OK, InputError
 from xlm_ds.pairs import PAIR_FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +72,12 @@ def make_recorded(folder: Path, name: str = "train.en") -> Path:
 def contents(prefix: Path) -> tuple[bytes, bytes]:
     data, index = (prefix.with_name(f"{prefix.name}.{kind}") for kind in ("bin", "idx"))
     return data.read_bytes(), index.read_bytes()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """But for locks: those of a killed program stay, and are nobody's."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path.name: path.read_bytes() for path in files}
 
 
 def record_of(prefix: Path) -> dict[str, Any]:
@@ -187,6 +199,75 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
     assert "train.en1.idx: is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["a/train.en", "a/train.en2"],
+            r"a/train\.en: is shard 0 of 3, and shard 1 does not follow",
+        ),
+        (
+            ["a/train.en1", "a/train.en"],
+            r"a/train\.en1: is shard 1 of 3, and shard 0 is not before",
+        ),
+        (["a/train.en", "a/train.en1"], r"a/train\.en1: is shard 1 of 3, and shard 2 does not"),
+        (["a/train.en", "b/train.en1"], r"a/train\.en: is shard 0 of 3, and shard 1 does not"),
+        (
+            ["in/train.en", "a/train.en1"],
+            r"a/train\.en1: is shard 1 of 3, and shard 0 is not before",
+        ),
+        (["in/train.en", "in/train.de"], r"in/train\.de: is of language de, but .*train\.en of en"),
+    ],
+)
+def test_shards_are_merged_all_and_in_order(
+    tmp_path: Path, names: list[str], expected: str
+) -> None:
+    pair, other = make_recorded(tmp_path / "in"), make_recorded(tmp_path / "in", "train.de")
+    run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "a")
+    change_record(tmp_path / "in", flavour="of another text")
+    run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "b")
+    with pytest.raises(InputError, match=expected):
+        run("merge", tmp_path / "out" / "train.en", *(tmp_path / name for name in names))
+    assert not (tmp_path / "out").exists()
+    all_of_a = [tmp_path / "a" / f"train.en{k or ''}" for k in range(3)]
+    assert run("merge", tmp_path / "out" / "train.en", pair, *all_of_a, *all_of_a) == EXIT_OK
+    assert other.name == "train.de"
+
+
+def test_more_pairs_are_merged_than_files_may_be_open(tmp_path: Path) -> None:
+    pair = make_recorded(tmp_path / "in")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, before[1]))
+    try:
+        assert run("merge", tmp_path / "out" / "train.en", *[pair] * 100) == EXIT_OK
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_shards_of_two_texts_are_not_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path / "in")
+    run("reshard", pair, "--shards", 2, "--destdir", tmp_path / "a")
+    change_record(tmp_path / "in", flavour="of another text")
+    run("reshard", pair, "--shards", 2, "--destdir", tmp_path / "b")
+    assert run("verify", tmp_path / "a") == EXIT_OK
+    for path in (tmp_path / "b").glob("train.en1.*"):
+        shutil.copy(path, tmp_path / "a")
+    assert run("verify", tmp_path / "a") == EXIT_BAD_INPUT
+    assert "train.en1.idx: is not a shard of the text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reshard", "convert"])
+def test_a_shard_alone_is_not_made_into_something_else(tmp_path: Path, command: str) -> None:
+    """It would be taken for the whole text of a language en1."""
+    run("reshard", make_recorded(tmp_path / "in"), "--shards", 2, "--destdir", tmp_path / "a")
+    out = tmp_path / "out" / "train.en1"
+    flags = ["--shards", 1, "--destdir", out.parent] if command == "reshard" else [out]
+    with pytest.raises(InputError, match=r"train\.en1: is shard 1 of 2 of a text; merge them"):
+        run(command, tmp_path / "a" / "train.en1", *flags)
+
+
 def test_training_does_not_take_one_shard_for_the_text(tmp_path: Path) -> None:
     pair = make_recorded(tmp_path / "in")
     dictionary_sha256 = record_of(pair)["dictionary_sha256"]
@@ -217,10 +298,11 @@ def test_a_pair_is_made_by_one_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with locked(out / ".train.en.lock"):
-        (out / ".train.en.bin.tmp").write_bytes(b"of the other")
+        (out / ".train.en.new").mkdir()
+        (out / ".train.en.new" / "train.en.bin").write_bytes(b"of the other")
         with pytest.raises(InputError, match=r"train\.en: another program is making this pair"):
             run("merge", out / "train.en", pair, pair)
-        assert (out / ".train.en.bin.tmp").read_bytes() == b"of the other"
+        assert (out / ".train.en.new" / "train.en.bin").read_bytes() == b"of the other"
         assert run("merge", out / "valid.en", pair, pair) == EXIT_OK
     assert run("merge", out / "train.en", pair, pair) == EXIT_OK
     assert not list(out.glob(".*"))
@@ -288,8 +370,13 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
         ),
         (["merge", "{out}/train.en"], "PAIRS is missing"),
         (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
+        (["convert", "{pair}", "{out}/train.bin"], "a pair's name is SPLIT.LANG"),
+        (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: is a file; give"),
+        (["merge", "{out}/train.en", "{folder}"], "is a folder; name a pair in it"),
         (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
         (["inspect", "{pair}", "--lines", "a:b"], "give A:B"),
+        (["inspect", "{pair}", "--lines", "2:2"], "give A:B"),
+        (["inspect", "{pair}", "--lines", "9" * 5000], "give A:B"),
         (["inspect", "{out}"], "cannot open .*out.idx"),
         (["convert", "{pair}", "{out}/train.en", "--to", "raw"], "is not supported; there is mmap"),
         (["convert", "{pair}", "{out}/train.en", "--dict", "{out}/x"], "No such file"),
@@ -298,13 +385,87 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
 )
 def test_bad_requests(tmp_path: Path, arguments: list[str], expected: str) -> None:
     pair = make_pair(tmp_path / "train.en")
-    values = [a.format(pair=pair, out=tmp_path / "out") for a in arguments]
+    values = [a.format(pair=pair, out=tmp_path / "out", folder=tmp_path) for a in arguments]
     with pytest.raises((InputError, OSError), match=expected):
         run(*values)
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
+def killed_at_move(number: int, *arguments: object) -> bool:
+    """Runs a command that ends without a word when it is about to move its file `number`; False if there are fewer."""
+    child = os.fork()
+    if child == 0:
+        moves, real = itertools.count(), Path.replace
+
+        def replace(path: Path, target: Path) -> Path:
+            if next(moves) == number:
+                os._exit(9)
+            return real(path, target)
+
+        Path.replace = replace  # type: ignore[assignment,method-assign]
+        try:
+            run(*arguments)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("shards_before", [0, 2])
+def test_what_was_killed_at_any_move_is_undone_and_goes_on(
+    tmp_path: Path, shards_before: int
+) -> None:
+    """And no reader takes a mixture of old and new shards for a text."""
+    pair, old = make_recorded(tmp_path / "in"), tmp_path / "old" / "train.en"
+    run("merge", old, pair, pair)
+    out = tmp_path / "out"
+    command = ["reshard", pair, "--shards", 3, "--destdir", out]
+    run(*command)
+    new = tree(out)
+    for number in itertools.count():
+        shutil.rmtree(out)
+        if shards_before:
+            run("reshard", old, "--shards", shards_before, "--destdir", out)
+            before = tree(out)
+        if not killed_at_move(number, *command, "--overwrite"):
+            break
+        if (out / "train.en.idx").exists():
+            assert run("verify", out / "train.en") == EXIT_OK
+        if shards_before:
+            with pytest.raises(InputError, match="is there already"):
+                run(*command)
+            assert tree(out) == before
+        run(*command, *(["--overwrite"] if shards_before else []))
+        assert tree(out) == new
+    assert number == 13 + 4 * shards_before + (
+        0 if shards_before else 1
+    )  # the list, the dictionary
+
+
+def test_what_cannot_be_put_back_is_kept_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, out = make_recorded(tmp_path / "in"), tmp_path / "out"
+    run("merge", out / "train.en", pair, pair)
+    before, real = tree(out), Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if target == out / "train.en.idx":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(
+            OSError, match=r"could not be put back .* it is in \S+/\.train\.en\.new/old"
+        ):
+            run("merge", out / "train.en", pair, "--overwrite")
+    with pytest.raises(InputError, match="is there already"):
+        run("merge", out / "train.en", pair)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_it_and_leave_nothing(tmp_path: Path, number: int) -> None:
     make_pair(tmp_path / "train.en")
     count = 4_000_000
     (tmp_path / "train.en.bin").write_bytes(np.array([5] * 9 + [2], "<u2").tobytes() * count)
@@ -315,9 +476,9 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command: list[str | Path] = [sys.executable, "-m", "xlm_ds.shards", "merge", out / "train.en"]
     process = subprocess.Popen([*command, *[tmp_path / "train.en"] * 20], cwd=ROOT)
-    while not (out / ".train.en.bin.tmp").exists():
+    while not (out / ".train.en.new" / "train.en.bin").exists():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(timeout=30) == 130
     assert not out.exists()
 
@@ -365,6 +526,22 @@ def test_the_dictionary_decides_the_type(tmp_path: Path, size: int, to: str, dty
     found = _core.Pair(tmp_path / "out" / "train.en")
     assert found.dtype.name == dtype
     assert found.line(0).tolist() == [size - 1, 2]
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_items_of_another_shape_are_no_lines(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TNTIDX can hold matrices; here item 0 is one, and item 1 has no dimension."""
+    pair = make_pair(tmp_path / "train.en", LINES, "lazy")
+    flip(tmp_path / "train.en.idx", 48 + 8, mask=3)
+    expected = "the items before item 1 have 2 dimensions together, expected one each, at byte 56"
+    if command == "verify":
+        assert run("verify", pair) == EXIT_BAD_INPUT
+        assert expected in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=expected):
+            run("convert", pair, tmp_path / "out" / "train.en")
 
 
 def test_documents_of_several_lines_are_not_lost_without_a_word(
@@ -420,6 +597,25 @@ def test_inspect_shows_blocks_as_training_reads_them(
     assert "line 0: the cat </s>" in capsys.readouterr().out
 
 
+def test_inspect_shows_no_words_of_another_dictionary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path)
+    write_dict(tmp_path, ("a", "b", "c", "d", "e"))
+    assert inspected(capsys, pair)[0]["unknown"] == 1  # as recorded
+    with pytest.raises(InputError, match="was made with the dictionary of SHA-256"):
+        run("inspect", pair, "--lines", "0")
+
+
+def test_inspect_shows_the_lines_that_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pair(tmp_path / "train.en")
+    make_pair(tmp_path / "valid.en", [])
+    rows = inspected(capsys, tmp_path, "--lines", "2:9")
+    assert [[shown["number"] for shown in row["shown"]] for row in rows] == [[2], []]
+
+
 def test_inspect_needs_no_dictionary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = make_pair(tmp_path / "train.en", [], "lazy")
     (tmp_path / "dict.txt").unlink()
@@ -448,26 +644,52 @@ def change_record(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(record | changes), encoding="utf-8")
 
 
+def lose_record_and_a_word(folder: Path) -> None:
+    (folder / "train.en.json").unlink()
+    flip(folder / "train.en.bin", 0, mask=3)
+
+
 def add_count(folder: Path) -> None:
     counts = np.load(folder / "train.en.counts.npy")
     counts[5] += 1
     np.save(folder / "train.en.counts.npy", counts)
 
 
+def _saved(array: NDArray[Any]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def _with_shape(shape: bytes) -> bytes:
+    return _saved(np.ones(10, np.uint64)).replace(b"(10,), }".ljust(22), shape.ljust(22))
+
+
 # The pair's ids are 5 6 2 | 2 | 7 3 5 2 as uint16; its .idx has 3 lengths from byte 26 and 3 starts from byte 38.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an id beyond the dictionary": (
         lambda f: flip(f / "train.en.bin", 9, mask=0x40),
-        r"train\.en\.bin: id 16391 at byte 8 \(token 4\), but the dictionary ends at 9",
+        r"train\.en\.bin: its SHA-256 .*: \S+/train\.en\.bin: id 16391 at byte 8 \(token 4\), but the dictionary ends",
     ),
     "a line without eos": (
         lambda f: flip(f / "train.en.bin", 6),
         r"train\.en\.bin: line 1 ends with id 3 instead of </s> \(2\), at byte 6",
     ),
-    "another word": (lambda f: flip(f / "train.en.bin", 0, mask=3), r"counts\.npy: says that id 5 occurs"),
+    "another word": (
+        lambda f: flip(f / "train.en.bin", 0, mask=3),
+        r"train\.en\.bin: its SHA-256 is not the one in train\.en\.json, .* only the checksum shows it, and not where",
+    ),
+    "another word, without a record": (
+        lose_record_and_a_word,
+        r"counts\.npy: says that id 5 occurs 2 times, but in the \.bin it occurs 1 times; one of the two was changed",
+    ),
     "words swapped": (
         lambda f: flip(f / "train.en.bin", 0, 2, mask=3),
-        r"train\.en\.bin: its SHA-256 is .*, but train\.en\.json says",
+        r"train\.en\.bin: its SHA-256 is not the one in train\.en\.json",
+    ),
+    "an .idx of another text": (
+        lambda f: write_mmap_index(f / "train.en.idx", [2, 2, 4]),
+        r"train\.en\.idx: its SHA-256 .*: \S+/train\.en\.bin: line 0 ends with id 6 instead of </s> \(2\), at byte 2",
     ),
     "a start": (
         lambda f: flip(f / "train.en.idx", 46, mask=2),
@@ -501,10 +723,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "train.en.json").write_text("[]", encoding="utf-8"),
         r"json: not the record of a binarized file",
     ),
-    "counts that are none": (
-        lambda f: (f / "train.en.counts.npy").write_bytes(b"x"),
-        r"counts\.npy: not a numpy array",
+    "a record 100,000 deep": (
+        lambda f: (f / "train.en.json").write_text("[" * 100_000, encoding="utf-8"),
+        r"json: not the record of a binarized file",
     ),
+    "a count beyond all numbers": (lambda f: change_record(f, lines=10**400), r"json: lines is 1000"),
+    "a shard that is none": (lambda f: change_record(f, shard=2, shards=2), r"json: is of shard 2 of 2"),
+    "shards that are no number": (lambda f: change_record(f, shards="2"), r"json: shards is '2'"),
 }  # fmt: skip
 
 
@@ -552,13 +777,34 @@ def test_every_flipped_byte_of_the_data_is_found(
     pair = make_recorded(tmp_path)
     for kind in ("bin", "counts.npy"):
         path = tmp_path / f"train.en.{kind}"
-        first = 0 if kind == "bin" else 128  # after numpy's header, which has blanks of no meaning
-        for at in range(first, path.stat().st_size):
+        for at in range(path.stat().st_size):
             flip(path, at)
             assert run("verify", pair) == EXIT_BAD_INPUT, (kind, at)
             flip(path, at)
     assert run("verify", pair) == EXIT_OK
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"counts",
+        _with_shape(b"(10"),  # numpy's own reader raises tokenize.TokenError
+        _with_shape(b"(10000000000,), }"),  # MemoryError
+        _saved(np.ones(10)),
+        _saved(np.ones(11, np.uint64)),
+        _saved(np.ones(10, np.uint64))[:-1],
+        _saved(np.ones(10, np.uint64)) + b"x",
+    ],
+)
+def test_counts_that_are_none(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_recorded(tmp_path)
+    (tmp_path / "train.en.counts.npy").write_bytes(content)
+    assert run("verify", pair) == EXIT_BAD_INPUT
+    assert "counts.npy: is not numpy's file of 10 numbers of 64 bits" in capsys.readouterr().err
 
 
 def test_fairseqs_own_files_are_good(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -587,6 +833,45 @@ def test_the_stage_is_known(tmp_path: Path) -> None:
     for arguments, code in ((["--help"], 0), (["verify", tmp_path], 0), (["verify", "x"], 2)):
         done = subprocess.run([*command, *arguments], cwd=ROOT, check=False, capture_output=True)
         assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["inspect", "{pair}"], EXIT_CLOSED_PIPE),
+        (["verify", "{pair}", "{pair}x"], EXIT_CLOSED_PIPE),
+        (["convert", "{pair}", "{out}"], EXIT_OK),  # only its log is cut short
+        (["convert", "{pair}x", "{out}"], EXIT_BAD_INPUT),
+    ],
+)
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path, arguments: list[str], code: int) -> None:
+    """As `| head -1` does; here it has left before the first line."""
+    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
+    values = [argument.format(pair=pair, out=out) for argument in arguments]
+    command = [sys.executable, "-u", "-m", "xlm_ds", "shards", *values]
+    for others in (subprocess.PIPE, subprocess.STDOUT):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=others) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            said = process.stderr.read().decode() if process.stderr else ""
+        assert process.returncode == code
+        assert not re.search("roken pipe|Traceback", said)
+        assert out.with_suffix(".en.idx").exists() == ("convert" in arguments and code == EXIT_OK)
+
+
+def test_words_that_the_terminal_has_not_are_spelt_out(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "train.en")
+    write_dict(tmp_path, ("\u0641", *WORDS[1:]))
+    command = [sys.executable, "-m", "xlm_ds", "shards", "inspect", str(pair), "--lines", "0"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.stdout.endswith(b"line 0: \\u0641 cat </s>\n")
 
 
 def test_dictionary_and_companions_travel(tmp_path: Path) -> None:

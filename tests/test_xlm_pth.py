@@ -202,6 +202,7 @@ def test_many_lines_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         ({"sentences": [14, 1]}, "sentences is not an array"),
         ({"dico": {"the": 1}}, "dico is not XLM's Dictionary"),
         ({"unk_words": [1]}, "unk_words is not counts"),
+        ({"unk_words": {"<unk>": 2}}, "says that -1 words are unknown, but its lines have 1 <unk>"),
     ],
 )
 def test_damaged_content(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

@@ -165,9 +165,6 @@ class TokenDataset:
     def count_cut(self) -> int:
         """Lines longer than a block (0 in mode none). O(lines)."""
 
-    def count_ids(self, *, vocab_size: int) -> NDArray[np.uint64]:
-        """How often each id occurs, (vocab_size,). O(tokens). Raises InputError if an id is not below vocab_size."""
-
 class Dtype:
     """The integer types that ids are stored in; uint8 … int64."""
 
@@ -194,7 +191,7 @@ class Pair:
         """Of Megatron-LM's layout; 0 in the others."""
 
     def tokens_before(self, line: int) -> int:
-        """Tokens before a line; `line` may be `lines`, then all."""
+        """Tokens before a line; `line` may be `lines`, then all. Raises InputError if the .idx is damaged there."""
 
     def lines_within(self, tokens: int) -> int:
         """How many lines from the front end within so many tokens. O(log lines)."""
@@ -203,7 +200,10 @@ class Pair:
         """Its ids, eos included. Raises IndexError beyond the last; InputError if the .idx is damaged there."""
 
     def count_lengths(self) -> list[tuple[int, int]]:
-        """Every length in tokens that occurs, ascending, and of how many lines. O(lines)."""
+        """Every length in tokens that occurs, ascending, and of how many lines. O(lines).
+
+        Raises InputError if one is negative, or greater than the .bin has tokens.
+        """
 
     def count_ids(self, vocab_size: int, progress: Progress) -> NDArray[np.uint64]:
         """How often each id occurs, (vocab_size,). O(tokens). Raises InputError naming the first bad id's byte."""

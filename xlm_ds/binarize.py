@@ -12,51 +12,40 @@ that is there already and was made from the same is not made again.
     mpirun -n 64 python -m xlm_ds.binarize …     many machines with a shared folder (pip install 'xlm_ds[mpi]')
 """
 
-import json
-import math
 import secrets
 import shutil
 import socket
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
-from xlm_ds.files import copy_file, file_sha256, locked, naming, save_array, sync_file
+from xlm_ds.files import copy_file, file_sha256, locked, make_folder, naming, save_array, sync_file
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
-from xlm_ds.ranks import Ranks, Stopped, started_ranks
+from xlm_ds.merges import load_bpe
+from xlm_ds.pair_record import (
+    COMPANIONS,
+    KINDS,
+    Counts,
+    describe,
+    is_made_from,
+    write_record,
+)
+from xlm_ds.ranks import Ranks, interruptible, started_ranks
 from xlm_ds.texts import Share, Text, divide, texts_of
 
-Result = TypeVar("Result")
-CountsById: TypeAlias = NDArray[np.uint64]  # (V,)
-
-# What prepare leaves beside the vocabulary, and what new text needs to become ids: it travels with the data.
-COMPANIONS = ("codes", "prepare.json")
-KINDS = ("bin", "counts.npy", "json", "idx")  # of a pair's files, in the order of their renaming
 JOIN_BYTES = 1 << 20
-POLL_SECONDS = 0.1
 MANY_UNKNOWN = 0.1  # of all tokens; text and dictionary of one prepare have next to none
-
-
-class Counts(NamedTuple):
-    """What a text contains (_core.TextCounts), or a rank's part of it."""
-
-    lines: int
-    tokens: int
-    unknown: int
-    blank_lines: int
-    literal_specials: int
 
 
 class Job(NamedTuple):
@@ -75,6 +64,8 @@ class Job(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     with started_ranks("binarize") as ranks:
+        if ranks.rank != 0 and {"-h", "--help"} & set(argv):
+            return EXIT_OK  # rank 0 shows it
         config = ranks.together(
             lambda: parse(BinarizeConfig, argv, answered=BINARIZE_ANSWERED, description=__doc__)
         )
@@ -89,11 +80,11 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     """
     texts = ranks.on_first(lambda: texts_for(config, ranks.size))
     threads = config.workers or ranks.threads()
-    bpe = ranks.together(lambda: load_bpe(config))
-    bpe_sha256 = ranks.on_first(lambda: bpe_checksums(config))
+    bpe = ranks.together(lambda: bpe_of(config))
+    bpe_sha256 = ranks.on_first(lambda: bpe_checksums(config.bpe_codes, config.bpe_vocab))
     ranks.together(lambda: check_same_bpe(config, bpe_sha256))
     dictionary = find_dictionary(config, texts, bpe, threads, ranks)
-    ranks.on_first(lambda: start_folder(config, dictionary))
+    ranks.on_first(lambda: start_folder(config, dictionary, bpe_sha256))
     check_shared(config.destdir, ranks)
     sizes = [text.size for text in texts]
     unknown_size = any(text.is_standard_input for text in texts)
@@ -129,6 +120,12 @@ def tell(text: Text, counts: Counts | None) -> None:
             f"{text}: many words are not in the dictionary; was the text split with the codes that "
             "the dictionary was counted with?"
         )
+    for file in text.inputs:
+        if not text.is_standard_input and begins_with_byte_order_mark(file.path):
+            logger.info(
+                f"{file.path}: begins with a byte order mark, which is part of its first word, as with fairseq; "
+                "remove it (sed -i '1s/^\\xef\\xbb\\xbf//')"
+            )
     if counts.literal_specials:
         logger.info(
             f"{text}: {counts.literal_specials} words are spelt like a special symbol "
@@ -136,12 +133,15 @@ def tell(text: Text, counts: Counts | None) -> None:
         )
 
 
+def begins_with_byte_order_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
+
+
 def summary(counts: Counts) -> str:
     """fairseq's line; its percentage has three significant digits."""
-    share = f" {100 * counts.unknown / counts.tokens:.3}% replaced" if counts.tokens else ""
-    return f"{counts.lines} sents, {counts.tokens} tokens,{share} (by <unk>)".replace(
-        "tokens, (by", "tokens (by"
-    )
+    share = f", {100 * counts.unknown / counts.tokens:.3}% replaced" if counts.tokens else ""
+    return f"{counts.lines} sents, {counts.tokens} tokens{share} (by <unk>)"
 
 
 # ------------------------------------------------------------------------------- before the first pair
@@ -164,24 +164,24 @@ def texts_for(config: BinarizeConfig, ranks: int) -> list[Text]:
     return texts
 
 
-def load_bpe(config: BinarizeConfig) -> _core.Bpe | None:
+def bpe_of(config: BinarizeConfig) -> _core.Bpe | None:
     if config.bpe_codes is None:
         if config.bpe_vocab is not None:
             raise InputError(
                 "--bpe-vocab goes with --bpe-codes, whose merges it limits; give both or neither"
             )
         return None
-    return _core.Bpe(config.bpe_codes, config.bpe_vocab)
+    return load_bpe(config.bpe_codes, config.bpe_vocab)
 
 
-def bpe_checksums(config: BinarizeConfig) -> dict[str, str]:
-    files = {"bpe_codes_sha256": config.bpe_codes, "bpe_vocab_sha256": config.bpe_vocab}
+def bpe_checksums(codes: Path | None, vocab: Path | None) -> dict[str, str]:
+    files = {"bpe_codes_sha256": codes, "bpe_vocab_sha256": vocab}
     return {name: file_sha256(path) for name, path in files.items() if path is not None}
 
 
 def check_same_bpe(config: BinarizeConfig, first: Mapping[str, str]) -> None:
     """Raises InputError on a rank whose files are not those of rank 0, whose checksums are `first`."""
-    if bpe_checksums(config) != first:
+    if bpe_checksums(config.bpe_codes, config.bpe_vocab) != first:
         raise InputError(
             f"{config.bpe_codes}: on {socket.gethostname()} it, or its --bpe-vocab, is another file than on the "
             "first rank; give files that are the same on all hosts"
@@ -215,7 +215,8 @@ def dictionary_of(config: BinarizeConfig, words: Counter[str]) -> Dictionary:
         if config.max_vocab is not None:
             # After the padding, so that the model has no more rows than asked for.
             found = found.truncated(config.max_vocab)
-    if len(found) == len(SPECIAL_SYMBOLS):
+    symbols = found.symbols[len(SPECIAL_SYMBOLS) :]
+    if not any(config.srcdict or symbol in words for symbol in symbols):  # the padding's are none
         raise InputError(
             f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
         )
@@ -243,15 +244,17 @@ def count_words(
     return ranks.merged(ranks.together(count), merge)
 
 
-def start_folder(config: BinarizeConfig, dictionary: Dictionary) -> None:
-    """Makes OUT, its log and OUT/dict.txt. Raises InputError if another dictionary is there."""
-    config.destdir.mkdir(parents=True, exist_ok=True)
+def start_folder(
+    config: BinarizeConfig, dictionary: Dictionary, bpe_sha256: Mapping[str, str]
+) -> None:
+    """Makes OUT, its log, OUT/dict.txt and its companions. Raises InputError if others are there."""
+    make_folder(config.destdir)
     add_log_file(config.destdir / "preprocess.log")
     # The recipe's loop over languages may run in parallel: they must not write the same file.
     with locked(config.destdir / ".dict.txt.lock"):
         write_dictionary(config, dictionary)
         if config.bpe_codes is not None:
-            write_codes(config.bpe_codes, config.destdir)
+            write_bpe(config, bpe_sha256)
 
 
 def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
@@ -265,10 +268,9 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
             )
         return
     if config.srcdict is not None:
-        for name in COMPANIONS:
-            other_codes = name == "codes" and config.bpe_codes is not None
+        for name in COMPANIONS if config.bpe_codes is None else ("prepare.json",):
             here = config.srcdict.parent / name
-            if here.is_file() and not other_codes and not (config.destdir / name).exists():
+            if here.is_file() and not (config.destdir / name).exists():
                 copy_file(here, config.destdir / name)
     temporary = path.with_name(".dict.txt.tmp")
     try:
@@ -280,17 +282,20 @@ def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_codes(codes: Path, folder: Path) -> None:
-    """OUT/codes, instead of those beside --srcdict. Raises InputError if others are there: they split other pieces."""
-    path = folder / "codes"
-    if path.exists():
-        if file_sha256(path) != file_sha256(codes):
-            raise InputError(
-                f"{path}: other codes than {codes} are there already; binarize into an empty --destdir, or use "
-                f"these with --bpe-codes {path}"
-            )
+def write_bpe(config: BinarizeConfig, sha256: Mapping[str, str]) -> None:
+    """OUT/codes and OUT/bpe_vocab, instead of those beside --srcdict. Raises InputError if there are others."""
+    codes, vocab = config.destdir / "codes", config.destdir / "bpe_vocab"
+    there = bpe_checksums(*(path if path.exists() else None for path in (codes, vocab)))
+    if there == sha256:
         return
-    copy_file(codes, path)
+    if codes.exists() or not there.items() <= sha256.items():
+        raise InputError(
+            f"{config.destdir}: other codes than {config.bpe_codes}, or another vocabulary of theirs, are there "
+            "already and split other pieces; binarize into an empty --destdir, or use what is there"
+        )
+    for given, path in ((config.bpe_vocab, vocab), (config.bpe_codes, codes)):
+        if given is not None:  # the codes last: where they are, a vocabulary they go with is too
+            copy_file(given, path)
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
@@ -388,21 +393,9 @@ def made_from(text: Text, job: Job) -> dict[str, Any]:
 
 
 def is_there(text: Text, job: Job) -> bool:
-    """Whether the pair is whole and made from the same. Of standard input nobody knows."""
-    base = job.config.destdir / text.pair
-    try:
-        record = json.loads(Path(f"{base}.json").read_bytes())
-        sizes = {
-            kind: Path(f"{base}.{kind}").stat().st_size for kind in ("bin", "counts.npy", "idx")
-        }
-    except (FileNotFoundError, ValueError):
-        return False
-    return (
-        not text.is_standard_input
-        and isinstance(record, dict)
-        and record.get("made_from") == made_from(text, job)
-        and record.get("bytes") == sizes
-    )
+    """Of standard input nobody knows."""
+    pair = job.config.destdir / text.pair
+    return not text.is_standard_input and is_made_from(pair, made_from(text, job))
 
 
 def encode_share(texts: Sequence[Text], share: Share, job: Job) -> None:
@@ -461,35 +454,6 @@ def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
     return counts
 
 
-def describe(
-    split: str,
-    language: str,
-    counts: Counts,
-    by_id: CountsById,
-    dictionary: Dictionary,
-    files: Mapping[str, Path],
-) -> dict[str, Any]:
-    """The record of a pair but for what it was made from. `files`, by kind, are written, all but the record itself."""
-    return {
-        "language": language,
-        "split": split,
-        "lines": counts.lines,
-        "tokens": counts.tokens,
-        "unknown": counts.unknown,
-        "blank": counts.blank_lines,
-        "literal_specials": counts.literal_specials,
-        "unigram_entropy_bits": entropy_bits(by_id),
-        "dictionary_sha256": dictionary.sha256,
-        "sha256": {kind: file_sha256(files[kind]) for kind in ("bin", "idx")},
-        "bytes": {kind: files[kind].stat().st_size for kind in ("bin", "counts.npy", "idx")},
-    }
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    with naming(path):
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def join(parts: Sequence[Path], whole: Path) -> None:
     parts[0].replace(whole)
     with naming(whole), whole.open("ab") as file:
@@ -515,37 +479,6 @@ def publish(texts: Sequence[Text], job: Job) -> None:
                 for path in final.values():
                     path.unlink(missing_ok=True)
     sync_file(folder)
-
-
-def entropy_bits(counts: CountsById) -> float:
-    """Entropy of the unigram distribution, eos included; 0 of an empty text."""
-    seen = counts[counts > 0].astype(np.float64)
-    total = float(seen.sum())
-    return float(math.log2(total) - (seen * np.log2(seen)).sum() / total) if total else 0.0
-
-
-@contextmanager
-def interruptible(
-    progress: _core.Progress, ranks: Ranks, bar: "tqdm[None] | None" = None
-) -> Iterator[Callable[[Callable[[], Result]], Result]]:
-    """Runs calls of the core on another thread, so that Ctrl-C or another rank's failure ends them; moves the bar."""
-
-    def result_of(future: "Future[Result]") -> Result:
-        shown = 0
-        while not future.done():
-            wait([future], timeout=POLL_SECONDS)
-            ranks.check_stop()
-            if bar is not None:
-                bar.update(progress.done_bytes - shown)
-                shown = progress.done_bytes
-        return future.result()
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            yield lambda call: result_of(thread.submit(call))
-        except (KeyboardInterrupt, Stopped):
-            progress.cancel()
-            raise
 
 
 if __name__ == "__main__":

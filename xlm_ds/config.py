@@ -82,7 +82,7 @@ class PrepareConfig:
     workers: int = knob(
         "processes; nothing written depends on it (default: all cores)",
         default=0,
-        bounds="[0, inf)",
+        bounds="[0, 4096]",
     )
     overwrite: bool = knob(
         "redo what other settings or inputs than last time change, instead of refusing",
@@ -129,7 +129,7 @@ class BinarizeConfig:
     workers: int = knob(
         "threads of a rank; the bytes written do not depend on it (default: all cores that the rank may use)",
         default=0,
-        bounds="[0, inf)",
+        bounds="[0, 4096]",
     )
     dataset_impl: str = knob(
         "layout on disk: mmap is MMIDIDX (ids as uint16/uint32), lazy and cached are TNTIDX (int32)",

@@ -6,6 +6,7 @@ batch = micro_batch(corpus, geometry, first=0, micro=0, rank=1)      # on the CP
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         )
         for split in ("train", "valid")
     )
-    if config.sample_break_mode != "none":
+    if config.sample_break_mode != "none" and logger.isEnabledFor(logging.INFO):  # on rank 0
         cut = sum(dataset.count_cut() for dataset in train)
         logger.info(
             f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"

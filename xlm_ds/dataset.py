@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlm_ds import _core
+from xlm_ds.files import load_counts
 from xlm_ds.log import InputError
 
 _BREAK_MODES = {
@@ -68,16 +69,8 @@ class TokenDataset:
         """
         path = _beside(self.prefix, ".counts.npy")
         if not path.exists():
-            return self.core.count_ids(vocab_size=self.vocab_size)
-        try:
-            counts: NDArray[np.uint64] = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path}: not a numpy array; binarize again") from error
-        if counts.dtype != np.uint64 or counts.shape != (self.vocab_size,):
-            raise InputError(
-                f"{path}: has {counts.dtype} of shape {counts.shape}, expected uint64 of shape ({self.vocab_size},), "
-                "a count for each symbol of the dictionary; binarize again"
-            )
+            return _core.Pair(self.prefix).count_ids(self.vocab_size, _core.Progress())
+        counts = load_counts(path, self.vocab_size)
         if int(counts.sum()) != self.tokens:
             raise InputError(
                 f"{path}: counts {int(counts.sum())} tokens, but the .bin beside it has {self.tokens}; binarize again"
@@ -201,7 +194,7 @@ def _check_record(
         recorded_tokens, recorded_sha256 = record["tokens"], record["dictionary_sha256"]
         named = f"{record['split']}.{record['language']}"
         shards = record.get("shards", 1)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
     if shards != 1:
         raise InputError(

@@ -25,6 +25,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_folder(path: Path) -> None:
+    """With those above it, where they are missing. Raises InputError if a file is in the way; OSError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            f"{path}: a file is where this folder, or one above it, would be; give another folder"
+        ) from error
+
+
 @contextlib.contextmanager
 def naming(path: Path, verb: str = "write") -> Iterator[None]:
     """Puts the file at work into an OSError that does not say where it happened: that of opening does, no other."""
@@ -56,9 +66,30 @@ def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
         path.write_bytes(content.getbuffer())
 
 
+def load_counts(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A .npy file of so many counts, as save_array writes it; read-only.
+
+    Raises: InputError if it is anything else. Its header is compared and not read: numpy's reader evaluates it, and for
+    damaged ones raises whatever Python's own does (tokenize.TokenError, SyntaxError, MemoryError; numpy 2.4).
+    """
+    header = io.BytesIO()
+    shape = {"descr": "<u8", "fortran_order": False, "shape": (size,)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    expected = header.getvalue()
+    whole = len(expected) + 8 * size
+    with path.open("rb") as file, naming(path, "read"):
+        content = file.read(whole + 1)
+    if len(content) != whole or not content.startswith(expected):
+        raise InputError(
+            f"{path}: is not numpy's file of {size} numbers of 64 bits, one for each symbol of the dictionary; "
+            "binarize again"
+        )
+    return np.frombuffer(content, np.uint64, offset=len(expected))
+
+
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file as a whole: under another name first."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Copies a file as a whole: under another name first, which is no other process's while a lock is held."""
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         with naming(temporary):
             shutil.copyfile(source, temporary)
@@ -126,9 +157,10 @@ def _lock_handle(path: Path, busy: str | None) -> int:
         )  # NFS locks only what is open to write
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before may have removed the file since it was opened here.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
-                return handle
+            # Who held it before may have removed the file since it was opened here, and others made it again.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(handle)):
+                    return handle
         except BlockingIOError as error:
             os.close(handle)
             raise InputError(str(busy)) from error

@@ -190,7 +190,11 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
+        flag, _, what = message.removeprefix("argument ").partition(": ")
+        what = what.replace("ignored explicit argument", "takes no value, but is given")
+        if what == "expected one argument":
+            what = "a value must follow it (after = if it begins with -)"
+        raise InputError(f"{flag}: {what}")
 
 
 def _unknown(name: str, known: Sequence[str], what: str) -> str:

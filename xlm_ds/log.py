@@ -8,6 +8,8 @@ A stage's `main(argv)` is wrapped once:
 Library code raises `InputError`; only `run_stage` turns it into a sentence on stderr and exit code 2.
 """
 
+import errno
+import io
 import logging
 import os
 import signal
@@ -20,6 +22,7 @@ from xlm_ds._core import InputError
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "EXIT_CLOSED_PIPE",
     "EXIT_INTERRUPTED",
     "EXIT_OK",
     "EXIT_PREEMPTED",
@@ -34,6 +37,7 @@ EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a scheduler should start the run again
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141  # as a shell says that SIGPIPE has ended a program
 
 logger = logging.getLogger("xlm_ds")
 
@@ -45,21 +49,42 @@ _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 def run_stage(
     stage: str, main: Callable[[Sequence[str]], int], *, log_to: TextIO = sys.stdout
 ) -> int:
-    """Runs `main(sys.argv[1:])` and returns the exit code: 2 and one sentence for bad input, 130 when interrupted.
+    """Runs `main(sys.argv[1:])` and returns the exit code: 2 and one sentence for bad input, 130 when interrupted or
+    terminated, 141 without a word when nobody reads its output any more before it has ended.
 
     Anything else that is raised is a fault of ours and keeps its traceback (exit code 1).
     """
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # words that a terminal's code has not are no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
     _log_to(log_to)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = EXIT_CLOSED_PIPE
+    last_words = ""
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
     except (InputError, OSError) as error:
-        sys.stderr.write(f"{stage}: error: {sentence_of(error)}\n")
-        return EXIT_BAD_INPUT
+        code, last_words = EXIT_BAD_INPUT, f"error: {sentence_of(error)}"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.stderr.write(f"{stage}: interrupted\n")
-        return EXIT_INTERRUPTED
+        code, last_words = EXIT_INTERRUPTED, "interrupted"
+    _end_output(f"{stage}: {last_words}\n" if last_words else "")
+    return code
+
+
+def _end_output(last_words: str) -> None:
+    """Writes them to stderr. What cannot be written is dropped, or Python would complain and exit with 120."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, last_words)):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def add_log_file(path: Path) -> None:
@@ -84,9 +109,19 @@ class _LogFile(logging.FileHandler):
         sys.stderr.write(f"cannot write {self.baseFilename}: {error.strerror}; going on without\n")
 
 
+class _Console(logging.StreamHandler[TextIO]):
+    """Is left out when nobody reads it any more: what a run makes is not in its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            logger.removeHandler(self)
+        else:
+            super().handleError(record)
+
+
 def _log_to(stream: TextIO) -> None:
     """One text logger; ranks other than 0 speak only when something is wrong."""
-    handler = logging.StreamHandler(stream)
+    handler = _Console(stream)
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
     logger.addHandler(handler)
     logger.propagate = False
@@ -96,6 +131,8 @@ def _log_to(stream: TextIO) -> None:
 def sentence_of(error: Exception) -> str:
     """OSError's own text begins with [Errno n]; the core's says what could not be done to which file."""
     if isinstance(error, OSError) and error.strerror is not None:
+        if error.errno == errno.EAGAIN and error.strerror == os.strerror(errno.EAGAIN):
+            return "the system gives no more threads or processes; give fewer --workers"
         where = f"{error.filename}: " if error.filename is not None else ""
         return where + (error.strerror.lower() if where else error.strerror)
     return str(error)

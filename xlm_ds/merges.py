@@ -12,6 +12,7 @@ from pathlib import Path
 from xlm_ds import _core
 from xlm_ds.dictionary import SPECIAL_SYMBOLS
 from xlm_ds.files import read_lines
+from xlm_ds.log import InputError
 
 WORD_END = "</w>"
 
@@ -31,6 +32,15 @@ def sample_copies(sizes: Mapping[str, int], alpha: float, sample_bytes: int) -> 
     weights = {lang: size**alpha for lang, size in sizes.items()}
     share = total / sum(weights.values())
     return {lang: share * weights[lang] / size for lang, size in sizes.items()}
+
+
+def load_bpe(codes: Path, vocab: Path | None) -> _core.Bpe:
+    """Raises as _core.Bpe does, and InputError for an empty vocabulary, which fastBPE takes for none."""
+    if vocab is not None and vocab.stat().st_size == 0:
+        raise InputError(
+            f"{vocab}: is empty, expected lines `word count`; give a vocabulary, or none"
+        )
+    return _core.Bpe(codes, vocab)
 
 
 def learn_merges(sample: Path, count: int) -> list[tuple[str, str]]:

@@ -1,14 +1,15 @@
 """Pairs on disk, as the tools for them see them: opened with what lies beside them, written whole or not at all.
 
-source = open_source(Path("OUT/train.en"), None)
+source = find_source(Path("OUT/train.en"), None)
 with new_pairs([Path("NEW/train.en")], source.dictionary, Path("OUT"), overwrite=False) as (new,):
-    writer = new.writer(source.pair.kind, source.pair.dtype, len(source.dictionary))
+    writer = new.writer(_core.IndexKind.mmap, _core.Dtype.uint16, len(source.dictionary))
     …
     new.finish(writer, source.dictionary, unknown=None, more={})
 """
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,16 +22,21 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.binarize import COMPANIONS, KINDS, Counts, describe, interruptible, write_record
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import locked, naming, save_array, sync_file
 from xlm_ds.log import InputError
-from xlm_ds.ranks import Ranks
+from xlm_ds.pair_record import COMPANIONS, KINDS, Counts, describe, write_record
+from xlm_ds.ranks import Ranks, interruptible
 
 Result = TypeVar("Result")
 
-# Of a record; what else is in one is kept in the made_from of what is made of its pair.
-PAIR_FIELDS = {
+SUFFIXES = ("idx", "bin")
+
+# In the folder in which pairs are written: the names they get, in this order; the files that had these names before.
+JOURNAL, OLD = "names", "old"
+
+# Of every record; what else is in one is kept in the made_from of what is made of its pair.
+PAIR_FIELDS: dict[str, type] = {
     **{"language": str, "split": str, "lines": int, "tokens": int, "unknown": int, "blank": int},
     **{"literal_specials": int, "unigram_entropy_bits": float, "dictionary_sha256": str},
     "sha256": dict,
@@ -44,24 +50,40 @@ class Source(NamedTuple):
     """A pair that is there, with its dictionary and, if it has one, its record."""
 
     prefix: Path
-    pair: _core.Pair
     dictionary: Dictionary
     dictionary_path: Path
     record: dict[str, Any] | None
 
+    def open(self) -> _core.Pair:
+        """Of many sources only some at a time: each takes an open file."""
+        return _core.Pair(self.prefix)
 
-def open_source(prefix: Path, dictionary_path: Path | None) -> Source:
-    """Raises InputError if it is no pair, has no dictionary, or was made with another one; OSError."""
+
+def find_source(prefix: Path, dictionary_path: Path | None) -> Source:
+    """Raises InputError if it is no pair, or not the one recorded, or has no dictionary, or another one; OSError."""
     pair = _core.Pair(prefix)
-    path = dictionary_path or find_dictionary(prefix)
-    dictionary = load_dictionary(path)
     record = load_record(prefix)
+    for name, value in (("lines", pair.lines), ("tokens", pair.tokens)):
+        if record is not None and record[name] != value:
+            raise InputError(
+                f"{beside(prefix, 'json')}: says {name} {record[name]}, but it is {value}; binarize again"
+            )
+    path, dictionary = dictionary_of(prefix, record, dictionary_path)
+    return Source(prefix, dictionary, path, record)
+
+
+def dictionary_of(
+    prefix: Path, record: Mapping[str, Any] | None, given: Path | None
+) -> tuple[Path, Dictionary]:
+    """The one given, or the one beside the pair. Raises InputError if there is none, or the record says another."""
+    path = given or find_dictionary(prefix)
+    dictionary = load_dictionary(path)
     if record is not None and record["dictionary_sha256"] != dictionary.sha256:
         raise InputError(
-            f"{prefix}: was made with the dictionary of SHA-256 {record['dictionary_sha256']}, but {path} has "
+            f"{prefix}: was made with the dictionary of SHA-256 {record['dictionary_sha256']:.64}, but {path} has "
             f"{dictionary.sha256}; give the one it was made with (--dict)"
         )
-    return Source(prefix, pair, dictionary, path, record)
+    return path, dictionary
 
 
 def beside(prefix: Path, kind: str) -> Path:
@@ -71,8 +93,10 @@ def beside(prefix: Path, kind: str) -> Path:
 def split_and_language(prefix: Path) -> tuple[str, str]:
     """Of SPLIT.LG, or of fairseq's SPLIT.LG-None.LG."""
     match = re.fullmatch(r"(?P<split>[^.]+)\.(?P<lang>[^.]+?)(-None\.(?P=lang))?", prefix.name)
-    if match is None:
-        raise InputError(f"{prefix}: a pair's name is SPLIT.LANG, as train.en")
+    if match is None or match["lang"] in SUFFIXES:
+        raise InputError(
+            f"{prefix}: a pair's name is SPLIT.LANG, as train.en, without .bin or .idx"
+        )
     return match["split"], match["lang"]
 
 
@@ -94,7 +118,10 @@ def find_pairs(paths: Sequence[Path]) -> list[Path]:
 
 
 def without_suffix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
+    """A pair that may be named by one of its files. Raises InputError for a folder."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a pair in it, PATH/SPLIT.LANG")
+    return path.with_suffix("") if path.suffix[1:] in SUFFIXES else path
 
 
 def find_dictionary(prefix: Path) -> Path:
@@ -119,35 +146,47 @@ def _load_dictionary(path: Path, _size: int, _mtime_ns: int) -> Dictionary:
 
 
 def load_record(prefix: Path) -> dict[str, Any] | None:
+    """What PREFIX.json says, None without one. Raises InputError if it is none; OSError."""
     path = beside(prefix, "json")
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [name for name, kind in PAIR_FIELDS.items() if type(record[name]) is not kind]
-    except (ValueError, KeyError, TypeError) as error:
+        fields: dict[str, Any] = {name: record[name] for name in PAIR_FIELDS}
+        fields["shard"], fields["shards"] = place_of(record)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]} is {record[wrong[0]]!r:.60}; binarize again")
+    for name, value in fields.items():
+        kind = PAIR_FIELDS.get(name, int)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):
+            raise InputError(f"{path}: {name} is {value!r:.60}; binarize again")
+    if fields["shard"] >= fields["shards"]:
+        raise InputError(
+            f"{path}: is of shard {fields['shard']} of {fields['shards']}, which start at 0; reshard again"
+        )
     return dict(record)
+
+
+def place_of(record: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Which of how many shards a pair is, by its record: 0 of 1 if it is a whole text, or has no record."""
+    return (0, 1) if record is None else (record.get("shard", 0), record.get("shards", 1))
 
 
 # ------------------------------------------------------------------------------------ writing pairs
 
 
 class NewPair:
-    """A pair that is being written, under temporary names."""
+    """A pair that is being written, under its own names in another folder."""
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, staging: Path) -> None:
         self.prefix = prefix
-        self.final = {kind: beside(prefix, kind) for kind in KINDS}
-        self.temporary = {kind: p.with_name(f".{p.name}.tmp") for kind, p in self.final.items()}
-        self.lengths = prefix.with_name(f".{prefix.name}.lengths.tmp")
+        self._files = {kind: beside(staging / prefix.name, kind) for kind in KINDS}
+        self._lengths = beside(staging / prefix.name, "lengths")
 
     def writer(
         self, kind: _core.IndexKind, dtype: _core.Dtype, vocab_size: int
     ) -> _core.PairWriter:
-        return _core.PairWriter(self.temporary["bin"], self.lengths, kind, dtype, vocab_size)
+        return _core.PairWriter(self._files["bin"], self._lengths, kind, dtype, vocab_size)
 
     def finish(
         self,
@@ -161,16 +200,21 @@ class NewPair:
 
         `unknown`: how many unknown words there are, if known; a literal <unk> has their id.
         """
-        counts = writer.finish(self.temporary["idx"])
-        self.lengths.unlink()
-        save_array(self.temporary["counts.npy"], counts.by_id)
+        counts = writer.finish(self._files["idx"])
+        self._lengths.unlink()
+        save_array(self._files["counts.npy"], counts.by_id)
         if unknown is None:
             unknown = counts.unknown
+        if not 0 <= unknown <= counts.unknown:
+            raise InputError(
+                f"{self.prefix}: not written: what it is made from says that {unknown} words are unknown, but its "
+                f"lines have {counts.unknown} <unk>; one of the two is damaged"
+            )
         literal = counts.literal_specials + counts.unknown - unknown
         figures = Counts(counts.lines, counts.tokens, unknown, counts.blank_lines, literal)
         split, language = split_and_language(self.prefix)
-        record = describe(split, language, figures, counts.by_id, dictionary, self.temporary)
-        write_record(self.temporary["json"], {**record, **more})
+        record = describe(split, language, figures, counts.by_id, dictionary, self._files)
+        write_record(self._files["json"], {**record, **more})
         return counts
 
 
@@ -180,76 +224,134 @@ def new_pairs(
 ) -> Iterator[list[NewPair]]:
     """Pairs of one folder to be filled and described; they get their final names if nothing is raised.
 
-    A folder without a dict.txt gets the dictionary, and what lies beside it in the folder `companions`.
+    A folder without a dict.txt gets the dictionary, and what lies beside it in the folder `companions`. What a killed
+    run has left of the first pair and its shards is undone before.
     Raises: InputError if a pair is there already, or being made, or another dictionary, or a further shard of the last.
     """
     first = prefixes[0]
     folder = first.parent
-    pairs = [NewPair(prefix) for prefix in prefixes]
+    for prefix in prefixes:
+        split_and_language(prefix)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give a folder for {first.name}")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    staging = first.with_name(f".{first.name}.new")
     busy = f"{first}: another program is making this pair; wait for it, or give another name"
     try:
-        with locked(beside(first.with_name(f".{first.name}"), "lock"), busy):  # binarize's too
+        with locked(first.with_name(f".{first.name}.lock"), busy):  # binarize's too
+            _clear(staging, killed=True)
             try:
-                _check_room(pairs, overwrite)
+                _check_room(prefixes, overwrite)
                 _check_dictionary(folder, dictionary)
-                yield pairs
+                staging.mkdir()
+                yield [NewPair(prefix, staging) for prefix in prefixes]
                 with locked(folder / ".dict.txt.lock"):
                     _check_dictionary(folder, dictionary)
-                    _publish(pairs, dictionary, companions)
+                    _publish(prefixes, dictionary, companions, staging)
             finally:
-                for pair in pairs:
-                    for path in (*pair.temporary.values(), pair.lengths):
-                        path.unlink(missing_ok=True)
+                _clear(staging, killed=False)
     finally:
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _publish(pairs: Sequence[NewPair], dictionary: Dictionary, companions: Path) -> None:
-    """Gives all files their names, or none."""
-    folder = pairs[0].prefix.parent
-    names = {p.temporary[kind]: p.final[kind] for kind in KINDS for p in pairs}
-    shared = {name: folder / f".{name}.tmp" for name in (*COMPANIONS, "dict.txt")}
-    published: list[Path] = []
+def _publish(
+    prefixes: Sequence[Path], dictionary: Dictionary, companions: Path, staging: Path
+) -> None:
+    """Moves all files from `staging` to the folder it is in. _clear undoes it where it fails or is killed.
+
+    Readers find a pair by its .idx, and shards by that of the first: it is the first to go and the last to come.
+    """
+    folder = staging.parent
+    shared = _stage_shared(dictionary, companions, staging)
+    *others, indexes = [[beside(p, kind).name for p in reversed(prefixes)] for kind in KINDS]
+    contents = [name for kind in others for name in kind]
+    names = [*contents, *indexes]
+    for name in (*shared, *names):
+        sync_file(staging / name)
+    _write_journal(staging, names)
+    there = [name for name in reversed(names) if (folder / name).exists()]
     try:
-        if not (folder / "dict.txt").exists():
-            with naming(shared["dict.txt"]):
-                dictionary.save(shared["dict.txt"])
-            names = {shared["dict.txt"]: folder / "dict.txt", **names}
-            for name in COMPANIONS:
-                if (companions / name).is_file() and not (folder / name).exists():
-                    with naming(shared[name]):
-                        shutil.copyfile(companions / name, shared[name])
-                    names = {shared[name]: folder / name, **names}
-        for path in names:
-            sync_file(path)
-        for pair in pairs:  # an .idx says that its pair is whole: an old one goes first
-            pair.final["idx"].unlink(missing_ok=True)
-        for temporary, final in names.items():
-            if temporary == pairs[0].temporary["idx"]:
-                sync_file(folder)  # or a loss of power could undo the other names only
-            temporary.replace(final)
-            published.append(final)
-        sync_file(folder)
+        _move(shared, staging, folder)
+        for group in (there[:1], there[1:]):
+            _move(group, folder, staging / OLD)
+        for group in (contents, indexes[:-1], indexes[-1:]):
+            _move(group, staging, folder)
     except BaseException:
-        for path in published:
-            path.unlink()
+        for name in shared:
+            (folder / name).unlink(missing_ok=True)
         raise
-    finally:
-        for path in shared.values():
-            path.unlink(missing_ok=True)
+    (staging / JOURNAL).unlink()
 
 
-def _check_room(pairs: Sequence[NewPair], overwrite: bool) -> None:
-    for pair in pairs:
-        split_and_language(pair.prefix)
-        for path in pair.final.values():
-            if path.exists() and not overwrite:
-                raise InputError(f"{path}: is there already; give another name, or --overwrite")
-    first = pairs[0].prefix
-    further = beside(first.with_name(f"{first.name}{len(pairs)}"), "idx")
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    """Returns when a loss of power would not undo it."""
+    for name in names:
+        (source / name).replace(target / name)
+    sync_file(target)
+
+
+def _write_journal(staging: Path, names: Sequence[str]) -> None:
+    (staging / OLD).mkdir()
+    unfinished = staging / f"{JOURNAL}.tmp"
+    with naming(unfinished):
+        unfinished.write_bytes(os.fsencode("\0".join(names)))
+    sync_file(unfinished)
+    unfinished.replace(staging / JOURNAL)
+    sync_file(staging)
+
+
+def _clear(staging: Path, *, killed: bool) -> None:
+    """Removes the folder of a run that has ended, and undoes what it moved if it did not come to the end.
+
+    If the last of its names is there, one that was `killed` had come to the end, or another program has made the pair.
+    """
+    journal = staging / JOURNAL
+    if journal.exists():
+        names = os.fsdecode(journal.read_bytes()).split("\0")
+        if not (killed and (staging.parent / names[-1]).exists()):
+            _undo(staging, names)
+        journal.unlink()
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def _undo(staging: Path, names: Sequence[str]) -> None:
+    """What was moved goes back, then what was there before comes back; if this is stopped, it can be done again."""
+    folder, old = staging.parent, staging / OLD
+    moved = [n for n in names if not (staging / n).exists() and (folder / n).exists()]
+    try:
+        _move(reversed(moved), folder, staging)
+        _move([n for n in names if (old / n).exists()], old, folder)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder / names[-1]}: was not replaced, and what was there before could not be put back "
+            f"({error.strerror}); it is in {old}, and the next command that writes this pair puts it back",
+        ) from error
+
+
+def _stage_shared(dictionary: Dictionary, companions: Path, staging: Path) -> list[str]:
+    """Writes to `staging` what the folder it is in lacks beside pairs."""
+    folder = staging.parent
+    if (folder / "dict.txt").exists():
+        return []
+    with naming(staging / "dict.txt"):
+        dictionary.save(staging / "dict.txt")
+    names = [n for n in COMPANIONS if (companions / n).is_file() and not (folder / n).exists()]
+    for name in names:
+        with naming(staging / name):
+            shutil.copyfile(companions / name, staging / name)
+    return [*names, "dict.txt"]  # last, as without it the others are looked for
+
+
+def _check_room(prefixes: Sequence[Path], overwrite: bool) -> None:
+    for path in (beside(prefix, kind) for prefix in prefixes for kind in KINDS):
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: is there already; give another name, or --overwrite")
+    first = prefixes[0]
+    further = beside(first.with_name(f"{first.name}{len(prefixes)}"), "idx")
     if further.exists():
         raise InputError(
             f"{further}: would be read as one more shard of {first.name}; move it away"

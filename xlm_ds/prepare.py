@@ -11,13 +11,10 @@ again goes on where it was stopped; nothing has a final name before it is comple
 
 import array
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import heapq
-import importlib.metadata
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -30,23 +27,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig, check_languages
-from xlm_ds.files import alone_in, file_sha256, naming, read_lines
+from xlm_ds.files import alone_in, make_folder, naming, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
-from xlm_ds.merges import count_merges, learn_merges, sample_copies
+from xlm_ds.merges import count_merges, learn_merges, load_bpe, sample_copies
+from xlm_ds.prepare_record import (
+    TOKENISED,
+    Record,
+    Sources,
+    file_names,
+    open_record,
+    splits_of,
+    text_names,
+)
 from xlm_ds.tokenisation import UNSEGMENTED, Tokenisation, tokenisation_of, tokenise_line
-
-# Valid is made after test and train after both, as each leaves out the lines of those before it.
-SPLITS = ("test", "valid", "train")
-RECORD = "prepare.json"
-RECORD_FORMAT = 1
-TOKENISED = "tokenised"
 
 HELD_OUT_LINES = 5000  # per split and language: get-data-wiki.sh of XLM
 HELD_OUT_SHARE = 20  # of a small corpus, at most one line in this many
@@ -70,10 +70,10 @@ def prepare(config: PrepareConfig) -> None:
     Raises InputError for bad text, flags that do not go together, or a folder that holds other things.
     """
     sources = _sources(config)
-    (config.destdir / TOKENISED).mkdir(parents=True, exist_ok=True)
+    make_folder(config.destdir / TOKENISED)
     with alone_in(config.destdir, "prepare"):
-        record = _open_record(config, sources)
-        if record.has(*_names(sources)):
+        record = open_record(config, sources)
+        if record.has(*file_names(sources)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)
             return
         try:
@@ -82,15 +82,13 @@ def prepare(config: PrepareConfig) -> None:
             record.remove_temporary()  # a full disk is not to stay full of what is no use
 
 
-def _make(
-    record: "Record", sources: Mapping[str, Mapping[str, Path]], config: PrepareConfig
-) -> None:
+def _make(record: Record, sources: Sources, config: PrepareConfig) -> None:
     workers = config.workers or len(os.sched_getaffinity(0))
     with _workers(workers) as in_order:
         for lang, splits in sources.items():
             _tokenise_language(record, lang, splits, config, in_order)
     _make_codes(record, config, list(sources))
-    _apply_codes(record, _texts(sources), config.vocab, workers)
+    _apply_codes(record, text_names(sources), config.vocab, workers)
     _make_vocabulary(record, config.vocab, [f"train.{lang}" for lang in sources], workers)
     logger.info(
         "%s is ready; binarize it with --srcdict %s", config.destdir, record.path("vocab_mlm")
@@ -129,17 +127,13 @@ def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
         raise InputError("--langs is empty; expected languages, as ar,de,en")
     for path in itertools.chain.from_iterable(splits.values() for splits in sources.values()):
         if not path.is_file():
-            raise InputError(f"{path}: no such file; every language needs its raw text")
+            what = "not a file" if path.exists() else "no such file"
+            raise InputError(f"{path}: {what}; every language needs its raw text")
     return sources
 
 
 def _path(pref: str, lang: str) -> Path:
     return Path(pref.replace("{lang}", lang) if "{lang}" in pref else f"{pref}.{lang}")
-
-
-def _splits(sources: Mapping[str, Path]) -> list[str]:
-    """The splits that come of these sources, in the order in which they are made."""
-    return [split for split in SPLITS if split in sources or "all" in sources]
 
 
 # --------------------------------------------------------------------------------------- splitting
@@ -280,13 +274,13 @@ def _in_order(
 
 
 def _tokenise_language(
-    record: "Record",
+    record: Record,
     lang: str,
     sources: Mapping[str, Path],
     config: PrepareConfig,
     in_order: InOrder,
 ) -> None:
-    tokenised = {split: f"{TOKENISED}/{split}.{lang}" for split in _splits(sources)}
+    tokenised = {split: f"{TOKENISED}/{split}.{lang}" for split in splits_of(sources)}
     if record.has(*tokenised.values()):
         logger.info("%s: tokenised already", lang)
         return
@@ -347,7 +341,7 @@ def _shown(counts: Mapping[str, int]) -> str:
 # ------------------------------------------------------------------------------------------- codes
 
 
-def _make_codes(record: "Record", config: PrepareConfig, languages: Sequence[str]) -> None:
+def _make_codes(record: Record, config: PrepareConfig, languages: Sequence[str]) -> None:
     if record.has("codes"):
         logger.info("codes: there already")
         return
@@ -388,9 +382,7 @@ def _write_sample(path: Path, texts: Mapping[str, Path], config: PrepareConfig) 
                     file.write(line * (int(whole) + (generator.random() < part)))
 
 
-def _write_codes(
-    record: "Record", merges: Sequence[tuple[str, str]], counts: Sequence[int]
-) -> None:
+def _write_codes(record: Record, merges: Sequence[tuple[str, str]], counts: Sequence[int]) -> None:
     lines = (f"{left} {right} {n}\n" for (left, right), n in zip(merges, counts, strict=True))
     with naming(record.temporary("codes")):
         record.temporary("codes").write_text("".join(lines), encoding="utf-8")
@@ -399,11 +391,11 @@ def _write_codes(
 # ------------------------------------------------------------------------------ BPE and vocabulary
 
 
-def _apply_codes(record: "Record", names: Sequence[str], vocab: Path | None, workers: int) -> None:
+def _apply_codes(record: Record, names: Sequence[str], vocab: Path | None, workers: int) -> None:
     missing = [name for name in names if not record.has(name)]
     if not missing:
         return
-    bpe = _core.Bpe(record.path("codes"), vocab)
+    bpe = load_bpe(record.path("codes"), vocab)
     total = sum(record.path(f"{TOKENISED}/{name}").stat().st_size for name in missing)
     with tqdm(total=total, desc="bpe", unit="B", unit_scale=True, disable=None) as bar:
         for name in missing:
@@ -415,7 +407,7 @@ def _apply_codes(record: "Record", names: Sequence[str], vocab: Path | None, wor
 
 
 def _make_vocabulary(
-    record: "Record", vocab: Path | None, trains: Sequence[str], workers: int
+    record: Record, vocab: Path | None, trains: Sequence[str], workers: int
 ) -> None:
     if record.has("vocab_mlm"):
         return
@@ -433,187 +425,6 @@ def _make_vocabulary(
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-# ---------------------------------------------------------------------------------------- the record
-
-
-class Record:
-    """D/prepare.json: what D is made from, and its finished files. Saved after every file."""
-
-    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
-        self._folder = folder
-        self._content = content
-        self._temporary: set[Path] = set()
-
-    def path(self, name: str) -> Path:
-        return self._folder / name
-
-    def temporary(self, name: str) -> Path:
-        path = self._folder / f"{name}.partial"
-        self._temporary.add(path)
-        return path
-
-    def remove_temporary(self) -> None:
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-
-    def has(self, *names: str) -> bool:
-        return all(name in self._content["files"] and self.path(name).exists() for name in names)
-
-    def publish(self, name: str, facts: Mapping[str, int] | None = None) -> None:
-        """Gives a file its final name. It is recorded before: a file that is not in the record is never one of ours."""
-        temporary = self.temporary(name)
-        self._content["files"][name] = {
-            "bytes": temporary.stat().st_size,
-            "sha256": file_sha256(temporary),
-            **(facts or {}),
-        }
-        self.save()
-        temporary.replace(self.path(name))
-
-    def save(self) -> None:
-        temporary = self.temporary(RECORD)
-        text = json.dumps(self._content, indent=1, ensure_ascii=False, sort_keys=True)
-        try:
-            with naming(temporary):
-                temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path(RECORD))
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _open_record(config: PrepareConfig, sources: Mapping[str, Mapping[str, Path]]) -> Record:
-    """The record of `config.destdir`, new or to go on with.
-
-    Raises InputError if a file in it was made by other settings or from other inputs or edited (--overwrite removes
-    it), or was not made here at all.
-    """
-    folder = config.destdir
-    old = _load_record(folder / RECORD)
-    new = _describe(config, sources, known=old["inputs"])
-    for name in [*_names(sources), *(f"{TOKENISED}/{text}" for text in _texts(sources))]:
-        if name not in old["files"] and (folder / name).exists():
-            raise InputError(
-                f"{folder / name}: is there but was not made here; move it away or give another --destdir"
-            )
-    changes = {} if not old["files"] else _changes(old, new)
-    edited = {n: f"{n} was edited" for n in old["files"] if _is_edited(folder / n, old["files"][n])}
-    stale = _stale(old["files"], changes, edited)
-    if stale and not config.overwrite:
-        reasons = "; ".join([*changes.values(), *edited.values()])
-        raise InputError(
-            f"{folder}: {stale[0]} was made from something else: {reasons}; give another --destdir, or --overwrite "
-            "to redo what depends on it"
-        )
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    new["files"] = {name: facts for name, facts in old["files"].items() if name not in stale}
-    record = Record(folder, new)
-    record.save()
-    return record
-
-
-def _load_record(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {"inputs": {}, "files": {}}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not a record of prepare ({error}); give another --destdir"
-        ) from error
-    if content.get("format") != RECORD_FORMAT:
-        raise InputError(f"{path}: not a record of this prepare; give another --destdir")
-    return content
-
-
-def _describe(
-    config: PrepareConfig, sources: Mapping[str, Mapping[str, Path]], *, known: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What decides the bytes of every file; `known` inputs are not hashed again if they look the same."""
-    inputs = {
-        lang: {
-            split: _identity(path, known.get(lang, {}).get(split)) for split, path in splits.items()
-        }
-        for lang, splits in sources.items()
-    }
-    splitting: dict[str, Any] = {"duplicates": config.duplicates}
-    if config.input is not None:
-        names = ("split_by", "valid_lines", "test_lines", "seed")
-        splitting |= {name: getattr(config, name) for name in names}
-    if config.codes is not None:
-        _core.Bpe(config.codes, config.vocab)  # refused before hours of tokenising
-        codes = {
-            "codes": file_sha256(config.codes),
-            "vocab": config.vocab and file_sha256(config.vocab),
-        }
-    else:
-        names = ("bpe_codes", "bpe_alpha", "bpe_sample_bytes", "seed")
-        codes = {name: getattr(config, name) for name in names}
-        codes["tokenizers"] = importlib.metadata.version("tokenizers")
-    return {
-        "format": RECORD_FORMAT,
-        "inputs": inputs,
-        "tokenisation": dataclasses.asdict(tokenisation_of(config)),
-        "splitting": splitting,
-        "codes": codes,
-        "files": {},
-    }
-
-
-def _identity(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    status = path.stat()
-    seen = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if known is not None and seen.items() <= known.items():
-        return dict(known)
-    return {**seen, "sha256": file_sha256(path)}
-
-
-def _texts(sources: Mapping[str, Mapping[str, Path]]) -> list[str]:
-    return [f"{split}.{lang}" for lang, splits in sources.items() for split in _splits(splits)]
-
-
-def _names(sources: Mapping[str, Mapping[str, Path]]) -> list[str]:
-    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted."""
-    return ["codes", "vocab_mlm", *_texts(sources)]
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """A sentence for every setting or input that differs, by its place in the record."""
-    before, now = dict(_flat(old)), dict(_flat(new))
-    return {
-        place: f"{place} was {before.get(place)}, is now {now.get(place)}"
-        for place in sorted(before.keys() | now.keys())
-        if before.get(place) != now.get(place)
-    }
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping) and key != "files":
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key not in ("files", "path", "mtime_ns"):  # a copy of the same text is the same input
-            yield f"{prefix}{key}", value
-
-
-def _is_edited(path: Path, facts: Mapping[str, Any]) -> bool:
-    return path.exists() and path.stat().st_size != facts["bytes"]
-
-
-def _stale(files: Iterable[str], changes: Iterable[str], edited: Iterable[str]) -> list[str]:
-    """The files to be made again: tokenised ones if their text or its treatment changed, others if anything did."""
-    changes, edited = list(changes), list(edited)
-    if not changes and not edited:
-        return []
-    languages = {place.split(".")[1] for place in changes if place.startswith("inputs.")}
-    languages |= {name.rpartition(".")[2] for name in edited if name.startswith(TOKENISED)}
-    all_text = any(place.startswith(("tokenisation.", "splitting.")) for place in changes)
-    return [
-        name
-        for name in files
-        if not name.startswith(TOKENISED) or all_text or name.rpartition(".")[2] in languages
-    ]
 
 
 if __name__ == "__main__":

@@ -17,9 +17,13 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from tqdm import tqdm
+
+from xlm_ds import _core
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, logger
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ LAUNCHERS = (
 )
 LONGEST_SLEEP_SECONDS = 0.05
 STOP_TAG = 1
+POLL_SECONDS = 0.1
 EXIT_FAULT = 1
 
 
@@ -147,6 +152,30 @@ class MpiRanks(Ranks):
         while not request.Test():
             time.sleep(seconds)
             seconds = min(2 * seconds, LONGEST_SLEEP_SECONDS)
+
+
+@contextmanager
+def interruptible(
+    progress: _core.Progress, ranks: Ranks, bar: "tqdm[None] | None" = None
+) -> Iterator[Callable[[Callable[[], Result]], Result]]:
+    """Runs calls of the core on another thread, so that Ctrl-C or another rank's failure ends them; moves the bar."""
+
+    def result_of(future: "Future[Result]") -> Result:
+        shown = 0
+        while not future.done():
+            wait([future], timeout=POLL_SECONDS)
+            ranks.check_stop()
+            if bar is not None:
+                bar.update(progress.done_bytes - shown)
+                shown = progress.done_bytes
+        return future.result()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        try:
+            yield lambda call: result_of(thread.submit(call))
+        except BaseException:
+            progress.cancel()
+            raise
 
 
 @contextmanager

@@ -10,12 +10,12 @@ Pairs are read front to back in pieces and written under temporary names, which 
 on disk, an .idx last; nothing is left of a command that fails. docs/shards.md has the details.
 """
 
-import contextlib
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.binarize import entropy_bits
 from xlm_ds.config import (
     ShardsConvertConfig,
     ShardsInspectConfig,
@@ -33,20 +32,22 @@ from xlm_ds.config import (
     ShardsVerifyConfig,
 )
 from xlm_ds.dictionary import BOS, EOS, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
-from xlm_ds.files import file_sha256
+from xlm_ds.files import file_sha256, load_counts
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, logger, run_stage, sentence_of
+from xlm_ds.pair_record import entropy_bits
 from xlm_ds.pairs import (
     PAIR_FIELDS,
     Source,
     beside,
     bin_bytes,
-    find_dictionary,
+    dictionary_of,
     find_pairs,
+    find_source,
     load_dictionary,
     load_record,
     new_pairs,
-    open_source,
+    place_of,
     progress_bar,
     run_core,
     split_and_language,
@@ -110,11 +111,11 @@ def _facts(prefix: Path, config: ShardsInspectConfig) -> dict[str, Any]:
     pair = _core.Pair(prefix)
     record = load_record(prefix)
     dictionary = None
-    with contextlib.suppress(InputError):
-        dictionary = load_dictionary(config.dict or find_dictionary(prefix))
-    wants_words = config.lines is not None or config.blocks is not None
-    if dictionary is None and (config.dict or wants_words):
-        dictionary = load_dictionary(config.dict or find_dictionary(prefix))  # says what is wrong
+    try:
+        _, dictionary = dictionary_of(prefix, record, config.dict)
+    except InputError:
+        if config.dict or config.lines is not None or config.blocks is not None:
+            raise
     unknown = record["unknown"] if record else None
     if record is None and dictionary is not None:
         unknown = int(_count_ids(prefix, pair, dictionary)[UNK])
@@ -170,13 +171,12 @@ def _shown(
 
 
 def _numbers(text: str, flag: str, total: int, prefix: Path) -> range:
-    """A:B or A, within what there is."""
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    if match is None:
+    """A:B or A; of A:B what there is, as pairs have different numbers of lines."""
+    match = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}))?", text)
+    first, end = (int(match[1]), int(match[2] or int(match[1]) + 1)) if match else (0, 0)
+    if first >= end:
         raise InputError(f"{flag} {text}: give A:B (from A to before B) or one number, from 0")
-    first = int(match[1])
-    end = int(match[2]) if match[2] else first + 1
-    if not first < min(end, total):
+    if ":" not in text and first >= total:
         raise InputError(f"{flag} {text}: {prefix} has {total}, numbered from 0")
     return range(first, min(end, total))
 
@@ -232,10 +232,21 @@ def verify(config: ShardsVerifyConfig) -> int:
 
 def verify_pair(prefix: Path, dictionary_path: Path | None) -> str:
     """What was found of a good pair. Raises InputError with the first thing that is wrong; OSError."""
-    source = open_source(prefix, dictionary_path)
-    with progress_bar(bin_bytes([prefix])) as bar:
-        size = len(source.dictionary)
-        counts = run_core(lambda progress: _core.verify_pair(source.pair, size, progress), bar)
+    changed = _changed(prefix, load_record(prefix))
+    try:
+        source = find_source(prefix, dictionary_path)
+        pair, size = source.open(), len(source.dictionary)
+        with progress_bar(bin_bytes([prefix])) as bar:
+            counts = run_core(lambda progress: _core.verify_pair(pair, size, progress), bar)
+    except InputError as error:
+        if changed is None:
+            raise
+        raise InputError(f"{changed}: {error}") from error
+    if changed is not None:
+        raise InputError(
+            f"{changed}; only the checksum shows it, and not where, as every id is in the dictionary and every line "
+            "ends with </s>: copy it again, or binarize again"
+        )
     _check_counts(beside(prefix, "counts.npy"), counts.by_id)
     found = f"{counts.lines} lines, {counts.tokens} tokens"
     if source.record is None:
@@ -244,36 +255,39 @@ def verify_pair(prefix: Path, dictionary_path: Path | None) -> str:
     return f"{found}, as recorded"
 
 
+def _changed(prefix: Path, record: Mapping[str, Any] | None) -> str | None:
+    """Which of the files is not the one that was recorded, in half a sentence."""
+    for path in (beside(prefix, kind) for kind in ("bin", "idx")):
+        if record is None or not path.exists():
+            continue
+        if file_sha256(path) != record["sha256"].get(path.suffix[1:]):
+            return (
+                f"{path}: its SHA-256 is not the one in {prefix.name}.json, so one of the two was changed after they "
+                "were written"
+            )
+    return None
+
+
 def _check_counts(path: Path, expected: NDArray[np.uint64]) -> None:
     if not path.exists():
         return
-    try:
-        counts = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a numpy array; binarize again") from error
-    if counts.dtype != np.uint64 or counts.shape != expected.shape:
-        raise InputError(
-            f"{path}: has {counts.dtype} of shape {counts.shape}, expected uint64 of shape {expected.shape}; "
-            "binarize again"
-        )
+    counts = load_counts(path, len(expected))
     (wrong,) = np.nonzero(counts != expected)
     if wrong.size:
         at = int(wrong[0])
         raise InputError(
             f"{path}: says that id {at} occurs {int(counts[at])} times, but in the .bin it occurs {int(expected[at])} "
-            "times; binarize again"
+            "times; one of the two was changed after they were written: binarize again"
         )
 
 
 def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCounts) -> None:
     path = beside(prefix, "json")
-    shard = record.get("shard", 0)
+    shard, shards = place_of(record)
     named = f"{record['split']}.{record['language']}{shard or ''}"
     if named != ".".join(split_and_language(prefix)):
         raise InputError(f"{path}: was written for {named}; binarize again, or rename the files")
     expected = {
-        "lines": counts.lines,
-        "tokens": counts.tokens,
         "blank": counts.blank_lines,
         # Which of them a literal <unk> is, the ids do not tell.
         "unknown and literal_specials together": counts.unknown + counts.literal_specials,
@@ -282,67 +296,113 @@ def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCou
     together = record["unknown"] + record["literal_specials"]
     found = {**record, "unknown and literal_specials together": together}
     for name, value in expected.items():
-        if not math.isclose(found[name], value, rel_tol=1e-9, abs_tol=1e-9):
+        is_float = isinstance(value, float)
+        tolerance = 1e-9 if is_float else 0  # another order of a sum gives other last digits
+        if not math.isclose(found[name], value, rel_tol=tolerance, abs_tol=tolerance):
             raise InputError(
                 f"{path}: says {name} {found[name]}, but it is {value}; binarize again"
             )
-    for kind in ("bin", "idx"):
-        recorded, computed = record["sha256"].get(kind), file_sha256(beside(prefix, kind))
-        if recorded != computed:
-            raise InputError(
-                f"{beside(prefix, kind)}: its SHA-256 is {computed}, but {path.name} says {recorded}; it was changed "
-                "after it was written: copy it again, or binarize again"
-            )
-    if shard == 0 and "shards" in record:
-        _check_shards(prefix, record["shards"])
+    if shard == 0 and shards > 1:
+        _check_shards(prefix, record)
 
 
-def _check_shards(first: Path, shards: int) -> None:
+def _check_shards(first: Path, record: Mapping[str, Any]) -> None:
     """All shards are there, and no further one: readers take those they find."""
+    shards = record["shards"]
     for number in range(1, shards + 1):
-        path = beside(first.with_name(f"{first.name}{number}"), "idx")
+        prefix = first.with_name(f"{first.name}{number}")
+        path = beside(prefix, "idx")
         if path.exists() != (number < shards):
             raise InputError(
                 f"{path}: is {'missing' if number < shards else 'there'}, but {first.name} was divided into {shards} "
                 f"shards; {'copy it again' if number < shards else 'move it away'}"
             )
+        if number < shards and not are_of_one_text(record, load_record(prefix)):
+            raise InputError(
+                f"{path}: is not a shard of the text that {first.name} begins; reshard it again"
+            )
+
+
+def are_of_one_text(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two records are of shards that were made together."""
+    names = ("split", "language", "shards", "dictionary_sha256", "made_from")
+    return all((one or {}).get(name) == (other or {}).get(name) for name in names)
 
 
 # ------------------------------------------------------------------------------- merge and reshard
 
 
 def merge(config: ShardsMergeConfig) -> int:
-    prefixes = [without_suffix(prefix) for prefix in config.pairs]
-    if not prefixes:
+    sources = [find_source(without_suffix(prefix), config.dict) for prefix in config.pairs]
+    if not sources:
         raise InputError("PAIRS is missing: give the pairs to join after the one to write")
-    sources = [open_source(prefix, config.dict) for prefix in prefixes]
-    first = sources[0]
-    for other in sources[1:]:
-        if (other.pair.kind, other.pair.dtype) != (first.pair.kind, first.pair.dtype):
+    first = sources[0].open()
+    for source in sources:
+        pair = source.open()
+        if (pair.kind, pair.dtype) != (first.kind, first.dtype):
             raise InputError(
-                f"{other.prefix}: is {other.pair.kind.name} of {other.pair.dtype.name}, but {first.prefix} is "
-                f"{first.pair.kind.name} of {first.pair.dtype.name}; convert one of them first"
+                f"{source.prefix}: is {pair.kind.name} of {pair.dtype.name}, but {sources[0].prefix} is "
+                f"{first.kind.name} of {first.dtype.name}; convert one of them first"
             )
-        if other.dictionary.sha256 != first.dictionary.sha256:
+        if source.dictionary.sha256 != sources[0].dictionary.sha256:
             raise InputError(
-                f"{other.prefix}: has another dictionary than {first.prefix}; binarize both with one --srcdict"
+                f"{source.prefix}: has another dictionary than {sources[0].prefix}; binarize both with one --srcdict"
             )
-    folder = first.dictionary_path.parent
-    with (
-        new_pairs([config.out], first.dictionary, folder, overwrite=config.overwrite) as (new,),
-        progress_bar(bin_bytes(prefixes)) as bar,
-    ):
-        writer = new.writer(first.pair.kind, first.pair.dtype, len(first.dictionary))
-        for source in sources:
-            _append(writer, source, 0, source.pair.lines, bar)
-        counts = new.finish(
-            writer,
-            first.dictionary,
-            unknown=_unknown_words(sources),
-            more=_made_from("merge", sources),
-        )
-    logger.info(f"{config.out}: {counts.lines} lines, {counts.tokens} tokens")
+    _check_languages(sources)
+    _check_order(sources)
+    _join("merge", sources, config.out, first.kind, first.dtype, config.overwrite)
     return EXIT_OK
+
+
+def _check_languages(sources: Sequence[Source]) -> None:
+    recorded = [(s.prefix, s.record["language"]) for s in sources if s.record is not None]
+    for prefix, language in recorded:
+        if language != recorded[0][1]:
+            raise InputError(
+                f"{prefix}: is of language {language}, but {recorded[0][0]} of {recorded[0][1]}; merge the pairs of "
+                "each language"
+            )
+
+
+def _check_order(sources: Sequence[Source]) -> None:
+    """Raises InputError unless of each text that was divided all shards are there, in their order."""
+    records = [None, *(source.record for source in sources), None]
+    for number, (before, after) in enumerate(pairwise(records)):
+        (shard, shards), (found, of) = place_of(before), place_of(after)
+        due = (shard + 1) % shards
+        if due and (found != due or not are_of_one_text(before, after)):
+            raise InputError(
+                f"{sources[number - 1].prefix}: is shard {shard} of {shards}, and shard {due} does not follow; give "
+                "all shards of a text, in their order"
+            )
+        if found and not due:
+            raise InputError(
+                f"{sources[number].prefix}: is shard {found} of {of}, and shard {found - 1} is not before it; give "
+                "all shards of a text, in their order"
+            )
+
+
+def _join(
+    command: str,
+    sources: Sequence[Source],
+    out: Path,
+    kind: _core.IndexKind,
+    dtype: _core.Dtype,
+    overwrite: bool,
+) -> None:
+    """Writes one pair of all the lines of `sources`, which have one dictionary."""
+    dictionary, folder = sources[0].dictionary, sources[0].dictionary_path.parent
+    with (
+        new_pairs([out], dictionary, folder, overwrite=overwrite) as (new,),
+        progress_bar(bin_bytes(source.prefix for source in sources)) as bar,
+    ):
+        writer = new.writer(kind, dtype, len(dictionary))
+        for source in sources:
+            pair = source.open()
+            _append(writer, pair, 0, pair.lines, bar)
+        unknown = _unknown_words(sources)
+        counts = new.finish(writer, dictionary, unknown=unknown, more=_made_from(command, sources))
+    logger.info(f"{out}: {counts.lines} lines, {counts.tokens} tokens, {kind.name}")
 
 
 def _unknown_words(sources: Sequence[Source]) -> int | None:
@@ -352,9 +412,9 @@ def _unknown_words(sources: Sequence[Source]) -> int | None:
 
 
 def _append(
-    writer: _core.PairWriter, source: Source, first: int, end: int, bar: "tqdm[None]"
+    writer: _core.PairWriter, pair: _core.Pair, first: int, end: int, bar: "tqdm[None]"
 ) -> None:
-    run_core(lambda progress: writer.append(source.pair, first, end, progress), bar)
+    run_core(lambda progress: writer.append(pair, first, end, progress), bar)
 
 
 def _made_from(command: str, sources: Iterable[Source]) -> dict[str, Any]:
@@ -370,21 +430,21 @@ def _more_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reshard(config: ShardsReshardConfig) -> int:
-    prefix = without_suffix(config.pair)
-    source = open_source(prefix, config.dict)
-    ends = shard_ends(source, config)
-    split, language = split_and_language(prefix)
+    source = _find_whole(config.pair, config.dict)
+    split, language = split_and_language(source.prefix)
+    pair = source.open()
+    ends = shard_ends(source.prefix, pair, config)
     name = f"{split}.{language}"
     outs = [config.destdir / f"{name}{number or ''}" for number in range(len(ends))]
     folder = source.dictionary_path.parent
     with (
         new_pairs(outs, source.dictionary, folder, overwrite=config.overwrite) as pairs,
-        progress_bar(bin_bytes([prefix])) as bar,
+        progress_bar(bin_bytes([source.prefix])) as bar,
     ):
         first = 0
         for number, (new, end) in enumerate(zip(pairs, ends, strict=True)):
-            writer = new.writer(source.pair.kind, source.pair.dtype, len(source.dictionary))
-            _append(writer, source, first, end, bar)
+            writer = new.writer(pair.kind, pair.dtype, len(source.dictionary))
+            _append(writer, pair, first, end, bar)
             place = {"language": language, "shard": number, "shards": len(ends)}
             more = place | _made_from("reshard", [source])
             counts = new.finish(writer, source.dictionary, unknown=None, more=more)
@@ -393,15 +453,24 @@ def reshard(config: ShardsReshardConfig) -> int:
     return EXIT_OK
 
 
-def shard_ends(source: Source, config: ShardsReshardConfig) -> list[int]:
+def _find_whole(path: Path, dictionary: Path | None) -> Source:
+    source = find_source(without_suffix(path), dictionary)
+    shard, shards = place_of(source.record)
+    if shards > 1:
+        raise InputError(
+            f"{source.prefix}: is shard {shard} of {shards} of a text; merge them first"
+        )
+    return source
+
+
+def shard_ends(prefix: Path, pair: _core.Pair, config: ShardsReshardConfig) -> list[int]:
     """The line before which each shard ends; the last is the number of lines. No shard is without a line."""
-    pair = source.pair
     given = [f for f in ("shards", "max_tokens", "max_bytes") if getattr(config, f) is not None]
     if len(given) != 1:
         raise InputError("give one of --shards, --max-tokens and --max-bytes")
     if pair.lines < (config.shards or 1):
         raise InputError(
-            f"{source.prefix}: has {pair.lines} lines, which are not enough for {config.shards or 1} shards"
+            f"{prefix}: has {pair.lines} lines, which are not enough for {config.shards or 1} shards"
         )
     ends: list[int] = []
     if config.shards is not None:
@@ -425,26 +494,12 @@ def convert(config: ShardsConvertConfig) -> int:
     kind = LAYOUTS[config.to]
     if config.source.suffix == ".pth":
         return _convert_xlm(config, kind)
-    source = open_source(without_suffix(config.source), config.dict)
-    folder = source.dictionary_path.parent
-    if source.pair.documents not in (0, source.pair.lines):
-        logger.info(
-            f"{source.prefix}: its {source.pair.documents} documents become one per line, or none"
-        )
-    with (
-        new_pairs([config.out], source.dictionary, folder, overwrite=config.overwrite) as (new,),
-        progress_bar(bin_bytes([source.prefix])) as bar,
-    ):
-        size = len(source.dictionary)
-        writer = new.writer(kind, _core.dtype_to_write(kind, size), size)
-        _append(writer, source, 0, source.pair.lines, bar)
-        counts = new.finish(
-            writer,
-            source.dictionary,
-            unknown=_unknown_words([source]),
-            more=_made_from("convert", [source]),
-        )
-    logger.info(f"{config.out}: {counts.lines} lines, {counts.tokens} tokens, {config.to}")
+    source = _find_whole(config.source, config.dict)
+    pair = source.open()
+    if pair.documents not in (0, pair.lines):
+        logger.info(f"{source.prefix}: its {pair.documents} documents become one per line, or none")
+    dtype = _core.dtype_to_write(kind, len(source.dictionary))
+    _join("convert", [source], config.out, kind, dtype, config.overwrite)
     return EXIT_OK
 
 

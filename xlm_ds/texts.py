@@ -100,8 +100,9 @@ def _input(pref: str, split: str, language: str) -> Input:
         return STANDARD_INPUT
     path = Path(f"{pref}.{language}")
     if not path.is_file():
+        what = "not a file" if path.exists() else "not found"
         raise InputError(
-            f"{path}: not found, although --{split}pref and language {language} ask for it"
+            f"{path}: {what}, although --{split}pref and language {language} ask for it"
         )
     status = path.stat()
     return Input(path, status.st_size, status.st_mtime_ns)

@@ -53,7 +53,6 @@ from xlm_ds.architectures import (
     unigram_log_probabilities,
 )
 from xlm_ds.batches import MaskedBatch
-from xlm_ds.binarize import COMPANIONS
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import (
     Corpus,
@@ -79,6 +78,7 @@ from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in
 from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
 from xlm_ds.model import parameter_count
+from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.schedule import (
     check_schedule,
     describe_schedule,

@@ -142,17 +142,7 @@ void register_datasets(py::module_& m) {
              const py::gil_scoped_release unlocked;
              return dataset.fill_block(block, vocab_size, ids);
            },
-           "block"_a, py::kw_only(), "vocab_size"_a, "out"_a.noconvert())
-      .def("count_ids",
-           [](const TokenDataset& dataset, std::int64_t vocab_size) {
-             std::vector<std::uint64_t> counts;
-             {
-               const py::gil_scoped_release unlocked;
-               counts = dataset.count_ids(vocab_size);
-             }
-             return as_array(counts);
-           },
-           py::kw_only(), "vocab_size"_a);
+           "block"_a, py::kw_only(), "vocab_size"_a, "out"_a.noconvert());
 }
 
 void register_shards(py::module_& m) {

@@ -1,8 +1,10 @@
 #include "xlm_ds/index_format.hpp"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -29,7 +31,7 @@ constexpr std::uint64_t kMaxSequences = std::uint64_t{1} << 56;  // so that no s
 constexpr std::uint64_t kFairseqUint16Limit = 65500;
 constexpr std::uint64_t kUint32Limit = 4294967295;
 constexpr std::uint64_t kInt32Limit = std::uint64_t{1} << 31;
-constexpr std::size_t kBufferBytes = std::size_t{1} << 18;
+constexpr std::size_t kBufferBytes = std::size_t{1} << 16;
 
 template <typename T>
 T load(std::span<const std::byte> bytes, std::size_t offset) {
@@ -198,7 +200,7 @@ class LengthsFile {
   /// Calls take(length) for each.
   template <typename Take>
   void for_each(Take take) const {
-    std::vector<std::uint32_t> lengths(kBufferBytes / sizeof(std::uint32_t));
+    std::vector<std::uint32_t> lengths(std::min<std::uint64_t>(size_, kBufferBytes / sizeof(std::uint32_t)));
     for (std::uint64_t done = 0; done < size_;) {
       const auto bytes = std::as_writable_bytes(std::span(lengths));
       const std::size_t count = file_.read_at(done * sizeof(std::uint32_t), bytes) / sizeof(std::uint32_t);
@@ -247,12 +249,7 @@ void put_lazy(IndexFile& file, Dtype dtype, const LengthsFile& lengths) {
 
 /// TNTIDX only: the columns that this program does not use, but fairseq does.
 void verify_dimensions(const Index& index, std::span<const std::byte> bytes, const std::filesystem::path& path) {
-  for (std::uint64_t i = 0; i <= index.sequences; ++i) {
-    if (load<std::uint64_t>(bytes, kLazyDimOffset + 8 * i) != i) {
-      refuse(path, "item " + std::to_string(i) + " is not of one dimension, at byte " +
-                       std::to_string(kLazyDimOffset + 8 * i) + "; the file is damaged, binarize again");
-    }
-  }
+  for (std::uint64_t i = 0; i <= index.sequences; ++i) verify_dimension(index, bytes, path, i);
   const auto total = load<std::uint64_t>(bytes, index.pointers_offset + 8 * index.sequences);
   if (total != index.tokens) {
     refuse(path, "says " + std::to_string(total) + " tokens after its last sequence, expected " + std::to_string(index.tokens) +
@@ -316,8 +313,7 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);
-    const bool exact = start * pointer_unit(index) == pointer_at(index, index_bytes, last);
-    if (start > kMaxSequences || length > kMaxSequences || !exact) {
+    if (start > kMaxSequences || length > kMaxSequences) {
       refuse(index_path, "the last sequence's place is impossible; the file is damaged, binarize again");
     }
     index.tokens = start + length;
@@ -337,19 +333,30 @@ std::uint64_t sequence_length(const Index& index, std::span<const std::byte> ind
 }
 
 std::uint64_t sequence_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
-  return pointer_at(index, index_bytes, i) / pointer_unit(index);
+  const std::uint64_t pointer = pointer_at(index, index_bytes, i), unit = pointer_unit(index);
+  return pointer % unit == 0 ? pointer / unit : std::numeric_limits<std::uint64_t>::max();
 }
 
 std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i) {
   return load<std::uint64_t>(index_bytes, index.documents_offset + 8 * i);
 }
 
+void verify_dimension(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path,
+                      std::uint64_t i) {
+  if (index.kind != IndexKind::lazy) return;
+  const std::size_t offset = kLazyDimOffset + 8 * i;
+  const auto dimensions_before = load<std::uint64_t>(index_bytes, offset);
+  if (dimensions_before == i) return;
+  refuse(index_path, "the items before item " + std::to_string(i) + " have " + std::to_string(dimensions_before) +
+                         " dimensions together, expected one each, at byte " + std::to_string(offset) +
+                         "; the file is damaged or not of text, binarize again");
+}
+
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path) {
-  const std::uint64_t unit = pointer_unit(index);
   std::uint64_t expected = 0;
   for (std::uint64_t i = 0; i < index.sequences; ++i) {
-    const std::uint64_t pointer = pointer_at(index, index_bytes, i);  // exact: sequence_start rounds
-    if (pointer != expected * unit) {
+    if (sequence_start(index, index_bytes, i) != expected) {
+      const std::uint64_t pointer = pointer_at(index, index_bytes, i);
       refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + start_text(index, pointer) +
                              ", expected " + std::to_string(expected) +
                              " from the lengths before it, at byte " + std::to_string(index.pointers_offset + 8 * i) +

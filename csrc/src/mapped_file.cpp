@@ -32,6 +32,11 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
     ::close(fd);
     throw_errno("cannot read the size of", path);
   }
+  if (S_ISDIR(status.st_mode)) {  // mmap would say "No such device"
+    ::close(fd);
+    errno = EISDIR;
+    throw_errno("cannot read", path);
+  }
   size_ = static_cast<std::size_t>(status.st_size);
   if (size_ != 0) {
     void* const address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
@@ -62,10 +67,6 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 // advice, 0.06 ms with it (2-core AMD EPYC with 24 GB, November 2026).
 void MappedFile::expect_random_reads() const noexcept {
   if (data_ != nullptr && !fits_into_memory(size_)) ::madvise(const_cast<std::byte*>(data_), size_, MADV_RANDOM);
-}
-
-void MappedFile::expect_sequential_reads() const noexcept {
-  if (data_ != nullptr) ::madvise(const_cast<std::byte*>(data_), size_, MADV_NORMAL);
 }
 
 void MappedFile::unmap() noexcept {

@@ -23,14 +23,17 @@ constexpr std::size_t kUsualLength = std::size_t{1} << 12;  // of a line; shorte
   throw InputError(path.string() + ": " + what + "; the file is damaged, or not binarized text: binarize again");
 }
 
-/// Where line `number` is: [first, end) in tokens. Throws InputError if it is not within the .bin.
+[[noreturn]] void refuse_line(const Pair& pair, std::uint64_t number) {
+  refuse(pair.index_path(), "line " + std::to_string(number) + " lies outside the .bin");
+}
+
+/// Where line `number` is: [first, end) in tokens. Throws InputError if it is not within the .bin, or no line but a matrix.
 std::pair<std::uint64_t, std::uint64_t> range_of(const Pair& pair, std::uint64_t number) {
   const Index& index = pair.index();
+  for (const std::uint64_t i : {number, number + 1}) verify_dimension(index, pair.index_bytes(), pair.index_path(), i);
   const std::uint64_t first = sequence_start(index, pair.index_bytes(), number);
   const std::uint64_t length = sequence_length(index, pair.index_bytes(), number);
-  if (length > index.tokens || first > index.tokens - length) {
-    refuse(pair.index_path(), "line " + std::to_string(number) + " lies outside the .bin");
-  }
+  if (length > index.tokens || first > index.tokens - length) refuse_line(pair, number);
   return {first, first + length};
 }
 
@@ -40,15 +43,13 @@ template <typename TakeIds, typename TakeLine>
 void walk(const Pair& pair, std::uint64_t first, std::uint64_t end, std::uint64_t vocab_size, Progress& progress,
           TakeIds take_ids, TakeLine take_line) {
   const std::size_t width = element_bytes(pair.index().dtype);
-  std::vector<std::int64_t> buffer(kTokensPerStep);
-  std::vector<std::byte> scratch;
   std::uint64_t done = pair.tokens_before(first);
   std::uint64_t line = first;
   std::uint64_t line_start = done;  // of the line that the next ids belong to
   const std::uint64_t stop = pair.tokens_before(end);
-  if (stop < done || stop > pair.index().tokens) {
-    refuse(pair.index_path(), "line " + std::to_string(end) + " lies outside the .bin");
-  }
+  if (stop < done) refuse_line(pair, end);
+  std::vector<std::int64_t> buffer(std::min<std::uint64_t>(kTokensPerStep, stop - done));
+  std::vector<std::byte> scratch;
   while (line < end && !progress.cancelled()) {
     const std::uint64_t step = std::min<std::uint64_t>(kTokensPerStep, stop - done);
     const auto ids = std::span(buffer).first(static_cast<std::size_t>(step));
@@ -122,7 +123,10 @@ Pair::Pair(const std::filesystem::path& prefix)
 
 std::uint64_t Pair::tokens_before(std::uint64_t line) const {
   if (line > index_.sequences) throw std::out_of_range("there is no such line");
-  return line == index_.sequences ? index_.tokens : sequence_start(index_, index_file_.bytes(), line);
+  if (line == index_.sequences) return index_.tokens;
+  const std::uint64_t start = sequence_start(index_, index_file_.bytes(), line);
+  if (start > index_.tokens) refuse_line(*this, line);
+  return start;
 }
 
 std::uint64_t Pair::lines_within(std::uint64_t tokens) const {
@@ -148,6 +152,10 @@ std::vector<std::pair<std::uint64_t, std::uint64_t>> Pair::count_lengths() const
   std::map<std::uint64_t, std::uint64_t> longer;
   for (std::uint64_t i = 0; i < index_.sequences; ++i) {
     const std::uint64_t length = sequence_length(index_, index_file_.bytes(), i);
+    if (length > index_.tokens) {
+      refuse(index_path_, "line " + std::to_string(i) + " has a length of " + std::to_string(static_cast<std::int64_t>(length)) +
+                              ", but the .bin has " + std::to_string(index_.tokens) + " tokens");
+    }
     ++(length < kUsualLength ? usual[static_cast<std::size_t>(length)] : longer[length]);
   }
   std::vector<std::pair<std::uint64_t, std::uint64_t>> counts;
@@ -174,7 +182,7 @@ void Pair::read_ids(std::uint64_t first, std::uint64_t vocab_size, std::span<std
 
 std::vector<std::uint64_t> Pair::count_ids(std::uint64_t vocab_size, Progress& progress) const {
   TextCounts counts{.by_id = std::vector<std::uint64_t>(vocab_size)};
-  std::vector<std::int64_t> buffer(kTokensPerStep);
+  std::vector<std::int64_t> buffer(std::min<std::uint64_t>(kTokensPerStep, index_.tokens));
   std::vector<std::byte> scratch;
   while (counts.tokens < index_.tokens && !progress.cancelled()) {
     const auto ids = std::span(buffer).first(std::min<std::uint64_t>(kTokensPerStep, index_.tokens - counts.tokens));

@@ -1,7 +1,6 @@
 #include "xlm_ds/token_dataset.hpp"
 
 #include <algorithm>
-#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -10,8 +9,6 @@
 
 namespace xlm_ds {
 namespace {
-
-constexpr std::size_t kTokensPerStep = 4096;  // counting: the ids of one step stay in the cache
 
 constexpr std::size_t kCacheLineBytes = 64;
 
@@ -162,21 +159,6 @@ std::uint64_t TokenDataset::count_cut() const {
     if (sequence_length(index_, index_file_.bytes(), i) > block_size_) ++cut;
   }
   return cut;
-}
-
-std::vector<std::uint64_t> TokenDataset::count_ids(std::int64_t vocab_size) const {
-  if (vocab_size < 0) throw std::invalid_argument("a dictionary's size cannot be negative");
-  std::vector<std::uint64_t> counts(static_cast<std::size_t>(vocab_size));
-  std::array<std::int64_t, kTokensPerStep> ids;
-  data_file_.expect_sequential_reads();
-  for (std::uint64_t first = 0; first < index_.tokens; first += ids.size()) {
-    const auto count = std::min<std::size_t>(ids.size(), index_.tokens - first);
-    const auto step = std::span(ids).first(count);
-    fill_ids(first, vocab_size, step);
-    for (const std::int64_t id : step) ++counts[static_cast<std::size_t>(id)];
-  }
-  data_file_.expect_random_reads();
-  return counts;
 }
 
 }  // namespace xlm_ds

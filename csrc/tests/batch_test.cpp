@@ -3,15 +3,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <numeric>
 #include <set>
 #include <stdexcept>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
 #include "check.hpp"
+#include "scratch.hpp"
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/file.hpp"
 #include "xlm_ds/mask.hpp"
@@ -24,26 +23,18 @@ using xlm_ds::BreakMode;
 using xlm_ds::InputError;
 using xlm_ds::TokenDataset;
 
-/// A pair in a folder of its own, removed at the end.
 class Pair {
  public:
-  Pair(const std::vector<std::uint32_t>& lengths, const std::vector<std::uint16_t>& ids)
-      : folder_(std::filesystem::temp_directory_path() / (std::to_string(::getpid()) + "-pair")) {
-    std::filesystem::create_directories(folder_);
-    xlm_ds::OutputFile(folder_ / "lengths").write_at(0, std::as_bytes(std::span(lengths)));
-    xlm_ds::write_index(folder_ / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16,
-                        folder_ / "lengths");
-    std::ofstream(folder_ / "train.ar.bin", std::ios::binary)
-        .write(reinterpret_cast<const char*>(ids.data()),
-               static_cast<std::streamsize>(2 * ids.size()));
+  Pair(const std::vector<std::uint32_t>& lengths, const std::vector<std::uint16_t>& ids) {
+    xlm_ds::OutputFile(scratch_ / "lengths").write_at(0, std::as_bytes(std::span(lengths)));
+    xlm_ds::write_index(scratch_ / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16,
+                        scratch_ / "lengths");
+    xlm_ds::OutputFile(scratch_ / "train.ar.bin").write_at(0, std::as_bytes(std::span(ids)));
   }
-  ~Pair() { std::filesystem::remove_all(folder_); }
-  Pair(const Pair&) = delete;
-  Pair& operator=(const Pair&) = delete;
-  [[nodiscard]] std::filesystem::path prefix() const { return folder_ / "train.ar"; }
+  [[nodiscard]] std::filesystem::path prefix() const { return scratch_ / "train.ar"; }
 
  private:
-  std::filesystem::path folder_;
+  xlm_ds_test::Scratch scratch_{"batch"};
 };
 
 using Ids = std::vector<std::int64_t>;
@@ -89,7 +80,6 @@ TEST(dataset_refuses_what_is_not_there) {
   CHECK_THROWS((void)dataset.block_length(1), std::out_of_range);
   CHECK_THROWS(dataset.fill_block(0, 10, ids), InputError);  // id 10, dictionary of 10
   CHECK_THROWS(dataset.fill_block(0, 11, few), std::invalid_argument);
-  CHECK_THROWS((void)dataset.count_ids(10), InputError);
   CHECK_THROWS(TokenDataset(pair.prefix(), BreakMode::none, 0), std::invalid_argument);
   CHECK_THROWS(TokenDataset(pair.prefix() / "no", BreakMode::none, 4), std::system_error);
 }

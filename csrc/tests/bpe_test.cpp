@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <filesystem>
-#include <fstream>
+#include <optional>
 #include <string>
 #include <vector>
-#include <unistd.h>
 
 #include "check.hpp"
+#include "scratch.hpp"
 #include "xlm_ds/bpe_encoder.hpp"
 #include "xlm_ds/byte_table.hpp"
 #include "xlm_ds/error.hpp"
@@ -16,26 +15,12 @@
 
 namespace {
 
-/// A file in the temporary folder for as long as the object lives.
-class Scratch {
- public:
-  Scratch(const std::string& suffix, const std::string& content)
-      : path_(std::filesystem::temp_directory_path() / (std::to_string(::getpid()) + suffix)) {
-    std::ofstream(path_, std::ios::binary) << content;
-  }
-  ~Scratch() { std::filesystem::remove(path_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
-
-xlm_ds::Bpe bpe_of(const std::string& codes) { return xlm_ds::Bpe(Scratch(".codes", codes).path()); }
-
-xlm_ds::Bpe bpe_of(const std::string& codes, const std::string& vocabulary) {
-  return xlm_ds::Bpe(Scratch(".codes", codes).path(), Scratch(".vocabulary", vocabulary).path());
+xlm_ds::Bpe bpe_of(const std::string& codes, const std::optional<std::string>& vocabulary = std::nullopt) {
+  const xlm_ds_test::Scratch scratch("bpe");
+  xlm_ds_test::write(scratch / "codes", codes);
+  if (!vocabulary) return xlm_ds::Bpe(scratch / "codes");
+  xlm_ds_test::write(scratch / "vocabulary", *vocabulary);
+  return xlm_ds::Bpe(scratch / "codes", scratch / "vocabulary");
 }
 
 // What fastBPE learns from low (5 times), lower (2), newest (6), widest (3), ties in one of the possible orders.

@@ -4,10 +4,10 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
-#include <unistd.h>
 #include <vector>
 
 #include "check.hpp"
+#include "scratch.hpp"
 #include "xlm_ds/error.hpp"
 #include "xlm_ds/stored_ids.hpp"
 
@@ -15,36 +15,32 @@ namespace {
 
 using xlm_ds::Dtype;
 using xlm_ds::IndexKind;
+using xlm_ds_test::Scratch;
 
-/// A folder that goes with the object.
-struct Scratch {
-  std::filesystem::path folder = std::filesystem::temp_directory_path() / (std::to_string(::getpid()) + ".shards");
-  Scratch() { std::filesystem::create_directory(folder); }
-  ~Scratch() { std::filesystem::remove_all(folder); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+xlm_ds::TextCounts write_pair(const std::filesystem::path& prefix, IndexKind kind, Dtype dtype,
+                              const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& lengths) {
+  xlm_ds::PairWriter writer(xlm_ds::data_path_of(prefix), prefix, kind, dtype, 10);
+  writer.append_ids(ids, lengths);
+  return writer.finish(xlm_ds::index_path_of(prefix));
+}
 
-  [[nodiscard]] std::filesystem::path path(const char* name) const { return folder / name; }
-
-  xlm_ds::TextCounts write(const char* name, IndexKind kind, Dtype dtype, const std::vector<std::int64_t>& ids,
-                           const std::vector<std::int64_t>& lengths) const {
-    xlm_ds::PairWriter writer(path(name) += ".bin", path("lengths"), kind, dtype, 10);
-    writer.append_ids(ids, lengths);
-    return writer.finish(path(name) += ".idx");
-  }
-};
+/// Writes a number over bytes of a file.
+template <typename T>
+void overwrite(const std::filesystem::path& path, std::streamoff at, T number) {
+  std::fstream(path, std::ios::in | std::ios::out | std::ios::binary).seekp(at).write(reinterpret_cast<const char*>(&number), sizeof(number));
+}
 
 }  // namespace
 
 TEST(pairs_are_written_and_read_back) {
-  const Scratch scratch;
+  const Scratch scratch("shards");
   xlm_ds::Progress progress;
   for (const auto kind : {IndexKind::mmap, IndexKind::lazy, IndexKind::megatron}) {
     const auto dtype = xlm_ds::dtype_to_write(kind, 10);
-    const auto written = scratch.write("a", kind, dtype, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+    const auto written = write_pair(scratch / "a", kind, dtype, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
     CHECK(written.lines == 3 && written.tokens == 7 && written.blank_lines == 1);
     CHECK(written.unknown == 1 && written.literal_specials == 1);
-    const xlm_ds::Pair pair(scratch.path("a"));
+    const xlm_ds::Pair pair(scratch / "a");
     CHECK(pair.line(0) == std::vector<std::int64_t>({5, 6, 2}) && pair.line(2) == std::vector<std::int64_t>({3, 4, 2}));
     CHECK(pair.lines_within(0) == 0 && pair.lines_within(3) == 1 && pair.lines_within(6) == 2 && pair.lines_within(7) == 3);
     CHECK(xlm_ds::verify_pair(pair, 10, progress).by_id == written.by_id);
@@ -52,39 +48,68 @@ TEST(pairs_are_written_and_read_back) {
     CHECK_THROWS(xlm_ds::verify_pair(pair, 6, progress), xlm_ds::InputError);
     CHECK_THROWS((void)pair.line(3), std::out_of_range);
 
-    xlm_ds::PairWriter writer(scratch.path("b.bin"), scratch.path("lengths"), kind, dtype, 10);
+    xlm_ds::PairWriter writer(scratch / "b.bin", scratch / "lengths", kind, dtype, 10);
     writer.append(pair, 1, 3, progress);
     writer.append(pair, 0, 1, progress);
-    CHECK(writer.finish(scratch.path("b.idx")).by_id == written.by_id);
-    CHECK(xlm_ds::Pair(scratch.path("b")).line(2) == pair.line(0));
+    CHECK(writer.finish(scratch / "b.idx").by_id == written.by_id);
+    CHECK(xlm_ds::Pair(scratch / "b").line(2) == pair.line(0));
   }
 }
 
 TEST(a_gap_after_the_last_line_asked_for_is_refused) {
-  const Scratch scratch;
-  scratch.write("a", IndexKind::mmap, Dtype::uint16, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
-  const std::int32_t shorter = 2;  // than line 0 is; reading the pair's other lines shows nothing
-  {
-    std::fstream index(scratch.path("a.idx"), std::ios::in | std::ios::out | std::ios::binary);
-    index.seekp(26).write(reinterpret_cast<const char*>(&shorter), sizeof(shorter));
-    std::fstream data(scratch.path("a.bin"), std::ios::in | std::ios::out | std::ios::binary);
-    data.seekp(2).write("\2", 1);  // that line ends with eos as well
-  }
+  const Scratch scratch("shards");
+  write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+  // Line 0 becomes shorter, and ends with eos as well; reading the pair's other lines shows nothing.
+  overwrite(scratch / "a.idx", 26, std::int32_t{2});
+  overwrite(scratch / "a.bin", 2, std::int16_t{2});
   xlm_ds::Progress progress;
-  const xlm_ds::Pair pair(scratch.path("a"));
-  xlm_ds::PairWriter writer(scratch.path("b.bin"), scratch.path("lengths"), IndexKind::mmap, Dtype::uint16, 10);
+  const xlm_ds::Pair pair(scratch / "a");
+  xlm_ds::PairWriter writer(scratch / "b.bin", scratch / "lengths", IndexKind::mmap, Dtype::uint16, 10);
   writer.append(pair, 1, 3, progress);
   CHECK_THROWS(writer.append(pair, 0, 1, progress), xlm_ds::InputError);
 }
 
+TEST(lengths_and_starts_outside_the_data_are_refused) {
+  const Scratch scratch("shards");
+  const auto pair_with = [&](std::streamoff at, auto number) {
+    write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+    overwrite(scratch / "a.idx", at, number);
+    return xlm_ds::Pair(scratch / "a");
+  };
+  for (const std::int32_t length : {-1, 8}) {
+    const auto pair = pair_with(26 + 4, length);
+    CHECK_THROWS((void)pair.count_lengths(), xlm_ds::InputError);
+    CHECK_THROWS((void)pair.line(1), xlm_ds::InputError);
+  }
+  for (const std::int64_t start : {-2, 16, 7}) {  // the last is between two tokens
+    const auto pair = pair_with(26 + 3 * 4 + 8, start);
+    CHECK_THROWS((void)pair.tokens_before(1), xlm_ds::InputError);
+    CHECK_THROWS((void)pair.line(1), xlm_ds::InputError);
+    CHECK(pair.count_lengths().size() == 2);
+  }
+}
+
+TEST(items_of_another_shape_are_not_copied) {
+  const Scratch scratch("shards");
+  write_pair(scratch / "a", IndexKind::lazy, Dtype::int32, {5, 6, 2, 2, 3, 4, 2}, {3, 1, 3});
+  const std::int64_t dimensions = 2;  // of item 0; item 1 has none then
+  overwrite(scratch / "a.idx", 48 + 8, dimensions);
+  xlm_ds::Progress progress;
+  const xlm_ds::Pair pair(scratch / "a");
+  xlm_ds::PairWriter writer(scratch / "b.bin", scratch / "lengths", IndexKind::mmap, Dtype::uint16, 10);
+  writer.append(pair, 2, 3, progress);
+  CHECK_THROWS(writer.append(pair, 0, 1, progress), xlm_ds::InputError);
+  CHECK_THROWS(writer.append(pair, 1, 2, progress), xlm_ds::InputError);
+}
+
 TEST(what_is_no_line_is_not_written) {
-  const Scratch scratch;
-  CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {5, 6}, {2}), std::invalid_argument);
-  CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {5, 2}, {1, 2}), std::invalid_argument);
-  CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {5, 2, 2}, {2}), std::invalid_argument);
-  CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {2}, {0, 1}), std::invalid_argument);
-  CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {10, 2}, {2}), std::invalid_argument);
-  CHECK_THROWS(scratch.write("a", IndexKind::mmap, Dtype::uint16, {-1, 2}, {2}), std::invalid_argument);
+  const Scratch scratch("shards");
+  CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {5, 6}, {2}), std::invalid_argument);
+  CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {5, 2}, {1, 2}), std::invalid_argument);
+  CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {5, 2, 2}, {2}), std::invalid_argument);
+  CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {2}, {0, 1}), std::invalid_argument);
+  CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {10, 2}, {2}), std::invalid_argument);
+  CHECK_THROWS(write_pair(scratch / "a", IndexKind::mmap, Dtype::uint16, {-1, 2}, {2}), std::invalid_argument);
 }
 
 TEST(stored_ids_round_trip) {

@@ -110,9 +110,8 @@ TEST(a_dataset_is_read_by_several_threads) {
         for (std::uint64_t block = 0; block < dataset.blocks(); ++block) {
           for (std::size_t n = dataset.fill_block(block, 300, ids); n != 0; --n) sum += static_cast<std::uint64_t>(ids[n - 1]);
         }
-        sum += dataset.count_ids(300)[257];
       });
     }
   }
-  for (const auto sum : sums) CHECK(sum == 3000 * 257 + 3000);
+  for (const auto sum : sums) CHECK(sum == 3000 * 257);
 }

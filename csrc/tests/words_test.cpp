@@ -47,10 +47,10 @@ TEST(bytes_that_only_begin_like_a_blank_are_part_of_words) {
   for (const auto& blank : kBlanks) {
     for (std::size_t length = 1; length < blank.size(); ++length) {
       for (const auto& after : {"y"s, "\x7F"s, "\xC0"s}) {
-        const std::string word = "x" + blank.substr(0, length) + after;
+        const std::string word = std::string("x").append(blank, 0, length) + after;
         CHECK((split(word) == std::vector<std::string>{word}));
       }
-      const std::string cut = "x" + blank.substr(0, length);
+      const std::string cut = std::string("x").append(blank, 0, length);
       CHECK((split(cut + " y") == std::vector<std::string>{cut, "y"}));
     }
   }

@@ -51,13 +51,19 @@ struct Index {
 [[nodiscard]] Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_bytes,
                                const std::filesystem::path& index_path);
 
-/// Length in tokens of sequence i, and its first token counted from the start of the .bin. O(1); i < index.sequences.
+/// Length in tokens of sequence i, and its first token counted from the start of the .bin. O(1); i < index.sequences. Both
+/// as stored, so maybe beyond index.tokens: a negative length is, and a start between two tokens is 2^64 - 1.
 [[nodiscard]] std::uint64_t sequence_length(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 [[nodiscard]] std::uint64_t sequence_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
 
 /// First sequence of document i of a megatron index; for i = index.documents, the number of sequences. O(1); not checked
 /// by read_index except for the first and the last.
 [[nodiscard]] std::uint64_t document_start(const Index& index, std::span<const std::byte> index_bytes, std::uint64_t i);
+
+/// Checks entry i of TNTIDX's column of dimensions, i <= index.sequences: that the sequences before i have one each. O(1).
+/// Throws InputError.
+void verify_dimension(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path,
+                      std::uint64_t i);
 
 /// Checks every sequence and document in O(sequences): starts follow from the lengths, documents from each other. Throws
 /// InputError naming the first that differs.

@@ -20,10 +20,9 @@ class MappedFile {
   /// Valid as long as this object lives, also after it has been moved into another.
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
 
-  /// Hints to the kernel, which may ignore them. A file that memory cannot hold is not read ahead where reads are random:
+  /// A hint to the kernel, which may ignore it. A file that memory cannot hold is not read ahead where reads are random:
   /// what was fetched beside a block would be gone before it is asked for. A smaller one is, and is soon in memory.
   void expect_random_reads() const noexcept;
-  void expect_sequential_reads() const noexcept;
 
  private:
   void unmap() noexcept;

@@ -27,11 +27,12 @@ class Pair {
   [[nodiscard]] const std::filesystem::path& index_path() const noexcept { return index_path_; }
   [[nodiscard]] const std::filesystem::path& data_path() const noexcept { return data_path_; }
 
-  /// Tokens before line `line`, at most sequences(). O(1).
+  /// Tokens before line `line`, at most sequences(). O(1). Throws InputError if the .idx is damaged there, as do the three
+  /// after it.
   [[nodiscard]] std::uint64_t tokens_before(std::uint64_t line) const;
   /// How many lines from the front end within the first `tokens` tokens. O(log lines).
   [[nodiscard]] std::uint64_t lines_within(std::uint64_t tokens) const;
-  /// The ids of a line. Throws std::out_of_range beyond the last; InputError if the .idx is damaged there.
+  /// The ids of a line. Throws std::out_of_range beyond the last.
   [[nodiscard]] std::vector<std::int64_t> line(std::uint64_t number) const;
   /// Every length in tokens that occurs, ascending, and of how many lines. O(lines).
   [[nodiscard]] std::vector<std::pair<std::uint64_t, std::uint64_t>> count_lengths() const;

@@ -51,10 +51,6 @@ class TokenDataset {
   /// Sequences that lose tokens because they are longer than a block (0 in mode none). O(sequences).
   [[nodiscard]] std::uint64_t count_cut() const;
 
-  /// How often each id below vocab_size occurs in the whole .bin. O(tokens). Throws InputError if
-  /// an id is not below it.
-  [[nodiscard]] std::vector<std::uint64_t> count_ids(std::int64_t vocab_size) const;
-
  private:
   struct Range {
     std::uint64_t first;

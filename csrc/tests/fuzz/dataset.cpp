@@ -1,71 +1,22 @@
-// A pair of files of any bytes, opened, read in blocks and counted. An input is the break mode (one byte, of which the two
-// lowest bits count), the block's size less one, the size of the dictionary (two bytes), the .bin's size in bytes (two bytes; 0xFFFF
-// for the one that fits, cut or filled up with zeros), the .idx's size (two bytes), the .idx and the .bin.
+// A pair of files of any bytes (pair_files.hpp), opened and read in blocks. The input's first byte is the break mode, of
+// which the two lowest bits count; the second the block's size less one.
 #include "xlm_ds/token_dataset.hpp"
 
 #include <algorithm>
-#include <fcntl.h>
-#include <filesystem>
-#include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <unistd.h>
 #include <vector>
 
+#include "files.hpp"
 #include "fuzz.hpp"
 #include "index_twin.hpp"
+#include "pair_files.hpp"
 
 namespace {
 
 using namespace xlm_ds_fuzz;
 using xlm_ds::BreakMode;
-using Ids = std::vector<std::int64_t>;
-
-constexpr std::size_t kHeaderBytes = 8;
-constexpr std::uint16_t kFitting = 0xFFFF;
-constexpr std::uint64_t kLargestData = 4096;
-
-/// A folder in memory if there is one, removed at the end.
-class Folder {
- public:
-  Folder() {
-    const std::filesystem::path memory = "/dev/shm";
-    const auto parent = std::filesystem::exists(memory) ? memory : std::filesystem::temp_directory_path();
-    path_ = parent / ("xlm_ds_fuzz_" + std::to_string(::getpid()));
-    std::filesystem::create_directories(path_);
-  }
-  ~Folder() { std::filesystem::remove_all(path_); }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  [[nodiscard]] std::filesystem::path prefix() const { return path_ / "train.ar"; }
-
-  void write(const char* suffix, std::string_view content) const {
-    const int file = ::open((prefix() += suffix).c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    require(file >= 0 && ::write(file, content.data(), content.size()) == static_cast<ssize_t>(content.size()),
-            "a file can be written");
-    ::close(file);
-  }
-
- private:
-  std::filesystem::path path_;
-};
-
-std::int64_t id_at(std::string_view data, std::uint64_t i, const IndexTwin& twin) {
-  const std::size_t at = i * twin.width;
-  // By unsigned arithmetic, which wraps: a uint64 beyond int64 becomes a negative id, and so is refused.
-  const auto stored = [&]() -> std::uint64_t {
-    switch (twin.dtype) {
-      case 1: return number_at<std::uint8_t>(data, at);
-      case 2: return static_cast<std::uint64_t>(number_at<std::int8_t>(data, at));
-      case 3: return static_cast<std::uint64_t>(number_at<std::int16_t>(data, at));
-      case 4: return static_cast<std::uint64_t>(number_at<std::int32_t>(data, at));
-      case 8: return number_at<std::uint16_t>(data, at);
-      case 9: return number_at<std::uint32_t>(data, at);
-      default: return number_at<std::uint64_t>(data, at);
-    }
-  }();
-  return static_cast<std::int64_t>(stored - (twin.lazy() ? 1 : 0));
-}
 
 /// The blocks a dataset of this pair should have; none for a sequence that lies outside the .bin.
 std::vector<std::optional<Ids>> blocks_of(const IndexTwin& twin, const Ids& ids, BreakMode mode, std::size_t size) {
@@ -86,9 +37,9 @@ std::vector<std::optional<Ids>> blocks_of(const IndexTwin& twin, const Ids& ids,
   for (std::size_t i = 0; i < twin.lengths.size(); ++i) {
     const auto length = static_cast<std::uint64_t>(twin.lengths[i]);
     if (mode == BreakMode::eos) {
-      const std::uint64_t start = twin.lazy() ? twin.starts[i] : twin.starts[i] / twin.width;
-      const bool inside = length <= ids.size() && start <= ids.size() - length;
-      if (inside) take(start, length);
+      const auto start = twin.start(i);
+      const bool inside = start && length <= ids.size() && *start <= ids.size() - length;
+      if (inside) take(*start, length);
       if (!inside) blocks.emplace_back();
     } else if (mode == BreakMode::complete_doc && length == 1) {
       end_block();
@@ -102,10 +53,6 @@ std::vector<std::optional<Ids>> blocks_of(const IndexTwin& twin, const Ids& ids,
   return blocks;
 }
 
-bool all_below(const Ids& ids, std::int64_t vocab_size) {
-  return std::all_of(ids.begin(), ids.end(), [&](auto id) { return id >= 0 && id < vocab_size; });
-}
-
 void compare(const xlm_ds::TokenDataset& dataset, const std::vector<std::optional<Ids>>& expected, std::int64_t vocab_size) {
   require(dataset.blocks() == expected.size(), "the blocks are counted");
   Ids out(dataset.block_size(), -7);
@@ -117,7 +64,7 @@ void compare(const xlm_ds::TokenDataset& dataset, const std::vector<std::optiona
     require(length == expected[block]->size(), "a block's length is known");
     dataset.prefetch_block(block);
     const bool filled = accepts([&] { length = dataset.fill_block(block, vocab_size, out); });
-    require(filled == all_below(*expected[block], vocab_size), "ids beyond the dictionary are refused");
+    require(filled == all_below(*expected[block], static_cast<std::uint64_t>(vocab_size)), "ids beyond the dictionary are refused");
     require(!filled || Ids(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(length)) == *expected[block], "blocks hold their ids");
   }
   try {
@@ -128,25 +75,9 @@ void compare(const xlm_ds::TokenDataset& dataset, const std::vector<std::optiona
   }
 }
 
-void compare_counts(const xlm_ds::TokenDataset& dataset, const Ids& ids, std::int64_t vocab_size) {
-  std::vector<std::uint64_t> found;
-  const bool counted = accepts([&] { found = dataset.count_ids(vocab_size); });
-  require(counted == all_below(ids, vocab_size), "only ids of the dictionary are counted");
-  if (!counted) return;
-  std::vector<std::uint64_t> expected(static_cast<std::size_t>(vocab_size));
-  for (const auto id : ids) ++expected[static_cast<std::size_t>(id)];
-  require(found == expected, "every id is counted");
-}
-
 std::string input_of(BreakMode mode, std::uint8_t block_size, std::uint16_t vocab_size, const std::string& index,
                      const std::string& data) {
-  std::string bytes;
-  put(bytes, static_cast<std::uint8_t>(mode));
-  put(bytes, static_cast<std::uint8_t>(block_size - 1));
-  put(bytes, vocab_size);
-  put(bytes, kFitting);
-  put(bytes, static_cast<std::uint16_t>(index.size()));
-  return bytes + index + data;
+  return PairFiles::input_of(static_cast<std::uint8_t>(mode), static_cast<std::uint8_t>(block_size - 1), vocab_size, index, data);
 }
 
 }  // namespace
@@ -168,35 +99,21 @@ std::vector<std::string> xlm_ds_fuzz::seeds() {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   static const Folder folder;
-  if (size < kHeaderBytes) return 0;
+  if (size < PairFiles::kHeaderBytes) return 0;
   const std::string_view input = text_of(data, size);
   const auto mode = static_cast<BreakMode>(number_at<std::uint8_t>(input, 0) % 4);
   const std::size_t block_size = std::size_t{1} + number_at<std::uint8_t>(input, 1);
-  const std::int64_t vocab_size = number_at<std::uint16_t>(input, 2);
-  const auto wanted = number_at<std::uint16_t>(input, 4);
-  const std::string_view idx = input.substr(kHeaderBytes, number_at<std::uint16_t>(input, 6));
-  std::string bin(input.substr(kHeaderBytes + idx.size()));
-
-  const auto twin = parse_index(idx);
-  const auto fitting = twin ? twin->data_bytes() : std::nullopt;
-  if (wanted != kFitting) {
-    bin.resize(std::min<std::size_t>(wanted, kLargestData));
-  } else if (fitting && *fitting <= kLargestData) {
-    bin.resize(*fitting);
-  }
-  folder.write(".idx", idx);
-  folder.write(".bin", bin);
+  const PairFiles files(input);
+  files.write_to(folder);
   const bool needs_all = mode == BreakMode::complete || mode == BreakMode::complete_doc;  // checks every sequence
-  const bool good = fitting == bin.size() && (!needs_all || twin->whole());
+  const bool good = files.fits && (!needs_all || files.twin->whole());
   const bool accepted = accepts([&] {
-    const xlm_ds::TokenDataset dataset(folder.prefix(), mode, block_size);
+    const xlm_ds::TokenDataset dataset(folder / "train.ar", mode, block_size);
     require(good, "a pair whose sizes do not agree is refused");
-    Ids ids;
-    for (std::uint64_t i = 0; i < bin.size() / twin->width; ++i) ids.push_back(id_at(bin, i, *twin));
-    require(dataset.tokens() == ids.size() && dataset.sequences() == twin->lengths.size(), "tokens and sequences are counted");
-    compare(dataset, blocks_of(*twin, ids, mode, block_size), vocab_size);
-    compare_counts(dataset, ids, vocab_size);
-    const auto longer = std::count_if(twin->lengths.begin(), twin->lengths.end(),
+    const auto& lengths = files.twin->lengths;
+    require(dataset.tokens() == files.ids.size() && dataset.sequences() == lengths.size(), "tokens and sequences are counted");
+    compare(dataset, blocks_of(*files.twin, files.ids, mode, block_size), files.vocab_size);
+    const auto longer = std::count_if(lengths.begin(), lengths.end(),
                                       [&](auto length) { return static_cast<std::uint64_t>(length) > block_size; });
     require(dataset.count_cut() == (mode == BreakMode::none ? 0 : static_cast<std::uint64_t>(longer)), "sequences that are cut are counted");
   });

@@ -17,14 +17,10 @@ namespace {
 
 using namespace xlm_ds_fuzz;
 
-std::vector<std::string> lines_of(std::string_view text) {
-  std::vector<std::string> lines;
-  while (!text.empty()) {
-    const auto [line, rest] = cut(text, '\n');
-    lines.emplace_back(line);
-    text = rest;
-  }
-  return lines;
+/// The core takes symbols as strings.
+std::vector<std::string> strings_of(std::string_view text) {
+  const auto lines = lines_of(text);
+  return {lines.begin(), lines.end()};
 }
 
 struct Answer {
@@ -64,7 +60,7 @@ std::vector<std::string> xlm_ds_fuzz::seeds() {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const auto [rows, asked] = cut(text_of(data, size), '\xFF');
-  auto symbols = lines_of(rows);
+  auto symbols = strings_of(rows);
   if (symbols.empty() || symbols.front() != "-") {
     symbols.insert(symbols.begin(), {"<s>", "<pad>", "</s>", "<unk>", "<mask>"});
   }
@@ -72,7 +68,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   for (std::size_t id = 0; id < symbols.size(); ++id) expected[symbols[id]] = static_cast<std::uint32_t>(id);
   expected[""] = xlm_ds::kEos;
 
-  auto words = lines_of(asked);
+  auto words = strings_of(asked);
   words.insert(words.end(), symbols.begin(), symbols.end());
   const bool accepted = accepts([&] {
     const xlm_ds::Dictionary dictionary(symbols);

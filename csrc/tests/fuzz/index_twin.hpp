@@ -42,6 +42,9 @@ struct IndexTwin {
     return starts[i] % width == 0 ? std::optional(starts[i] / width) : std::nullopt;
   }
 
+  /// Whether sequence i has one dimension.
+  [[nodiscard]] bool is_flat(std::size_t i) const { return !lazy() || (dimensions[i] == i && dimensions[i + 1] == i + 1); }
+
   /// The bytes the .bin should have; none if what opening looks at cannot be so of any .bin.
   [[nodiscard]] std::optional<std::uint64_t> data_bytes() const {
     if (kind == xlm_ds::IndexKind::megatron) {
@@ -60,13 +63,11 @@ struct IndexTwin {
   /// Whether every sequence starts where the one before it ends, from the first byte to the last, and so do documents.
   [[nodiscard]] bool whole() const {
     if (!std::is_sorted(documents.begin(), documents.end())) return false;
-    for (std::size_t i = 0; i < dimensions.size(); ++i) {
-      if (dimensions[i] != i) return false;
-    }
+    if (lazy() && dimensions.front() != 0) return false;
     const std::uint64_t tokens = *data_bytes() / width;
     std::uint64_t at = 0;
     for (std::size_t i = 0; i < lengths.size(); ++i) {
-      if (lengths[i] < 0 || start(i) != at || static_cast<std::uint64_t>(lengths[i]) > tokens - at) return false;
+      if (!is_flat(i) || lengths[i] < 0 || start(i) != at || static_cast<std::uint64_t>(lengths[i]) > tokens - at) return false;
       at += static_cast<std::uint64_t>(lengths[i]);
     }
     if (lazy() && starts.back() != tokens) return false;

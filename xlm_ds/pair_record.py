@@ -1,0 +1,88 @@
+"""What stands beside a .bin/.idx pair: its record SPLIT.LG.json, its counts, and its folder's companions.
+
+record = describe("train", "en", counts, by_id, dictionary, files)      # what is in it
+write_record(files["json"], {**record, "made_from": made_from})         # and what it was made from
+is_made_from(OUT / "train.en", made_from)                               # whether it need not be made again
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xlm_ds.dictionary import Dictionary
+from xlm_ds.files import file_sha256, naming
+
+# What new text needs to become ids, as prepare or --bpe-codes left it: it travels with the data.
+COMPANIONS = ("codes", "bpe_vocab", "prepare.json")
+KINDS = ("bin", "counts.npy", "json", "idx")  # of a pair's files, in the order of their renaming
+
+CountsById: TypeAlias = NDArray[np.uint64]  # (V,)
+
+
+class Counts(NamedTuple):
+    """What a text contains (_core.TextCounts), or a rank's part of it."""
+
+    lines: int
+    tokens: int
+    unknown: int
+    blank_lines: int
+    literal_specials: int
+
+
+def describe(
+    split: str,
+    language: str,
+    counts: Counts,
+    by_id: CountsById,
+    dictionary: Dictionary,
+    files: Mapping[str, Path],
+) -> dict[str, Any]:
+    """The record of a pair but for what it was made from. `files`, by kind, are written, all but the record itself."""
+    return {
+        "language": language,
+        "split": split,
+        "lines": counts.lines,
+        "tokens": counts.tokens,
+        "unknown": counts.unknown,
+        "blank": counts.blank_lines,
+        "literal_specials": counts.literal_specials,
+        "unigram_entropy_bits": entropy_bits(by_id),
+        "dictionary_sha256": dictionary.sha256,
+        "sha256": {kind: file_sha256(files[kind]) for kind in ("bin", "idx")},
+        "bytes": _sizes(files),
+    }
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with naming(path):
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def is_made_from(pair: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether the pair is there, whole, and was made from this."""
+    try:
+        record = json.loads(Path(f"{pair}.json").read_bytes())
+        sizes = _sizes({kind: Path(f"{pair}.{kind}") for kind in KINDS})
+    except (FileNotFoundError, ValueError, RecursionError):  # too deep to be one of ours
+        return False
+    return (
+        isinstance(record, dict)
+        and record.get("made_from") == made_from
+        and record.get("bytes") == sizes
+    )
+
+
+def _sizes(files: Mapping[str, Path]) -> dict[str, int]:
+    return {kind: files[kind].stat().st_size for kind in KINDS if kind != "json"}
+
+
+def entropy_bits(counts: CountsById) -> float:
+    """Entropy of the unigram distribution, eos included; 0 of an empty text."""
+    seen = counts[counts > 0].astype(np.float64)
+    total = float(seen.sum())
+    return float(math.log2(total) - (seen * np.log2(seen)).sum() / total) if total else 0.0

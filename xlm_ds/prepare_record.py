@@ -1,0 +1,215 @@
+"""What prepare has made, and of what: D/prepare.json.
+
+record = open_record(config, sources)            # new, or of a run to go on with
+if not record.has("codes"):
+    …                                            # write record.temporary("codes")
+    record.publish("codes", {"merges": 12000})
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from xlm_ds.config import PrepareConfig
+from xlm_ds.files import file_sha256, naming, sync_file
+from xlm_ds.log import InputError
+from xlm_ds.merges import load_bpe
+from xlm_ds.tokenisation import tokenisation_of
+
+# Valid is made after test and train after both, as each leaves out the lines of those before it.
+SPLITS = ("test", "valid", "train")
+RECORD = "prepare.json"
+RECORD_FORMAT = 1
+TOKENISED = "tokenised"
+
+Sources: TypeAlias = Mapping[str, Mapping[str, Path]]
+"""The raw files of every language, by split; under `all` if there is one file that is to be split."""
+
+
+def splits_of(sources: Mapping[str, Path]) -> list[str]:
+    """The splits that come of these sources, in the order in which they are made."""
+    return [split for split in SPLITS if split in sources or "all" in sources]
+
+
+def text_names(sources: Sources) -> list[str]:
+    return [f"{split}.{lang}" for lang, splits in sources.items() for split in splits_of(splits)]
+
+
+def file_names(sources: Sources) -> list[str]:
+    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted."""
+    return ["codes", "vocab_mlm", *text_names(sources)]
+
+
+class Record:
+    """D/prepare.json: what D is made from, and its finished files. Saved after every file."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self._folder = folder
+        self._content = content
+        self._temporary: set[Path] = set()
+
+    def path(self, name: str) -> Path:
+        return self._folder / name
+
+    def temporary(self, name: str) -> Path:
+        path = self._folder / f"{name}.partial"
+        self._temporary.add(path)
+        return path
+
+    def remove_temporary(self) -> None:
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def has(self, *names: str) -> bool:
+        return all(name in self._content["files"] and self.path(name).exists() for name in names)
+
+    def publish(self, name: str, facts: Mapping[str, int] | None = None) -> None:
+        """Gives a file its final name. It is recorded before: a file that is not in the record is never one of ours."""
+        temporary = self.temporary(name)
+        self._content["files"][name] = {
+            "bytes": temporary.stat().st_size,
+            "sha256": file_sha256(temporary),
+            **(facts or {}),
+        }
+        sync_file(temporary)
+        self.save()
+        temporary.replace(self.path(name))
+
+    def save(self) -> None:
+        temporary = self.temporary(RECORD)
+        text = json.dumps(self._content, indent=1, ensure_ascii=False, sort_keys=True)
+        try:
+            with naming(temporary):
+                temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(self.path(RECORD))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def open_record(config: PrepareConfig, sources: Sources) -> Record:
+    """The record of `config.destdir`, new or to go on with.
+
+    Raises InputError if a file in it was made by other settings or from other inputs or edited (--overwrite removes
+    it), or was not made here at all.
+    """
+    folder = config.destdir
+    old = _load_record(folder / RECORD)
+    new = _describe(config, sources, known=old["inputs"])
+    for name in [*file_names(sources), *(f"{TOKENISED}/{text}" for text in text_names(sources))]:
+        if name not in old["files"] and (folder / name).exists():
+            raise InputError(
+                f"{folder / name}: is there but was not made here; move it away or give another --destdir"
+            )
+    changes = {} if not old["files"] else _changes(old, new)
+    edited = {n: f"{n} was edited" for n in old["files"] if _is_edited(folder / n, old["files"][n])}
+    stale = _stale(old["files"], changes, edited)
+    if stale and not config.overwrite:
+        reasons = "; ".join([*changes.values(), *edited.values()])
+        raise InputError(
+            f"{folder}: {stale[0]} was made from something else: {reasons}; give another --destdir, or --overwrite "
+            "to redo what depends on it"
+        )
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    new["files"] = {name: facts for name, facts in old["files"].items() if name not in stale}
+    record = Record(folder, new)
+    if new != old:
+        record.save()
+    return record
+
+
+def _load_record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"inputs": {}, "files": {}}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        entries = [*content["files"].values()]
+        for splits in content["inputs"].values():
+            entries += splits.values()
+        if content["format"] != RECORD_FORMAT or any(type(e["bytes"]) is not int for e in entries):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a record of this prepare; give another --destdir") from error
+    return content
+
+
+def _describe(
+    config: PrepareConfig, sources: Sources, *, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the bytes of every file; `known` inputs are not hashed again if they look the same."""
+    inputs = {
+        lang: {
+            split: _identity(path, known.get(lang, {}).get(split)) for split, path in splits.items()
+        }
+        for lang, splits in sources.items()
+    }
+    splitting: dict[str, Any] = {"duplicates": config.duplicates}
+    if config.input is not None:
+        names = ("split_by", "valid_lines", "test_lines", "seed")
+        splitting |= {name: getattr(config, name) for name in names}
+    if config.codes is not None:
+        load_bpe(config.codes, config.vocab)  # refused before hours of tokenising
+        codes = {
+            "codes": file_sha256(config.codes),
+            "vocab": config.vocab and file_sha256(config.vocab),
+        }
+    else:
+        names = ("bpe_codes", "bpe_alpha", "bpe_sample_bytes", "seed")
+        codes = {name: getattr(config, name) for name in names}
+        codes["tokenizers"] = importlib.metadata.version("tokenizers")
+    return {
+        "format": RECORD_FORMAT,
+        "inputs": inputs,
+        "tokenisation": dataclasses.asdict(tokenisation_of(config)),
+        "splitting": splitting,
+        "codes": codes,
+        "files": {},
+    }
+
+
+def _identity(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    status = path.stat()
+    seen = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if known is not None and seen.items() <= known.items():
+        return dict(known)
+    return {**seen, "sha256": file_sha256(path)}
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence for every setting or input that differs, by its place in the record."""
+    before, now = dict(_flat(old)), dict(_flat(new))
+    return {
+        place: f"{place} was {before.get(place)}, is now {now.get(place)}"
+        for place in sorted(before.keys() | now.keys())
+        if before.get(place) != now.get(place)
+    }
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and key != "files":
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key not in ("files", "path", "mtime_ns"):  # a copy of the same text is the same input
+            yield f"{prefix}{key}", value
+
+
+def _is_edited(path: Path, facts: Mapping[str, Any]) -> bool:
+    return path.exists() and path.stat().st_size != facts["bytes"]
+
+
+def _stale(files: Iterable[str], changes: Iterable[str], edited: Iterable[str]) -> list[str]:
+    """The files to be made again: tokenised ones if their text or its treatment changed, others if anything did."""
+    changes, edited = list(changes), list(edited)
+    if not changes and not edited:
+        return []
+    languages = {place.split(".")[1] for place in changes if place.startswith("inputs.")}
+    languages |= {name.rpartition(".")[2] for name in edited if name.startswith(TOKENISED)}
+    all_text = any(place.startswith(("tokenisation.", "splitting.")) for place in changes)
+    return [
+        name
+        for name in files
+        if not name.startswith(TOKENISED) or all_text or name.rpartition(".")[2] in languages
+    ]
