@@ -7,7 +7,6 @@ the losses without dropout are compared, and nothing is timed if they differ. Pe
 """
 
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,18 @@ def longer(job: Job, kind: str, tokens: int) -> Figures:
 STEPS = [
     Contender(OURS, partial(one_step, kind=OURS), OURS),
     Contender(BF16, partial(one_step, kind=BF16), OURS, note="fp32 masters"),
-    Contender("plain torch fp32", partial(one_step, kind="plain torch fp32"), OURS, note="our model, no DeepSpeed"),
-    Contender("plain torch bf16", partial(one_step, kind="plain torch bf16"), BF16, note="our model, no DeepSpeed"),
+    Contender(
+        "plain torch fp32",
+        partial(one_step, kind="plain torch fp32"),
+        OURS,
+        note="our model, no DeepSpeed",
+    ),
+    Contender(
+        "plain torch bf16",
+        partial(one_step, kind="plain torch bf16"),
+        BF16,
+        note="our model, no DeepSpeed",
+    ),
     Contender(FAIRSEQ, partial(one_step, kind=FAIRSEQ), OURS, note="all logits, eager"),
     Contender(HF, partial(one_step, kind=HF), OURS, ("transformers",), note="all logits, eager"),
     *(
@@ -126,17 +135,28 @@ def check_losses(job: Job, arguments: Any) -> dict[str, float]:
     """Without dropout, by contender. Ends the run if they differ: a speed of something else is no speed."""
     once = type(arguments)(**{**vars(arguments), "rounds": 1})
     rounds, _ = harness.run(Path(__file__), LOSSES, job, once)
-    losses = {name.removeprefix("first loss of "): rounds.column(name, "loss")[0] for name in rounds.figures}
+    losses = {
+        name.removeprefix("first loss of "): rounds.column(name, "loss")[0]
+        for name in rounds.figures
+    }
     for kind, loss in losses.items():
         most = LARGEST_DIFFERENCE_BF16 if kind == BF16 else LARGEST_DIFFERENCE
         if not abs(loss / losses[FAIRSEQ] - 1) <= most:
-            sys.exit(f"{kind}: the loss is {loss}, but {losses[FAIRSEQ]} in {FAIRSEQ}; nothing is timed")
+            sys.exit(
+                f"{kind}: the loss is {loss}, but {losses[FAIRSEQ]} in {FAIRSEQ}; nothing is timed"
+            )
     return losses
 
 
 def main() -> None:
     parser = harness.make_parser(__doc__, "step_cpu.json")
-    for name, default in (("vocab-size", 95_000), ("rows", 8), ("tokens", 256), ("layers", 6), ("dim", 1024)):
+    for name, default in (
+        ("vocab-size", 95_000),
+        ("rows", 8),
+        ("tokens", 256),
+        ("layers", 6),
+        ("dim", 1024),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     names = ("vocab_size", "rows", "tokens", "layers", "dim")

@@ -238,7 +238,11 @@ def fairseq_update(size: Size, dtype: torch.dtype, device: torch.device) -> Upda
     """fp32 as the recipe is printed; a lower `dtype` as with its --bf16: one flat fp32 master of all parameters."""
     model = FairseqLike(size.model(), size).to(device)
     parameters = list(model.parameters())
-    flat = torch.cat([p.detach().float().flatten() for p in parameters]) if dtype != torch.float32 else None
+    flat = (
+        torch.cat([p.detach().float().flatten() for p in parameters])
+        if dtype != torch.float32
+        else None
+    )
     model.to(dtype)
     model.train()
     adam = FairseqAdam(parameters if flat is None else [flat])

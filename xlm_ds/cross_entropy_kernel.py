@@ -13,7 +13,7 @@ BLOCK = 4096  # columns a program holds at a time
 WARPS = 8
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _row(
     logits,
     bias,

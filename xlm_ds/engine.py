@@ -225,7 +225,9 @@ def takes_flat_gradients(settings: Mapping[str, Any]) -> bool:
         deepspeed.__version__ in FLAT_GRADIENTS_KNOW
         and settings["zero_optimization"]["stage"] == 1
         and "offload_optimizer" not in settings["zero_optimization"]
-        and not settings.get("fp16", {}).get("enabled")  # a loss scale, and updates that are skipped
+        and not settings.get("fp16", {}).get(
+            "enabled"
+        )  # a loss scale, and updates that are skipped
     )
 
 
@@ -270,6 +272,7 @@ class FlatGradients:
 
     def _take(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
         if parameter in self._fresh:
             self._fresh.remove(parameter)
             self._views[parameter].copy_(gradient)

@@ -11,21 +11,16 @@ With Z = H W' + b and P = softmax(Z), dL_i/dZ_i = P_i - onehot(t_i). The incomin
 small sides of the products and never into the (N, V): dH = g (dZ W), dW = dZ' (g H), db = dZ' g.
 """
 
-from types import ModuleType
+import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from xlm_ds import cross_entropy_kernel as kernel
-except ModuleNotFoundError as error:  # torch's CPU builds come without Triton
-    if error.name != "triton":
-        raise
-    kernel: ModuleType | None = None  # type: ignore[no-redef]
-
 TILE = 128  # columns; a row of logits begins at a multiple of it, which matrix units want at any size of vocabulary
 CHUNK_ELEMENTS = 1 << 22  # of logits in fp32 at a time, without the kernel: 16 MB
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's CPU builds come without
 
 
 def linear_cross_entropy(
@@ -41,19 +36,18 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor,
         targets: Tensor,
         ignore_index: int,
     ) -> Tensor:
-        wants_gradient = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        wants_gradient = any(ctx.needs_input_grad)
         logits = _empty_logits(len(hidden), len(weight), hidden)
         torch.mm(hidden, weight.t(), out=logits)
-        cross_entropy = kernel.cross_entropy_ if kernel and logits.is_cuda else cross_entropy_
-        losses = cross_entropy(
+        losses = _cross_entropy_(
             logits, bias, targets, ignore_index=ignore_index, writes_gradient=wants_gradient
         )
         if wants_gradient:
@@ -61,20 +55,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        hidden, weight, gradient = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        hidden, weight, gradient = ctx.saved_tensors
         scale = grad_losses.to(hidden.dtype)
         grad_hidden = (gradient @ weight) * scale[:, None]
         grad_weight = gradient.t() @ (hidden * scale[:, None])
-        grad_bias = (scale[None] @ gradient)[0]  # bf16's gradient.t() @ scale is ten times slower on a CPU
+        grad_bias = (scale[None] @ gradient)[
+            0
+        ]  # bf16's gradient.t() @ scale is ten times slower on a CPU
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _empty_logits(rows: int, columns: int, like: Tensor) -> Tensor:
     padded = -(-columns // TILE) * TILE
     return torch.empty(rows, padded, dtype=like.dtype, device=like.device)[:, :columns]
+
+
+def _cross_entropy_(logits: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    if not (HAS_TRITON and logits.is_cuda):
+        return cross_entropy_(logits, *arguments, **options)
+    from xlm_ds import cross_entropy_kernel
+
+    return cross_entropy_kernel.cross_entropy_(logits, *arguments, **options)
 
 
 def cross_entropy_(
@@ -86,9 +88,7 @@ def cross_entropy_(
     for begin in range(0, len(logits), rows_at_a_time):
         rows = slice(begin, begin + rows_at_a_time)
         log_p = torch.log_softmax(logits[rows].float() + bias.float(), dim=1)
-        losses[rows] = F.nll_loss(
-            log_p, targets[rows], ignore_index=ignore_index, reduction="none"
-        )
+        losses[rows] = F.nll_loss(log_p, targets[rows], ignore_index=ignore_index, reduction="none")
         if writes_gradient:
             counts = (targets[rows] != ignore_index).float()[:, None]
             gradient = log_p.exp_().mul_(counts)

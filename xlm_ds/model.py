@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 FIRST_POSITION_ROW = PAD + 1  # fairseq's position table has unused rows 0 and PAD before the first
 LAYER_NORM_EPS = 1e-5
-# On a CPU torch has no fused attention with dropout (2.13): what it keeps for the backward pass grows with the square of
-# the row. Beyond this it is computed again instead, layer by layer: 2,048 tokens in one row took 3 GB more.
+# On a CPU torch 2.13 has no fused attention with dropout: what it keeps for the backward pass grows with the square of
+# a row's length. In longer rows it is computed again instead, layer by layer.
 LONGEST_KEPT_ATTENTION = 256  # tokens
 INIT_STD = 0.02  # of every matrix and table, as in BERT (Devlin et al. 2018, and its code)
 
@@ -74,7 +74,9 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d / heads)
         dropout = self.dropout if self.training else 0.0
         if dropout and not hidden.is_cuda and hidden.shape[1] > LONGEST_KEPT_ATTENTION:
-            context = checkpoint(_attention, query, key, value, attend, dropout, use_reentrant=False)
+            context = checkpoint(
+                _attention, query, key, value, attend, dropout, use_reentrant=False
+            )
         else:
             context = _attention(query, key, value, attend, dropout)
         out: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
@@ -144,13 +146,17 @@ class MaskedLmHead(nn.Module):
         return out
 
 
-class _TiedTable(torch.autograd.Function):
-    """A table that is looked up and multiplied with, as two tensors whose gradients become one.
+def tied(table: Tensor) -> tuple[Tensor, Tensor]:
+    """A table that is looked up and multiplied with, as one tensor for each, whose gradients become one again.
 
     Autograd by itself would write the lookup's few rows into a second table of zeros and add that to the product's
     gradient: for 95,000 words of 1,024 numbers, 0.23 CPU-seconds against 0.002 (bf16 costs; 2 cores, November 2026).
     """
+    lookup, product = _TiedTable.apply(table)  # type: ignore[no-untyped-call]
+    return lookup, product
 
+
+class _TiedTable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -174,7 +180,9 @@ def add_rows_(table: Tensor, rows: Tensor, values: Tensor) -> None:
     """
     ordered, order = rows.sort()
     is_first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
-    place = torch.empty_like(rows).scatter_(0, order, is_first.cumsum(0) - 1)  # 0, 1, … by distinct row
+    place = torch.empty_like(rows).scatter_(
+        0, order, is_first.cumsum(0) - 1
+    )  # 0, 1, … by distinct row
     sums = torch.ops.aten.embedding_dense_backward(values.float(), place, len(rows), -1, False)
     # Places beyond the last distinct row have sums of 0, which row 0 takes.
     table.index_add_(0, torch.zeros_like(rows).scatter_(0, place, rows), sums.to(table.dtype))
@@ -205,7 +213,7 @@ class XlmEncoder(nn.Module):
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         """Returns the negative log-likelihood of every target: (B*K,) fp32 nats, 0 where it is PAD."""
-        lookup, product = _TiedTable.apply(self.token_embedding.weight)
+        lookup, product = tied(self.token_embedding.weight)
         return linear_cross_entropy(
             self._features(batch, lookup),
             product,
@@ -216,7 +224,7 @@ class XlmEncoder(nn.Module):
 
     def logits(self, batch: MaskedBatch) -> Tensor:
         """Returns the scores of every word at every masked position: (B*K, V) fp32."""
-        lookup, product = _TiedTable.apply(self.token_embedding.weight)
+        lookup, product = tied(self.token_embedding.weight)
         return F.linear(self._features(batch, lookup), product).float() + self.head.output_bias
 
     def _features(self, batch: MaskedBatch, table: Tensor) -> Tensor:
@@ -233,7 +241,7 @@ class XlmEncoder(nn.Module):
         `has_padding=False` promises that no id is PAD; attention is then unmasked, which is faster.
         States at padding mean nothing and influence no others.
         """
-        lookup, _ = _TiedTable.apply(self.token_embedding.weight)
+        lookup, _ = tied(self.token_embedding.weight)
         return self._encode(lookup, input_ids, languages, has_padding=has_padding)
 
     def _encode(
