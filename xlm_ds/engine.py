@@ -27,7 +27,7 @@ from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import OptimizationConfig
-from xlm_ds.log import EXIT_BAD_INPUT, InputError
+from xlm_ds.log import EXIT_BAD_INPUT, Fault, InputError
 from xlm_ds.model import XlmEncoder
 
 if not torch.cuda.is_available():
@@ -50,6 +50,8 @@ CONFIG_DIRECTORY = (
     else Path(__file__).parent.parent / "ds_configs"
 )
 FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they have been tested with
+PROBED_WEIGHTS = 4096
+_REPORT = "that is a fault of the engine, please report it with deepspeed.json of the run's folder"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What DeepSpeed raises for a configuration that it cannot use, depending on where it notices.
 CONFIG_ERRORS = (ValidationError, DeepSpeedConfigError, ValueError, TypeError, AssertionError)
@@ -314,6 +316,63 @@ class _FlatPart(list[Tensor]):
         self.flat_partition = part
 
 
+class Invariants:
+    """What must hold of every update: weights move, gradients are gone, and the optimizer has counted as many.
+
+    DeepSpeed has broken each of them without a word (its issues 8415, 7839, 7985). What lies on the device is compared
+    there, a few thousand weights an update, and read in `check`.
+    """
+
+    def __init__(self, engine: Any, updates: int = 0) -> None:
+        self._engine = engine
+        self.updates = updates
+        zero = engine.optimizer
+        stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+        masters = (
+            zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+        )
+        self._probes = [
+            flat.detach()[:: max(1, flat.numel() // PROBED_WEIGHTS)] for flat in masters
+        ]
+        self._before = [probe.clone() for probe in self._probes]
+        self._unmoved = torch.zeros((), dtype=torch.int64, device=self._probes[0].device)
+
+    def after_update(self, lr: float) -> None:
+        """Raises Fault for what can be seen without the device."""
+        applied = self._engine.was_step_applied()  # not so where fp16 has overflown
+        self.updates += applied
+        if applied and lr > 0:
+            pairs = zip(self._probes, self._before, strict=True)
+            self._unmoved += ~torch.stack([(now != before).any() for now, before in pairs]).any()
+        torch._foreach_copy_(self._before, self._probes)
+        left = sum(p.grad is not None for p in self._engine.module.parameters())
+        if left:
+            raise Fault(
+                f"after update {self.updates} the gradients of {left} parameters are still there and would be added to "
+                f"the next ones; {_REPORT}"
+            )
+
+    def check(self) -> None:
+        """Reads the device. Raises Fault."""
+        if unmoved := int(self._unmoved):
+            raise Fault(
+                f"{unmoved} of {self.updates} updates have not moved the weights; {_REPORT}"
+            )
+        if (counted := adam_steps(self._engine)) - {self.updates}:
+            raise Fault(
+                f"there were {self.updates} updates, but the optimizer has counted {sorted(counted)}; {_REPORT}"
+            )
+
+
+def adam_steps(engine: Any) -> set[int]:
+    """The updates that Adam has counted: one number, if all is well."""
+    adam = engine.optimizer.optimizer
+    counts = [values["step"] for values in adam.state.values() if "step" in values]
+    return {
+        int(count) for count in [*counts, *(g["step"] for g in adam.param_groups if "step" in g)]
+    }
+
+
 class Engine:
     """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage."""
 
@@ -337,6 +396,7 @@ class Engine:
             raise InputError(f"DeepSpeed does not take this configuration: {sentence}") from error
         clip_norm = self.settings["gradient_clipping"]
         self._flat = FlatGradients(self._engine, clip_norm=clip_norm) if flat else None
+        self._invariants = Invariants(self._engine)
 
     def __call__(self, batch: MaskedBatch) -> Tensor:
         """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
@@ -354,9 +414,16 @@ class Engine:
         """Counts a micro-step; on the last of an update, applies the gradient with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self._flat and self._engine.is_gradient_accumulation_boundary():
+        ends_update = self._engine.is_gradient_accumulation_boundary()
+        if self._flat and ends_update:
             self._flat.hand_over()
         self._engine.step()
+        if ends_update:
+            self._invariants.after_update(lr)
+
+    def check(self) -> None:
+        """Reads the device. Raises Fault if an update since the start was not what it is counted as."""
+        self._invariants.check()
 
     def gradient_norm(self) -> float:
         """L2 norm of the last applied gradient before clipping. Reads the device: for log lines only."""
@@ -388,6 +455,7 @@ class Engine:
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[name][key].to(parameter.device), key)
         self._set_adam_step(update)
+        self._invariants = Invariants(self._engine, update)
 
     def _set_adam_step(self, update: int) -> None:
         adam = self._engine.optimizer.optimizer

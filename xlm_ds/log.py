@@ -23,9 +23,11 @@ from xlm_ds._core import InputError
 __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_CLOSED_PIPE",
+    "EXIT_FAULT",
     "EXIT_INTERRUPTED",
     "EXIT_OK",
     "EXIT_PREEMPTED",
+    "Fault",
     "InputError",
     "add_log_file",
     "logger",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 EXIT_OK = 0
+EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a scheduler should start the run again
 EXIT_INTERRUPTED = 130
@@ -44,6 +47,10 @@ logger = logging.getLogger("xlm_ds")
 # fairseq's layout, so that scripts that read its logs read ours (spec: fairseq_cli/preprocess.py).
 _FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+class Fault(Exception):
+    """Something this program did wrong and noticed: one sentence, exit code 1."""
 
 
 def run_stage(
@@ -70,6 +77,8 @@ def run_stage(
         pass
     except (InputError, OSError) as error:
         code, last_words = EXIT_BAD_INPUT, f"error: {sentence_of(error)}"
+    except Fault as error:
+        code, last_words = EXIT_FAULT, f"fault: {error}"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         code, last_words = EXIT_INTERRUPTED, "interrupted"
