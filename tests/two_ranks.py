@@ -1,4 +1,4 @@
-"""Two ranks against plain AdamW on the whole batch, for test_engine.py: torchrun --nproc-per-node 2 two_ranks.py NAME …"""
+"""Two ranks against plain AdamW on the whole batch, for test_engine.py: torchrun … two_ranks.py NAME …"""
 
 import sys
 
@@ -39,5 +39,5 @@ for name in sys.argv[1:]:
     wanted = torch.cat([(p - before[key]).flatten() for key, p in model.state_dict().items()])
     difference = float((moved - wanted).norm() / wanted.norm())
     if ranks.rank == 0:
-        print(name, difference)
+        sys.stdout.write(f"{name} {difference}\n")
     assert difference < (1e-4 if "fp32" in name else 0.1), f"{name}: {difference}"
