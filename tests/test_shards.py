@@ -371,7 +371,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
         (["merge", "{out}/train.en"], "PAIRS is missing"),
         (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
         (["convert", "{pair}", "{out}/train.bin"], "a pair's name is SPLIT.LANG"),
-        (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: is a file; give"),
+        (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: a file is where"),
         (["merge", "{out}/train.en", "{folder}"], "is a folder; name a pair in it"),
         (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
         (["inspect", "{pair}", "--lines", "a:b"], "give A:B"),
@@ -436,9 +436,36 @@ def test_what_was_killed_at_any_move_is_undone_and_goes_on(
             assert tree(out) == before
         run(*command, *(["--overwrite"] if shards_before else []))
         assert tree(out) == new
-    assert number == 13 + 4 * shards_before + (
-        0 if shards_before else 1
-    )  # the list, the dictionary
+    to_move = ["names", *new.keys() - ({"dict.txt"} if shards_before else set())]
+    assert number == len(to_move) + 4 * shards_before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "{pair}", "{pair}", "{pair}"],
+        ["convert", "{pair}", "{pair}", "--to=lazy"],
+        ["reshard", "{pair}", "--shards=2", "--destdir={folder}"],
+        ["verify", "{pair}"],
+    ],
+)
+def test_a_pair_in_whose_place_a_command_was_killed_is_found_again(
+    tmp_path: Path, command: list[str]
+) -> None:
+    """It is what the same command reads when it is given again."""
+    pair = make_recorded(tmp_path / "in")
+    before = contents(pair)
+    arguments = [a.format(pair=pair, folder=tmp_path / "in") for a in command]
+    first = arguments if command[0] != "verify" else ["merge", pair, pair, pair]
+    for number in (2, 4, 8):  # of 9 or more moves: the old files go, the new ones come
+        assert killed_at_move(number, *first, "--overwrite")
+        assert not (tmp_path / "in" / "train.en.idx").exists()
+        if command[0] == "verify":
+            assert run(*arguments) == EXIT_OK
+        else:
+            with pytest.raises(InputError, match="is there already"):
+                run(*arguments)
+        assert contents(pair) == before
 
 
 def test_what_cannot_be_put_back_is_kept_and_said(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import locked, naming, save_array, sync_file
+from xlm_ds.files import locked, make_folder, naming, save_array, sync_file
 from xlm_ds.log import InputError
 from xlm_ds.pair_record import COMPANIONS, KINDS, Counts, describe, write_record
 from xlm_ds.ranks import Ranks, interruptible
@@ -60,7 +60,13 @@ class Source(NamedTuple):
 
 
 def find_source(prefix: Path, dictionary_path: Path | None) -> Source:
-    """Raises InputError if it is no pair, or not the one recorded, or has no dictionary, or another one; OSError."""
+    """Raises InputError if it is no pair, or not the one recorded, or has no dictionary, or another one; OSError.
+
+    If a command that was to replace it was killed on the way, it is put back before.
+    """
+    if (_staging(prefix) / JOURNAL).exists():
+        with _alone_at(prefix):
+            _clear(_staging(prefix), killed=True)
     pair = _core.Pair(prefix)
     record = load_record(prefix)
     for name, value in (("lines", pair.lines), ("tokens", pair.tokens)):
@@ -232,14 +238,11 @@ def new_pairs(
     folder = first.parent
     for prefix in prefixes:
         split_and_language(prefix)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; give a folder for {first.name}")
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = first.with_name(f".{first.name}.new")
-    busy = f"{first}: another program is making this pair; wait for it, or give another name"
+    make_folder(folder)
+    staging = _staging(first)
     try:
-        with locked(first.with_name(f".{first.name}.lock"), busy):  # binarize's too
+        with _alone_at(first):
             _clear(staging, killed=True)
             try:
                 _check_room(prefixes, overwrite)
@@ -254,6 +257,15 @@ def new_pairs(
     finally:
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _staging(first: Path) -> Path:
+    return first.with_name(f".{first.name}.new")
+
+
+def _alone_at(first: Path) -> contextlib.AbstractContextManager[None]:
+    busy = f"{first}: another program is making this pair; wait for it, or give another name"
+    return locked(first.with_name(f".{first.name}.lock"), busy)  # binarize's too
 
 
 def _publish(
@@ -328,7 +340,7 @@ def _undo(staging: Path, names: Sequence[str]) -> None:
         raise OSError(
             error.errno,
             f"{folder / names[-1]}: was not replaced, and what was there before could not be put back "
-            f"({error.strerror}); it is in {old}, and the next command that writes this pair puts it back",
+            f"({error.strerror}); it is in {old}, and the next command with this pair puts it back",
         ) from error
 
 
