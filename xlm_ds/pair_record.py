@@ -7,7 +7,8 @@ is_made_from(OUT / "train.en", made_from)                               # whethe
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import file_sha256, naming
+from xlm_ds.files import copy_file, file_sha256, locked, naming, replacing
+from xlm_ds.log import InputError
 
 # What new text needs to become ids, as prepare or --bpe-codes left it: it travels with the data.
 COMPANIONS = ("codes", "bpe_vocab", "prepare.json")
@@ -75,6 +77,44 @@ def is_made_from(pair: Path, made_from: Mapping[str, Any]) -> bool:
         and record.get("made_from") == made_from
         and record.get("bytes") == sizes
     )
+
+
+@contextmanager
+def sharing_dictionary(
+    folder: Path,
+    dictionary: Dictionary,
+    companions: Path,
+    names: Sequence[str] = COMPANIONS,
+) -> Iterator[None]:
+    """While it lasts no other run writes what the pairs of `folder` share; what was written goes if anything is raised.
+
+    A folder without a dict.txt gets the dictionary, and of `names` what it lacks and the folder `companions` has.
+    Raises: InputError if another dictionary is there; OSError.
+    """
+    with locked(folder / ".dict.txt.lock"), ExitStack() as undo:
+        check_dictionary(folder, dictionary)
+        path = folder / "dict.txt"
+        if not path.exists():
+            for name in names:
+                source, target = companions / name, folder / name
+                if source.is_file() and not target.exists():
+                    undo.callback(target.unlink, missing_ok=True)
+                    copy_file(source, target)
+            undo.callback(path.unlink, missing_ok=True)
+            with replacing(path) as temporary:  # last, as without it the others are looked for
+                dictionary.save(temporary)
+        yield
+        undo.pop_all()
+
+
+def check_dictionary(folder: Path, dictionary: Dictionary) -> None:
+    """Raises InputError if `folder` has another: its pairs would mean other words."""
+    path = folder / "dict.txt"
+    if path.exists() and Dictionary.load(path).sha256 != dictionary.sha256:
+        raise InputError(
+            f"{path}: another dictionary is there already; write to an empty folder, or binarize with this one "
+            f"(--srcdict {path})"
+        )
 
 
 def _sizes(files: Mapping[str, Path]) -> dict[str, int]:

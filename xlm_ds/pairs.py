@@ -23,9 +23,16 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import locked, make_folder, naming, save_array, sync_file
+from xlm_ds.files import locked, make_folder, replacing, save_array, sync_file
 from xlm_ds.log import InputError
-from xlm_ds.pair_record import COMPANIONS, KINDS, Counts, describe, write_record
+from xlm_ds.pair_record import (
+    KINDS,
+    Counts,
+    check_dictionary,
+    describe,
+    sharing_dictionary,
+    write_record,
+)
 from xlm_ds.ranks import Ranks, interruptible
 
 Result = TypeVar("Result")
@@ -246,12 +253,11 @@ def new_pairs(
             _clear(staging, killed=True)
             try:
                 _check_room(prefixes, overwrite)
-                _check_dictionary(folder, dictionary)
+                check_dictionary(folder, dictionary)
                 staging.mkdir()
                 yield [NewPair(prefix, staging) for prefix in prefixes]
-                with locked(folder / ".dict.txt.lock"):
-                    _check_dictionary(folder, dictionary)
-                    _publish(prefixes, dictionary, companions, staging)
+                with sharing_dictionary(folder, dictionary, companions):
+                    _publish(prefixes, staging)
             finally:
                 _clear(staging, killed=False)
     finally:
@@ -268,32 +274,23 @@ def _alone_at(first: Path) -> contextlib.AbstractContextManager[None]:
     return locked(first.with_name(f".{first.name}.lock"), busy)  # binarize's too
 
 
-def _publish(
-    prefixes: Sequence[Path], dictionary: Dictionary, companions: Path, staging: Path
-) -> None:
+def _publish(prefixes: Sequence[Path], staging: Path) -> None:
     """Moves all files from `staging` to the folder it is in. _clear undoes it where it fails or is killed.
 
     Readers find a pair by its .idx, and shards by that of the first: it is the first to go and the last to come.
     """
     folder = staging.parent
-    shared = _stage_shared(dictionary, companions, staging)
     *others, indexes = [[beside(p, kind).name for p in reversed(prefixes)] for kind in KINDS]
     contents = [name for kind in others for name in kind]
     names = [*contents, *indexes]
-    for name in (*shared, *names):
+    for name in names:
         sync_file(staging / name)
     _write_journal(staging, names)
     there = [name for name in reversed(names) if (folder / name).exists()]
-    try:
-        _move(shared, staging, folder)
-        for group in (there[:1], there[1:]):
-            _move(group, folder, staging / OLD)
-        for group in (contents, indexes[:-1], indexes[-1:]):
-            _move(group, staging, folder)
-    except BaseException:
-        for name in shared:
-            (folder / name).unlink(missing_ok=True)
-        raise
+    for group in (there[:1], there[1:]):
+        _move(group, folder, staging / OLD)
+    for group in (contents, indexes[:-1], indexes[-1:]):
+        _move(group, staging, folder)
     (staging / JOURNAL).unlink()
 
 
@@ -306,11 +303,8 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
 
 def _write_journal(staging: Path, names: Sequence[str]) -> None:
     (staging / OLD).mkdir()
-    unfinished = staging / f"{JOURNAL}.tmp"
-    with naming(unfinished):
-        unfinished.write_bytes(os.fsencode("\0".join(names)))
-    sync_file(unfinished)
-    unfinished.replace(staging / JOURNAL)
+    with replacing(staging / JOURNAL) as temporary:
+        temporary.write_bytes(os.fsencode("\0".join(names)))
     sync_file(staging)
 
 
@@ -344,20 +338,6 @@ def _undo(staging: Path, names: Sequence[str]) -> None:
         ) from error
 
 
-def _stage_shared(dictionary: Dictionary, companions: Path, staging: Path) -> list[str]:
-    """Writes to `staging` what the folder it is in lacks beside pairs."""
-    folder = staging.parent
-    if (folder / "dict.txt").exists():
-        return []
-    with naming(staging / "dict.txt"):
-        dictionary.save(staging / "dict.txt")
-    names = [n for n in COMPANIONS if (companions / n).is_file() and not (folder / n).exists()]
-    for name in names:
-        with naming(staging / name):
-            shutil.copyfile(companions / name, staging / name)
-    return [*names, "dict.txt"]  # last, as without it the others are looked for
-
-
 def _check_room(prefixes: Sequence[Path], overwrite: bool) -> None:
     for path in (beside(prefix, kind) for prefix in prefixes for kind in KINDS):
         if path.exists() and not overwrite:
@@ -368,12 +348,6 @@ def _check_room(prefixes: Sequence[Path], overwrite: bool) -> None:
         raise InputError(
             f"{further}: would be read as one more shard of {first.name}; move it away"
         )
-
-
-def _check_dictionary(folder: Path, dictionary: Dictionary) -> None:
-    there = folder / "dict.txt"
-    if there.exists() and load_dictionary(there).sha256 != dictionary.sha256:
-        raise InputError(f"{there}: another dictionary is there already; write to another folder")
 
 
 @contextmanager

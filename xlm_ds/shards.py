@@ -6,8 +6,8 @@
     xlm-ds shards reshard OUT/train.en --shards 8 --destdir SHARDS
     xlm-ds shards convert valid.en.pth OUT/valid.en --to mmap
 
-Pairs are read front to back in pieces and written into a folder beside their place, to which they are moved when everything
-is on disk, an .idx last; a command that fails leaves what was there before. docs/shards.md has the details.
+Pairs are read front to back in pieces and written into a folder beside their place, to which they are moved when all is
+on disk, an .idx last; a command that fails leaves what was there before. docs/shards.md has the details.
 """
 
 import json
