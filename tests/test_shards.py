@@ -865,26 +865,57 @@ def test_the_stage_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["inspect", "{pair}"], EXIT_CLOSED_PIPE),
-        (["verify", "{pair}", "{pair}x"], EXIT_CLOSED_PIPE),
-        (["convert", "{pair}", "{out}"], EXIT_OK),  # only its log is cut short
-        (["convert", "{pair}x", "{out}"], EXIT_BAD_INPUT),
+        (["shards", "inspect", "{pair}"], EXIT_CLOSED_PIPE),
+        (["shards", "verify", "{pair}", "{pair}x"], EXIT_CLOSED_PIPE),
+        (["shards", "convert", "{pair}", "{out}"], EXIT_OK),  # only its log is cut short
+        (["shards", "convert", "{pair}x", "{out}"], EXIT_BAD_INPUT),
+        (
+            [
+                "binarize",
+                "--source-lang=en",
+                "--srcdict={folder}/dict.txt",
+                "--trainpref={folder}/text/train",
+                "--destdir={folder}/out",
+            ],
+            EXIT_OK,
+        ),
     ],
 )
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path, arguments: list[str], code: int) -> None:
-    """As `| head -1` does; here it has left before the first line."""
-    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
-    values = [argument.format(pair=pair, out=out) for argument in arguments]
-    command = [sys.executable, "-u", "-m", "xlm_ds", "shards", *values]
-    for others in (subprocess.PIPE, subprocess.STDOUT):
+    """As `| head -1` does; here it has left before the first line, be that written at once or at the end."""
+    pair, out = make_recorded(tmp_path), tmp_path / "out" / "train.en"
+    values = [argument.format(pair=pair, out=out, folder=tmp_path) for argument in arguments]
+    command = [sys.executable, "-m", "xlm_ds", *values]
+    makes = "inspect" not in arguments and "verify" not in arguments
+    for unbuffered, others in [
+        ("1", subprocess.PIPE),
+        ("", subprocess.PIPE),
+        ("", subprocess.STDOUT),
+    ]:
         shutil.rmtree(out.parent, ignore_errors=True)
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=others) as process:
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=others, env=environment
+        ) as process:
             assert process.stdout is not None
             process.stdout.close()
             said = process.stderr.read().decode() if process.stderr else ""
         assert process.returncode == code
         assert not re.search("roken pipe|Traceback", said)
-        assert out.with_suffix(".en.idx").exists() == ("convert" in arguments and code == EXIT_OK)
+        assert out.with_suffix(".en.idx").exists() == (makes and code == EXIT_OK)
+
+
+def test_output_may_be_closed_from_the_start(tmp_path: Path) -> None:
+    """As for what some daemons and schedulers start."""
+    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
+    command = f"{sys.executable} -m xlm_ds shards merge {out} {pair} >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == EXIT_OK
+    assert contents(out) == contents(pair)
+    command = f"{sys.executable} -m xlm_ds shards verify {pair} {pair}x >&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, check=False, capture_output=True)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert b"cannot open" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_words_that_the_terminal_has_not_are_spelt_out(tmp_path: Path) -> None:

@@ -54,9 +54,11 @@ def run_stage(
 
     Anything else that is raised is a fault of ours and keeps its traceback (exit code 1).
     """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # words that a terminal's code has not are no reason to end
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who has started it, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Words that a terminal's code has not are no reason to end.
         sys.stdout.reconfigure(errors="backslashreplace")
     _log_to(log_to)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,8 +66,9 @@ def run_stage(
     code = EXIT_CLOSED_PIPE
     last_words = ""
     try:
-        code = main(sys.argv[1:])
+        returned = main(sys.argv[1:])
         sys.stdout.flush()
+        code = returned
     except BrokenPipeError:
         pass
     except (InputError, OSError) as error:
@@ -84,7 +87,12 @@ def _end_output(last_words: str) -> None:
             stream.write(text)
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _drop_output(stream)
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Also what is still in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def add_log_file(path: Path) -> None:
@@ -115,6 +123,7 @@ class _Console(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             logger.removeHandler(self)
+            _drop_output(self.stream)
         else:
             super().handleError(record)
 
