@@ -44,9 +44,13 @@ def programs(sanitizers: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_core_is_sanitized(sanitizers: str) -> None:
+def test_the_core_is_sanitized(sanitizers: str, programs: Path) -> None:
+    """CMake only warns of a -D that it does not know."""
     if not sanitizers:
         pytest.skip(f"the compiler has no -fsanitize={SANITIZERS}: the core's tests run without")
+    program = (programs / "core_tests").read_bytes()
+    assert b"__asan_init" in program
+    assert b"__ubsan_handle" in program
 
 
 def test_core_program_passes(programs: Path) -> None:
