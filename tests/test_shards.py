@@ -27,7 +27,7 @@ from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import locked
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_CLOSED_PIPE, EXIT_OK, InputError
-from xlm_ds.pairs import PAIR_FIELDS
+from xlm_ds.pair_record import PAIR_FIELDS
 
 ROOT = Path(__file__).parent.parent
 LINES = [[5, 6, 2], [2], [7, 3, 5, 2]]

@@ -8,7 +8,6 @@ with new_pairs([Path("NEW/train.en")], source.dictionary, Path("OUT"), overwrite
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -28,8 +27,10 @@ from xlm_ds.log import InputError
 from xlm_ds.pair_record import (
     KINDS,
     Counts,
+    beside,
     check_dictionary,
     describe,
+    load_record,
     sharing_dictionary,
     write_record,
 )
@@ -41,14 +42,6 @@ SUFFIXES = ("idx", "bin")
 
 # In the folder in which pairs are written: the names they get, in this order; the files that had these names before.
 JOURNAL, OLD = "names", "old"
-
-# Of every record; what else is in one is kept in the made_from of what is made of its pair.
-PAIR_FIELDS: dict[str, type] = {
-    **{"language": str, "split": str, "lines": int, "tokens": int, "unknown": int, "blank": int},
-    **{"literal_specials": int, "unigram_entropy_bits": float, "dictionary_sha256": str},
-    "sha256": dict,
-}
-
 
 # ------------------------------------------------------------------------------------ pairs on disk
 
@@ -97,10 +90,6 @@ def dictionary_of(
             f"{dictionary.sha256}; give the one it was made with (--dict)"
         )
     return path, dictionary
-
-
-def beside(prefix: Path, kind: str) -> Path:
-    return prefix.with_name(f"{prefix.name}.{kind}")
 
 
 def split_and_language(prefix: Path) -> tuple[str, str]:
@@ -156,33 +145,6 @@ def load_dictionary(path: Path) -> Dictionary:
 @cache
 def _load_dictionary(path: Path, _size: int, _mtime_ns: int) -> Dictionary:
     return Dictionary.load(path)
-
-
-def load_record(prefix: Path) -> dict[str, Any] | None:
-    """What PREFIX.json says, None without one. Raises InputError if it is none; OSError."""
-    path = beside(prefix, "json")
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fields: dict[str, Any] = {name: record[name] for name in PAIR_FIELDS}
-        fields["shard"], fields["shards"] = place_of(record)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
-    for name, value in fields.items():
-        kind = PAIR_FIELDS.get(name, int)
-        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):
-            raise InputError(f"{path}: {name} is {value!r:.60}; binarize again")
-    if fields["shard"] >= fields["shards"]:
-        raise InputError(
-            f"{path}: is of shard {fields['shard']} of {fields['shards']}, which start at 0; reshard again"
-        )
-    return dict(record)
-
-
-def place_of(record: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """Which of how many shards a pair is, by its record: 0 of 1 if it is a whole text, or has no record."""
-    return (0, 1) if record is None else (record.get("shard", 0), record.get("shards", 1))
 
 
 # ------------------------------------------------------------------------------------ writing pairs
