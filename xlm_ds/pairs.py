@@ -107,7 +107,7 @@ def find_pairs(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            names = {p.with_suffix("") for p in path.iterdir() if p.suffix in (".idx", ".bin")}
+            names = {p.with_suffix("") for p in path.iterdir() if p.suffix[1:] in SUFFIXES}
             pairs = sorted(name for name in names if not name.name.startswith("."))
             if not pairs:
                 raise InputError(f"{path}: there is no .bin/.idx pair in this folder")
@@ -302,7 +302,7 @@ def _undo(staging: Path, names: Sequence[str]) -> None:
 
 def _check_room(prefixes: Sequence[Path], overwrite: bool) -> None:
     for path in (beside(prefix, kind) for prefix in prefixes for kind in KINDS):
-        if path.exists() and not overwrite:
+        if not overwrite and path.exists():
             raise InputError(f"{path}: is there already; give another name, or --overwrite")
     first = prefixes[0]
     further = beside(first.with_name(f"{first.name}{len(prefixes)}"), "idx")
