@@ -76,7 +76,8 @@ def run_stage(
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         code, last_words = EXIT_INTERRUPTED, "interrupted"
-    _end_output(f"{stage}: {last_words}\n" if last_words else "")
+    finally:  # also of --help, which ends by SystemExit
+        _end_output(f"{stage}: {last_words}\n" if last_words else "")
     return code
 
 
