@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = "address,undefined"
+pytestmark = pytest.mark.timeout(900)  # a minute's build on two free cores
 
 
 @pytest.fixture(scope="module")
