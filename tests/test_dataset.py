@@ -246,9 +246,15 @@ def test_dictionary_is_joint_or_the_same_for_all(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ side files
 
 
+def record_with(**changes: object) -> bytes:
+    """The record of train.ar of LINES."""
+    record = {"language": "ar", "split": "train", "lines": 3, "tokens": 8, "unknown": 0, "blank": 1}
+    record |= {"literal_specials": 0, "unigram_entropy_bits": 2.4, "dictionary_sha256": SHA256}
+    return json.dumps(record | {"sha256": {}} | changes).encode()
+
+
 def write_record(folder: Path, **changes: object) -> None:
-    record = {"language": "ar", "split": "train", "tokens": 8, "dictionary_sha256": SHA256}
-    (folder / "train.ar.json").write_text(json.dumps(record | changes), encoding="utf-8")
+    (folder / "train.ar.json").write_bytes(record_with(**changes))
 
 
 def test_counts_are_read_or_counted(tmp_path: Path) -> None:
@@ -324,13 +330,8 @@ def as_npy(counts: np.ndarray) -> bytes:
         ("train.ar.json", b'{"tokens": 8}', "not the record"),
         ("train.ar.json", b"\xff", "not the record"),
         ("train.ar.json", b"[" * 100_000, "not the record"),
-        (
-            "train.ar.json",
-            json.dumps(
-                {"language": "ar", "split": "train", "tokens": 7, "dictionary_sha256": SHA256}
-            ).encode(),
-            r"says 7 tokens, but the \.bin beside it has 8",
-        ),
+        ("train.ar.json", record_with(tokens=7), r"says 7 tokens, but the \.bin beside it has 8"),
+        ("train.ar.json", record_with(tokens="8"), "tokens is '8'; binarize again"),
         (
             "train.ar.counts.npy",
             as_npy(np.ones(19, np.uint64)),

@@ -27,7 +27,7 @@ from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import locked
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_CLOSED_PIPE, EXIT_OK, InputError
-from xlm_ds.pairs import PAIR_FIELDS
+from xlm_ds.pair_record import PAIR_FIELDS
 
 ROOT = Path(__file__).parent.parent
 LINES = [[5, 6, 2], [2], [7, 3, 5, 2]]
@@ -222,7 +222,8 @@ def test_a_lost_shard_is_missed_and_a_further_one_refused(
 def test_shards_are_merged_all_and_in_order(
     tmp_path: Path, names: list[str], expected: str
 ) -> None:
-    pair, other = make_recorded(tmp_path / "in"), make_recorded(tmp_path / "in", "train.de")
+    pair = make_recorded(tmp_path / "in")
+    make_recorded(tmp_path / "in", "train.de")
     run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "a")
     change_record(tmp_path / "in", flavour="of another text")
     run("reshard", pair, "--shards", 3, "--destdir", tmp_path / "b")
@@ -231,7 +232,6 @@ def test_shards_are_merged_all_and_in_order(
     assert not (tmp_path / "out").exists()
     all_of_a = [tmp_path / "a" / f"train.en{k or ''}" for k in range(3)]
     assert run("merge", tmp_path / "out" / "train.en", pair, *all_of_a, *all_of_a) == EXIT_OK
-    assert other.name == "train.de"
 
 
 def test_more_pairs_are_merged_than_files_may_be_open(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
         (["merge", "{out}/train.en"], "PAIRS is missing"),
         (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
         (["convert", "{pair}", "{out}/train.bin"], "a pair's name is SPLIT.LANG"),
-        (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: is a file; give"),
+        (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: a file is where"),
         (["merge", "{out}/train.en", "{folder}"], "is a folder; name a pair in it"),
         (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
         (["inspect", "{pair}", "--lines", "a:b"], "give A:B"),
@@ -436,9 +436,36 @@ def test_what_was_killed_at_any_move_is_undone_and_goes_on(
             assert tree(out) == before
         run(*command, *(["--overwrite"] if shards_before else []))
         assert tree(out) == new
-    assert number == 13 + 4 * shards_before + (
-        0 if shards_before else 1
-    )  # the list, the dictionary
+    to_move = ["names", *new.keys() - ({"dict.txt"} if shards_before else set())]
+    assert number == len(to_move) + 4 * shards_before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "{pair}", "{pair}", "{pair}"],
+        ["convert", "{pair}", "{pair}", "--to=lazy"],
+        ["reshard", "{pair}", "--shards=2", "--destdir={folder}"],
+        ["verify", "{pair}"],
+    ],
+)
+def test_a_pair_in_whose_place_a_command_was_killed_is_found_again(
+    tmp_path: Path, command: list[str]
+) -> None:
+    """It is what the same command reads when it is given again."""
+    pair = make_recorded(tmp_path / "in")
+    before = contents(pair)
+    arguments = [a.format(pair=pair, folder=tmp_path / "in") for a in command]
+    first = arguments if command[0] != "verify" else ["merge", pair, pair, pair]
+    for number in (2, 4, 8):  # of 9 or more moves: the old files go, the new ones come
+        assert killed_at_move(number, *first, "--overwrite")
+        assert not (tmp_path / "in" / "train.en.idx").exists()
+        if command[0] == "verify":
+            assert run(*arguments) == EXIT_OK
+        else:
+            with pytest.raises(InputError, match="is there already"):
+                run(*arguments)
+        assert contents(pair) == before
 
 
 def test_what_cannot_be_put_back_is_kept_and_said(
@@ -838,26 +865,58 @@ def test_the_stage_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["inspect", "{pair}"], EXIT_CLOSED_PIPE),
-        (["verify", "{pair}", "{pair}x"], EXIT_CLOSED_PIPE),
-        (["convert", "{pair}", "{out}"], EXIT_OK),  # only its log is cut short
-        (["convert", "{pair}x", "{out}"], EXIT_BAD_INPUT),
+        (["shards", "merge", "--help"], EXIT_OK),
+        (["shards", "inspect", "{pair}"], EXIT_CLOSED_PIPE),
+        (["shards", "verify", "{pair}", "{pair}x"], EXIT_CLOSED_PIPE),
+        (["shards", "convert", "{pair}", "{out}"], EXIT_OK),  # only its log is cut short
+        (["shards", "convert", "{pair}x", "{out}"], EXIT_BAD_INPUT),
+        (
+            [
+                "binarize",
+                "--source-lang=en",
+                "--srcdict={folder}/dict.txt",
+                "--trainpref={folder}/text/train",
+                "--destdir={folder}/out",
+            ],
+            EXIT_OK,
+        ),
     ],
 )
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path, arguments: list[str], code: int) -> None:
-    """As `| head -1` does; here it has left before the first line."""
-    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
-    values = [argument.format(pair=pair, out=out) for argument in arguments]
-    command = [sys.executable, "-u", "-m", "xlm_ds", "shards", *values]
-    for others in (subprocess.PIPE, subprocess.STDOUT):
+    """As `| head -1` does; here it has left before the first line, be that written at once or at the end."""
+    pair, out = make_recorded(tmp_path), tmp_path / "out" / "train.en"
+    values = [argument.format(pair=pair, out=out, folder=tmp_path) for argument in arguments]
+    command = [sys.executable, "-m", "xlm_ds", *values]
+    makes = arguments[0] == "binarize" or "convert" in arguments
+    for unbuffered, others in [
+        ("1", subprocess.PIPE),
+        ("", subprocess.PIPE),
+        ("", subprocess.STDOUT),
+    ]:
         shutil.rmtree(out.parent, ignore_errors=True)
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=others) as process:
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=others, env=environment
+        ) as process:
             assert process.stdout is not None
             process.stdout.close()
             said = process.stderr.read().decode() if process.stderr else ""
         assert process.returncode == code
         assert not re.search("roken pipe|Traceback", said)
-        assert out.with_suffix(".en.idx").exists() == ("convert" in arguments and code == EXIT_OK)
+        assert out.with_suffix(".en.idx").exists() == (makes and code == EXIT_OK)
+
+
+def test_output_may_be_closed_from_the_start(tmp_path: Path) -> None:
+    """As for what some daemons and schedulers start."""
+    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
+    command = f"{sys.executable} -m xlm_ds shards merge {out} {pair} >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == EXIT_OK
+    assert contents(out) == contents(pair)
+    command = f"{sys.executable} -m xlm_ds shards verify {pair} {pair}x >&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, check=False, capture_output=True)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert b"cannot open" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_words_that_the_terminal_has_not_are_spelt_out(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from xlm_ds.pair_record import (
     Counts,
     describe,
     is_made_from,
+    sharing_dictionary,
     write_record,
 )
 from xlm_ds.ranks import Ranks, interruptible, started_ranks
@@ -250,36 +251,12 @@ def start_folder(
     """Makes OUT, its log, OUT/dict.txt and its companions. Raises InputError if others are there."""
     make_folder(config.destdir)
     add_log_file(config.destdir / "preprocess.log")
+    companions = (config.srcdict or config.destdir / "dict.txt").parent  # none to copy then
+    names = COMPANIONS if config.bpe_codes is None else ("prepare.json",)
     # The recipe's loop over languages may run in parallel: they must not write the same file.
-    with locked(config.destdir / ".dict.txt.lock"):
-        write_dictionary(config, dictionary)
+    with sharing_dictionary(config.destdir, dictionary, companions, names):
         if config.bpe_codes is not None:
             write_bpe(config, bpe_sha256)
-
-
-def write_dictionary(config: BinarizeConfig, dictionary: Dictionary) -> None:
-    path = config.destdir / "dict.txt"
-    if path.exists():
-        # Its pairs would mean other words.
-        if Dictionary.load(path).sha256 != dictionary.sha256:
-            raise InputError(
-                f"{path}: another dictionary is there already; binarize into an empty --destdir, "
-                f"or use this one with --srcdict {path}"
-            )
-        return
-    if config.srcdict is not None:
-        for name in COMPANIONS if config.bpe_codes is None else ("prepare.json",):
-            here = config.srcdict.parent / name
-            if here.is_file() and not (config.destdir / name).exists():
-                copy_file(here, config.destdir / name)
-    temporary = path.with_name(".dict.txt.tmp")
-    try:
-        with naming(temporary):
-            dictionary.save(temporary)
-        sync_file(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_bpe(config: BinarizeConfig, sha256: Mapping[str, str]) -> None:

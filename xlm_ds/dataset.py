@@ -9,7 +9,6 @@ SPLIT.LG.json and SPLIT.LG.counts.npy (docs/formats.md). Opening is O(1) whateve
 complete and complete_doc, which walk over all lines and keep 8 bytes a block.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from xlm_ds import _core
 from xlm_ds.files import load_counts
 from xlm_ds.log import InputError
+from xlm_ds.pair_record import beside, load_record, place_of
 
 _BREAK_MODES = {
     "none": _core.BreakMode.none,
@@ -67,7 +67,7 @@ class TokenDataset:
 
         Raises: InputError if the counts are not of this .bin, or it has an id beyond the dictionary.
         """
-        path = _beside(self.prefix, ".counts.npy")
+        path = beside(self.prefix, "counts.npy")
         if not path.exists():
             return _core.Pair(self.prefix).count_ids(self.vocab_size, _core.Progress())
         counts = load_counts(path, self.vocab_size)
@@ -108,7 +108,7 @@ def open_split(
                 f"{prefix}.bin: has no block in break mode {break_mode}, which leaves out lines of one token, "
                 f"and there are no others; use another break mode, or leave {language} out"
             )
-        _check_record(_beside(prefix, ".json"), split, language, core.tokens, dictionary_sha256)
+        _check_record(prefix, split, language, core.tokens, dictionary_sha256)
         datasets.append(
             TokenDataset(
                 language=language,
@@ -154,10 +154,6 @@ def dictionary_path(folder: Path, languages: Sequence[str]) -> Path:
     return paths[0]
 
 
-def _beside(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)
-
-
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(
@@ -169,13 +165,14 @@ def _find_pair(folder: Path, split: str, language: str) -> Path:
     _check_folder(folder)
     prefixes = [folder / f"{split}.{language}", folder / f"{split}.{language}-None.{language}"]
     for prefix in prefixes:
-        has_index, has_data = (_beside(prefix, suffix).exists() for suffix in (".idx", ".bin"))
+        has_index, has_data = (beside(prefix, kind).exists() for kind in ("idx", "bin"))
         if has_index and has_data:
             return prefix
         if has_index or has_data:
             found, lost = (".idx", ".bin") if has_index else (".bin", ".idx")
             raise InputError(
-                f"{prefix}{found}: the {lost} that belongs to it is missing; binarize again"
+                f"{prefix}{found}: the {lost} that belongs to it is missing; binarize again, or, if an xlm-ds shards "
+                "command was killed here, give it again"
             )
     there = languages_in(folder, split)
     raise InputError(
@@ -184,18 +181,15 @@ def _find_pair(folder: Path, split: str, language: str) -> Path:
 
 
 def _check_record(
-    path: Path, split: str, language: str, tokens: int, dictionary_sha256: str
+    prefix: Path, split: str, language: str, tokens: int, dictionary_sha256: str
 ) -> None:
     """Compares what binarize wrote down about a pair, if it did, with what is there."""
-    if not path.exists():
+    record = load_record(prefix)
+    if record is None:
         return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        recorded_tokens, recorded_sha256 = record["tokens"], record["dictionary_sha256"]
-        named = f"{record['split']}.{record['language']}"
-        shards = record.get("shards", 1)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
+    path = beside(prefix, "json")
+    named = f"{record['split']}.{record['language']}"
+    _, shards = place_of(record)
     if shards != 1:
         raise InputError(
             f"{path}: the pair is one of {shards} shards of {named}, and the others would be left out; join them with "
@@ -205,12 +199,12 @@ def _check_record(
         raise InputError(
             f"{path}: was written for {named}, so the files beside it are not {split}.{language}; binarize again"
         )
-    if recorded_sha256 != dictionary_sha256:
+    if record["dictionary_sha256"] != dictionary_sha256:
         raise InputError(
-            f"{path}: the file was made with the dictionary of SHA-256 {recorded_sha256}, but the one given has "
-            f"{dictionary_sha256}; give the dictionary it was made with, or binarize again"
+            f"{path}: the file was made with the dictionary of SHA-256 {record['dictionary_sha256']:.64}, but the one "
+            f"given has {dictionary_sha256}; give the dictionary it was made with, or binarize again"
         )
-    if recorded_tokens != tokens:
+    if record["tokens"] != tokens:
         raise InputError(
-            f"{path}: says {recorded_tokens} tokens, but the .bin beside it has {tokens}; binarize again"
+            f"{path}: says {record['tokens']} tokens, but the .bin beside it has {tokens}; binarize again"
         )

@@ -42,6 +42,7 @@ from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
 from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
+from xlm_ds.files import replacing
 from xlm_ds.metrics import BITS_PER_NAT
 from xlm_ds.model import XlmEncoder
 from xlm_ds.order import evaluation_samples
@@ -254,9 +255,9 @@ def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> N
         "seed": config.seed,
         "scores": [{**s._asdict(), "below_unigram": s.below_unigram} for s in scores],
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -87,16 +87,25 @@ def load_counts(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return np.frombuffer(content, np.uint64, offset=len(expected))
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file as a whole: under another name first, which is no other process's while a lock is held."""
-    temporary = target.with_name(f".{target.name}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name under which to write a file, which is called `path` only when it is whole and on disk.
+
+    The name is no other process's while a lock is held.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with naming(temporary):
-            shutil.copyfile(source, temporary)
+            yield temporary
         sync_file(temporary)
-        temporary.replace(target)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def read_lines(path: Path) -> Iterator[list[str]]:
@@ -152,9 +161,8 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
 
 def _lock_handle(path: Path, busy: str | None) -> int:
     while True:
-        handle = os.open(
-            path, os.O_RDWR | os.O_CREAT, 0o666
-        )  # NFS locks only what is open to write
+        # To write, as NFS locks nothing else.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Who held it before may have removed the file since it was opened here, and others made it again.

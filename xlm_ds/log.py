@@ -61,9 +61,11 @@ def run_stage(
 
     Anything else that is raised is a fault of ours and keeps its traceback (exit code 1).
     """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # words that a terminal's code has not are no reason to end
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who has started it, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Words that a terminal's code has not are no reason to end.
         sys.stdout.reconfigure(errors="backslashreplace")
     _log_to(log_to)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,8 +73,9 @@ def run_stage(
     code = EXIT_CLOSED_PIPE
     last_words = ""
     try:
-        code = main(sys.argv[1:])
+        returned = main(sys.argv[1:])
         sys.stdout.flush()
+        code = returned
     except BrokenPipeError:
         pass
     except (InputError, OSError) as error:
@@ -82,7 +85,8 @@ def run_stage(
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         code, last_words = EXIT_INTERRUPTED, "interrupted"
-    _end_output(f"{stage}: {last_words}\n" if last_words else "")
+    finally:  # also of --help, which ends by SystemExit
+        _end_output(f"{stage}: {last_words}\n" if last_words else "")
     return code
 
 
@@ -93,7 +97,12 @@ def _end_output(last_words: str) -> None:
             stream.write(text)
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _drop_output(stream)
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Also what is still in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def add_log_file(path: Path) -> None:
@@ -124,6 +133,7 @@ class _Console(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             logger.removeHandler(self)
+            _drop_output(self.stream)
         else:
             super().handleError(record)
 

@@ -8,7 +8,6 @@ with new_pairs([Path("NEW/train.en")], source.dictionary, Path("OUT"), overwrite
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -23,9 +22,18 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import locked, naming, save_array, sync_file
+from xlm_ds.files import locked, make_folder, replacing, save_array, sync_file
 from xlm_ds.log import InputError
-from xlm_ds.pair_record import COMPANIONS, KINDS, Counts, describe, write_record
+from xlm_ds.pair_record import (
+    KINDS,
+    Counts,
+    beside,
+    check_dictionary,
+    describe,
+    load_record,
+    sharing_dictionary,
+    write_record,
+)
 from xlm_ds.ranks import Ranks, interruptible
 
 Result = TypeVar("Result")
@@ -34,14 +42,6 @@ SUFFIXES = ("idx", "bin")
 
 # In the folder in which pairs are written: the names they get, in this order; the files that had these names before.
 JOURNAL, OLD = "names", "old"
-
-# Of every record; what else is in one is kept in the made_from of what is made of its pair.
-PAIR_FIELDS: dict[str, type] = {
-    **{"language": str, "split": str, "lines": int, "tokens": int, "unknown": int, "blank": int},
-    **{"literal_specials": int, "unigram_entropy_bits": float, "dictionary_sha256": str},
-    "sha256": dict,
-}
-
 
 # ------------------------------------------------------------------------------------ pairs on disk
 
@@ -60,7 +60,13 @@ class Source(NamedTuple):
 
 
 def find_source(prefix: Path, dictionary_path: Path | None) -> Source:
-    """Raises InputError if it is no pair, or not the one recorded, or has no dictionary, or another one; OSError."""
+    """Raises InputError if it is no pair, or not the one recorded, or has no dictionary, or another one; OSError.
+
+    If a command that was to replace it was killed on the way, it is put back before.
+    """
+    if (_staging(prefix) / JOURNAL).exists():
+        with _alone_at(prefix):
+            _clear(_staging(prefix), killed=True)
     pair = _core.Pair(prefix)
     record = load_record(prefix)
     for name, value in (("lines", pair.lines), ("tokens", pair.tokens)):
@@ -86,10 +92,6 @@ def dictionary_of(
     return path, dictionary
 
 
-def beside(prefix: Path, kind: str) -> Path:
-    return prefix.with_name(f"{prefix.name}.{kind}")
-
-
 def split_and_language(prefix: Path) -> tuple[str, str]:
     """Of SPLIT.LG, or of fairseq's SPLIT.LG-None.LG."""
     match = re.fullmatch(r"(?P<split>[^.]+)\.(?P<lang>[^.]+?)(-None\.(?P=lang))?", prefix.name)
@@ -105,7 +107,7 @@ def find_pairs(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            names = {p.with_suffix("") for p in path.iterdir() if p.suffix in (".idx", ".bin")}
+            names = {p.with_suffix("") for p in path.iterdir() if p.suffix[1:] in SUFFIXES}
             pairs = sorted(name for name in names if not name.name.startswith("."))
             if not pairs:
                 raise InputError(f"{path}: there is no .bin/.idx pair in this folder")
@@ -143,33 +145,6 @@ def load_dictionary(path: Path) -> Dictionary:
 @cache
 def _load_dictionary(path: Path, _size: int, _mtime_ns: int) -> Dictionary:
     return Dictionary.load(path)
-
-
-def load_record(prefix: Path) -> dict[str, Any] | None:
-    """What PREFIX.json says, None without one. Raises InputError if it is none; OSError."""
-    path = beside(prefix, "json")
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fields: dict[str, Any] = {name: record[name] for name in PAIR_FIELDS}
-        fields["shard"], fields["shards"] = place_of(record)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the record of a binarized file; binarize again") from error
-    for name, value in fields.items():
-        kind = PAIR_FIELDS.get(name, int)
-        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):
-            raise InputError(f"{path}: {name} is {value!r:.60}; binarize again")
-    if fields["shard"] >= fields["shards"]:
-        raise InputError(
-            f"{path}: is of shard {fields['shard']} of {fields['shards']}, which start at 0; reshard again"
-        )
-    return dict(record)
-
-
-def place_of(record: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """Which of how many shards a pair is, by its record: 0 of 1 if it is a whole text, or has no record."""
-    return (0, 1) if record is None else (record.get("shard", 0), record.get("shards", 1))
 
 
 # ------------------------------------------------------------------------------------ writing pairs
@@ -232,23 +207,19 @@ def new_pairs(
     folder = first.parent
     for prefix in prefixes:
         split_and_language(prefix)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; give a folder for {first.name}")
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = first.with_name(f".{first.name}.new")
-    busy = f"{first}: another program is making this pair; wait for it, or give another name"
+    make_folder(folder)
+    staging = _staging(first)
     try:
-        with locked(first.with_name(f".{first.name}.lock"), busy):  # binarize's too
+        with _alone_at(first):
             _clear(staging, killed=True)
             try:
                 _check_room(prefixes, overwrite)
-                _check_dictionary(folder, dictionary)
+                check_dictionary(folder, dictionary)
                 staging.mkdir()
                 yield [NewPair(prefix, staging) for prefix in prefixes]
-                with locked(folder / ".dict.txt.lock"):
-                    _check_dictionary(folder, dictionary)
-                    _publish(prefixes, dictionary, companions, staging)
+                with sharing_dictionary(folder, dictionary, companions):
+                    _publish(prefixes, staging)
             finally:
                 _clear(staging, killed=False)
     finally:
@@ -256,32 +227,32 @@ def new_pairs(
             folder.rmdir()
 
 
-def _publish(
-    prefixes: Sequence[Path], dictionary: Dictionary, companions: Path, staging: Path
-) -> None:
+def _staging(first: Path) -> Path:
+    return first.with_name(f".{first.name}.new")
+
+
+def _alone_at(first: Path) -> contextlib.AbstractContextManager[None]:
+    busy = f"{first}: another program is making this pair; wait for it, or give another name"
+    return locked(first.with_name(f".{first.name}.lock"), busy)  # binarize's too
+
+
+def _publish(prefixes: Sequence[Path], staging: Path) -> None:
     """Moves all files from `staging` to the folder it is in. _clear undoes it where it fails or is killed.
 
     Readers find a pair by its .idx, and shards by that of the first: it is the first to go and the last to come.
     """
     folder = staging.parent
-    shared = _stage_shared(dictionary, companions, staging)
     *others, indexes = [[beside(p, kind).name for p in reversed(prefixes)] for kind in KINDS]
     contents = [name for kind in others for name in kind]
     names = [*contents, *indexes]
-    for name in (*shared, *names):
+    for name in names:
         sync_file(staging / name)
     _write_journal(staging, names)
     there = [name for name in reversed(names) if (folder / name).exists()]
-    try:
-        _move(shared, staging, folder)
-        for group in (there[:1], there[1:]):
-            _move(group, folder, staging / OLD)
-        for group in (contents, indexes[:-1], indexes[-1:]):
-            _move(group, staging, folder)
-    except BaseException:
-        for name in shared:
-            (folder / name).unlink(missing_ok=True)
-        raise
+    for group in (there[:1], there[1:]):
+        _move(group, folder, staging / OLD)
+    for group in (contents, indexes[:-1], indexes[-1:]):
+        _move(group, staging, folder)
     (staging / JOURNAL).unlink()
 
 
@@ -294,11 +265,8 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
 
 def _write_journal(staging: Path, names: Sequence[str]) -> None:
     (staging / OLD).mkdir()
-    unfinished = staging / f"{JOURNAL}.tmp"
-    with naming(unfinished):
-        unfinished.write_bytes(os.fsencode("\0".join(names)))
-    sync_file(unfinished)
-    unfinished.replace(staging / JOURNAL)
+    with replacing(staging / JOURNAL) as temporary:
+        temporary.write_bytes(os.fsencode("\0".join(names)))
     sync_file(staging)
 
 
@@ -328,27 +296,13 @@ def _undo(staging: Path, names: Sequence[str]) -> None:
         raise OSError(
             error.errno,
             f"{folder / names[-1]}: was not replaced, and what was there before could not be put back "
-            f"({error.strerror}); it is in {old}, and the next command that writes this pair puts it back",
+            f"({error.strerror}); it is in {old}, and the next command with this pair puts it back",
         ) from error
-
-
-def _stage_shared(dictionary: Dictionary, companions: Path, staging: Path) -> list[str]:
-    """Writes to `staging` what the folder it is in lacks beside pairs."""
-    folder = staging.parent
-    if (folder / "dict.txt").exists():
-        return []
-    with naming(staging / "dict.txt"):
-        dictionary.save(staging / "dict.txt")
-    names = [n for n in COMPANIONS if (companions / n).is_file() and not (folder / n).exists()]
-    for name in names:
-        with naming(staging / name):
-            shutil.copyfile(companions / name, staging / name)
-    return [*names, "dict.txt"]  # last, as without it the others are looked for
 
 
 def _check_room(prefixes: Sequence[Path], overwrite: bool) -> None:
     for path in (beside(prefix, kind) for prefix in prefixes for kind in KINDS):
-        if path.exists() and not overwrite:
+        if not overwrite and path.exists():
             raise InputError(f"{path}: is there already; give another name, or --overwrite")
     first = prefixes[0]
     further = beside(first.with_name(f"{first.name}{len(prefixes)}"), "idx")
@@ -356,12 +310,6 @@ def _check_room(prefixes: Sequence[Path], overwrite: bool) -> None:
         raise InputError(
             f"{further}: would be read as one more shard of {first.name}; move it away"
         )
-
-
-def _check_dictionary(folder: Path, dictionary: Dictionary) -> None:
-    there = folder / "dict.txt"
-    if there.exists() and load_dictionary(there).sha256 != dictionary.sha256:
-        raise InputError(f"{there}: another dictionary is there already; write to another folder")
 
 
 @contextmanager

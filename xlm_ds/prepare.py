@@ -244,9 +244,8 @@ def _workers(count: int) -> Iterator[InOrder]:
 
 
 def _start_worker() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes; the first one decides
+    # Ctrl-C reaches all processes; the first one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from xlm_ds.config import PrepareConfig
-from xlm_ds.files import file_sha256, naming, sync_file
+from xlm_ds.files import file_sha256, replacing, sync_file
 from xlm_ds.log import InputError
 from xlm_ds.merges import load_bpe
 from xlm_ds.tokenisation import tokenisation_of
@@ -79,14 +79,9 @@ class Record:
         temporary.replace(self.path(name))
 
     def save(self) -> None:
-        temporary = self.temporary(RECORD)
         text = json.dumps(self._content, indent=1, ensure_ascii=False, sort_keys=True)
-        try:
-            with naming(temporary):
-                temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path(RECORD))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.path(RECORD)) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def open_record(config: PrepareConfig, sources: Sources) -> Record:

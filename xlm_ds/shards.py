@@ -6,8 +6,8 @@
     xlm-ds shards reshard OUT/train.en --shards 8 --destdir SHARDS
     xlm-ds shards convert valid.en.pth OUT/valid.en --to mmap
 
-Pairs are read front to back in pieces and written under temporary names, which become the final ones when everything is
-on disk, an .idx last; nothing is left of a command that fails. docs/shards.md has the details.
+Pairs are read front to back in pieces and written into a folder beside their place, to which they are moved when all is
+on disk, an .idx last; a command that fails leaves what was there before. docs/shards.md has the details.
 """
 
 import json
@@ -35,19 +35,15 @@ from xlm_ds.dictionary import BOS, EOS, MASK, PAD, SPECIAL_SYMBOLS, UNK, Diction
 from xlm_ds.files import file_sha256, load_counts
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, logger, run_stage, sentence_of
-from xlm_ds.pair_record import entropy_bits
+from xlm_ds.pair_record import PAIR_FIELDS, beside, entropy_bits, load_record, place_of
 from xlm_ds.pairs import (
-    PAIR_FIELDS,
     Source,
-    beside,
     bin_bytes,
     dictionary_of,
     find_pairs,
     find_source,
     load_dictionary,
-    load_record,
     new_pairs,
-    place_of,
     progress_bar,
     run_core,
     split_and_language,
