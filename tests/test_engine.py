@@ -140,7 +140,7 @@ def test_state_continues_bit_equal_where_nothing_changes(saved: str, ranks: Rank
         for name, parameter in model.named_parameters():
             parameter.copy_(state[name]["weight"])
     resumed = Engine(model, settings_of(saved, stage), ranks)
-    resumed.load_state(state, update=3, warm_up_batch=random_batch(99))
+    resumed.load_state(state, update=3, samples=3 * ROWS, warm_up_batch=random_batch(99))
     assert engine_losses(resumed, range(3, 6)) == engine_losses(engine, range(3, 6))
 
 

@@ -51,6 +51,7 @@ from xlm_ds.architectures import (
     init_output_bias,
     shape_from_config,
     unigram_log_probabilities,
+    useful_flops_per_token,
 )
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.checkpoint import BEST, LAST, Progress
@@ -68,6 +69,7 @@ from xlm_ds.dictionary import PAD
 from xlm_ds.engine import (
     Engine,
     Ranks,
+    collectives_timed,
     default_deepspeed_config,
     read_deepspeed_config,
     resolve_deepspeed_config,
@@ -76,8 +78,15 @@ from xlm_ds.engine import (
 )
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in
-from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
-from xlm_ds.model import parameter_count
+from xlm_ds.metrics import (
+    LossMeter,
+    RunLog,
+    Stopwatch,
+    UnigramWatch,
+    loss_figures,
+    unigram_levels,
+)
+from xlm_ds.model import ModelShape, parameter_count
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.schedule import (
     check_schedule,
@@ -99,13 +108,32 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     config = with_languages(dataclasses.replace(config, data=data), corpus.languages)
     if ranks.rank == 0:
         add_log_file(run.save_dir / "train.log")
-    engine, progress = build_engine(config, corpus, geometry, ranks)
-    meter, stopwatch = LossMeter(len(corpus.languages), ranks.device), Stopwatch()
+    shape = shape_from_config(
+        config.model,
+        vocab_size=len(corpus.dictionary),
+        languages=len(corpus.languages),
+        tokens_per_sample=data.tokens_per_sample,
+    )
+    engine, progress = build_engine(config, corpus, geometry, shape, ranks)
     epoch_samples = corpus.order.epoch_samples
+    batch_tokens = geometry.batch * data.tokens_per_sample
+    meter, levels = LossMeter(len(corpus.languages), ranks.device), unigram_levels(corpus.train)
+    watch = UnigramWatch(levels, optimization, batch_tokens)
+    stopwatch = Stopwatch(ranks.device, ranks.world_size)
+
+    def flops_per_token() -> float:
+        ratio = corpus.mask_ratio.at(progress.samples)
+        return useful_flops_per_token(shape, data.tokens_per_sample, ratio)
+
+    logger.info(stopwatch.definition(flops_per_token()))
     started = time.monotonic() - progress.seconds
 
-    with contextlib.closing(start_log(config, corpus, geometry, engine, progress)) as log:
+    with (
+        contextlib.closing(start_log(config, corpus, geometry, engine, progress)) as log,
+        collectives_timed(stopwatch.enter),
+    ):
         if progress.validation_due:
+            stopwatch.enter("validation")
             progress, best = validated(config, corpus, geometry, engine, log, progress)
             save(config, corpus, geometry, engine, progress, [LAST, BEST] if best else [LAST])
 
