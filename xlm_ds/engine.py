@@ -59,7 +59,13 @@ CONFIG_ERRORS = (ValidationError, DeepSpeedConfigError, ValueError, TypeError, A
 TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+)
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated: a warning at every step.
@@ -226,8 +232,8 @@ def check_monitors(settings: Mapping[str, Any]) -> None:
     for block, package in MONITOR_PACKAGES.items():
         if settings.get(block, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise InputError(
-                f'the DeepSpeed configuration enables "{block}", whose package is not installed; pip install {package}, '
-                'or write "enabled": false there'
+                f'the DeepSpeed configuration enables "{block}", but {package} is not installed; pip install '
+                f'{package}, or write "enabled": false there'
             )
 
 
@@ -406,7 +412,7 @@ class Engine:
         return float(norm or 0.0)
 
     def write_events(self, figures: Mapping[str, float]) -> None:
-        """Hands figures to the monitors that the DeepSpeed JSON enables. Their steps are samples, as DeepSpeed's own."""
+        """Hands figures to the monitors that the JSON enables. Their steps are samples, as those of DeepSpeed's own."""
         monitor, samples = self._engine.monitor, self._engine.global_samples
         if monitor.enabled:
             monitor.write_events([(name, value, samples) for name, value in figures.items()])

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: one text line per interval, metrics.jsonl, TensorBoard, a progress bar, a trace.
+"""What a run writes down while it trains: a line per interval, metrics.jsonl, TensorBoard, a progress bar, a trace.
 
 metrics.jsonl has one object a line, each with "kind" ("train" or "valid") and "update". Losses are in bits per masked
 token, below_unigram in percent of perplexity; tokens_per_second, tflops and mfu count all tokens, not the masked ones
@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from xlm_ds.architectures import unigram_log_probabilities
+from xlm_ds.architectures import unigram_log_probabilities, useful_flops_per_token
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import OptimizationConfig
 from xlm_ds.dataset import TokenDataset
 from xlm_ds.dictionary import PAD
 from xlm_ds.log import logger
+from xlm_ds.model import ModelShape
 
 BITS_PER_NAT = 1 / math.log(2)
 
@@ -62,7 +62,9 @@ def unigram_levels(train: Sequence[TokenDataset], split: Sequence[TokenDataset])
     """
     levels = []
     for reference, measured in zip(train, split, strict=True):
-        log_p = unigram_log_probabilities(reference.counts()[None], language_probabilities=np.ones(1))
+        log_p = unigram_log_probabilities(
+            reference.counts()[None], language_probabilities=np.ones(1)
+        )
         counts = measured.counts().astype(np.float64)
         levels.append(-float(counts @ log_p) / float(counts.sum()))
     return torch.tensor(levels, dtype=torch.float64)
@@ -95,27 +97,44 @@ def below_unigram(sums: Tensor, levels: Tensor) -> float:
 
 
 class UnigramWatch:
-    """Says once, of a run that should have begun to use the context by now, that it has not."""
+    """The unigram levels (L,) of what is trained on and of validation, and one warning to a run that stays at them."""
 
     UPDATES = 2000  # after the warm-up
     PERCENT = 5.0  # below the unigram level, and still at it
-    TARGETS = 20_000  # looked at together: at 3 bits of deviation each, 1.5 % of the perplexity is chance
+    TARGETS = (
+        20_000  # looked at together: at 3 bits of deviation each, 1.5 % of the perplexity is chance
+    )
 
-    def __init__(self, levels: Tensor, optimization: OptimizationConfig, batch_tokens: int) -> None:
-        self._levels = levels
+    def __init__(
+        self,
+        train: Sequence[TokenDataset],
+        valid: Sequence[TokenDataset],
+        optimization: OptimizationConfig,
+        batch_tokens: int,
+    ) -> None:
+        self.train, self.valid = unigram_levels(train, train), unigram_levels(train, valid)
+        self._languages = [dataset.language for dataset in train]
         self._optimization = optimization
         self._batch_tokens = batch_tokens
-        self._sums = torch.zeros(2, len(levels), dtype=torch.float64)
+        self._sums = torch.zeros(2, len(train), dtype=torch.float64)
         self._has_warned = False
 
-    def add(self, sums: Tensor, update: int) -> None:
+    def definition(self) -> str:
+        """What below_unigram means."""
+        levels = zip(self._languages, self.train.exp().tolist(), strict=True)
+        return (
+            "below_unigram: percent of perplexity below the unigram level, which a model has that knows how often each "
+            f"language has each word, and nothing else: {', '.join(f'{n} {level:.5g}' for n, level in levels)}"
+        )
+
+    def watch(self, sums: Tensor, update: int) -> None:
         """`sums` (2, L): nats and counts of an interval that ends at this update."""
         if self._has_warned or update < self._optimization.warmup_updates + self.UPDATES:
             return
         self._sums += sums
         if self._sums[1].sum() < self.TARGETS:
             return
-        below = below_unigram(self._sums, self._levels)
+        below = below_unigram(self._sums, self.train)
         self._sums.zero_()
         if below < self.PERCENT:
             self._has_warned = True
@@ -173,16 +192,22 @@ class Stopwatch:
     stream: what the device waits for counts, not what the host, which runs ahead, is doing. Nothing but `take` waits.
     """
 
-    def __init__(self, device: torch.device, world_size: int) -> None:
+    def __init__(
+        self, shape: ModelShape, tokens_per_sample: int, device: torch.device, world_size: int
+    ) -> None:
+        self._shape, self._tokens_per_sample = shape, tokens_per_sample
         self._on_cuda = device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(device) if self._on_cuda else "a CPU"
         self._peak = peak_tflops(self._device_name)
         self._world_size = world_size
         self._marks: deque[tuple[str, Any]] = deque([("other", self._now())])
-        self._restart()
+        self._whole = dict.fromkeys(PARTS, 0.0)
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._tokens, self._flops = 0, 0.0
 
-    def definition(self, flops_per_token: float) -> str:
+    def definition(self, mask_ratio: float) -> str:
         """What its figures mean."""
+        flops = useful_flops_per_token(self._shape, self._tokens_per_sample, mask_ratio)
         figures = (
             f"MFU: tflops ÷ {self._peak:g}, the dense bf16 peak of {self._device_name}"
             if self._peak
@@ -190,8 +215,8 @@ class Stopwatch:
         )
         return (
             "tflops: useful TFLOP/s of a rank, three times the forward matrix products of the layers, of attention in "
-            "full, and of the head at masked positions only, without lookups, norms, softmax and what is computed twice, "
-            f"{flops_per_token / 1e6:.1f} million operations a token; {figures}"
+            "full, and of the head at masked positions only, without lookups, norms, softmax and what is computed "
+            f"twice: {flops / 1e6:.4g} million operations a token; {figures}; seconds: wall time by what it went to"
         )
 
     def enter(self, part: str) -> str:
@@ -201,18 +226,17 @@ class Stopwatch:
         self._count_passed()
         return before
 
-    def count(self, tokens: int, flops_per_token: float) -> None:
-        """Tokens of all ranks that are trained on."""
+    def count(self, samples: int, mask_ratio: float) -> None:
+        """Samples of all ranks that have been trained on."""
+        tokens = samples * self._tokens_per_sample
         self._tokens += tokens
-        self._flops += tokens * flops_per_token
+        self._flops += tokens * useful_flops_per_token(
+            self._shape, self._tokens_per_sample, mask_ratio
+        )
 
     def take(self) -> dict[str, Any]:
         """Figures of the time and the tokens since the last call. Waits for the device."""
-        self.enter("other")
-        if self._on_cuda:
-            self._marks[-1][1].synchronize()
-            self._count_passed()
-        seconds = self._seconds
+        seconds = self._all_seconds()
         training = sum(seconds.values()) - seconds["validation"] - seconds["checkpoint"]
         tflops = self._flops / 1e12 / self._world_size / training
         figures = {"tokens_per_second": self._tokens / training, "tflops": tflops}
@@ -221,14 +245,30 @@ class Stopwatch:
         self._restart()
         return {**figures, "seconds": seconds}
 
+    def shares(self) -> str:
+        """Where all the time since the start has gone."""
+        seconds = {part: self._whole[part] + more for part, more in self._all_seconds().items()}
+        total = sum(seconds.values())
+        shares = ", ".join(f"{part} {share / total:.1%}" for part, share in seconds.items())
+        return f"{total:.1f} seconds: {shares}"
+
+    def _all_seconds(self) -> dict[str, float]:
+        self.enter("other")
+        if self._on_cuda:
+            self._marks[-1][1].synchronize()
+            self._count_passed()
+        return self._seconds
+
     def _restart(self) -> None:
+        for part, seconds in self._seconds.items():
+            self._whole[part] += seconds
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._tokens, self._flops = 0, 0.0
 
     def _now(self) -> Any:
         if not self._on_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -248,7 +288,9 @@ class RunLog:
     `monitor` is given all figures too. `profile`: updates in the trace, which begins after TRACE_AFTER of this process.
     """
 
-    TRACE_AFTER = 4  # what is compiled, allocated and tuned is by then
+    TRACE_AFTER = (
+        4  # by then all is compiled and allocated; the profiler warms up in the last of them
+    )
 
     def __init__(
         self,
@@ -298,6 +340,10 @@ class RunLog:
             self._bar.close()
             if self._profiler:
                 self._profiler.stop()
+                if self._profiler.step_num <= self.TRACE_AFTER:
+                    logger.info(
+                        f"no trace: there were no updates after the first {self.TRACE_AFTER}"
+                    )
 
 
 def _profiler(path: Path, updates: int) -> torch.profiler.profile:
@@ -305,7 +351,9 @@ def _profiler(path: Path, updates: int) -> torch.profiler.profile:
 
     def write(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(path))
-        logger.info(f"wrote {path}, a trace: open it at https://ui.perfetto.dev or chrome://tracing")
+        logger.info(
+            f"wrote {path}, a trace: open it at https://ui.perfetto.dev or chrome://tracing"
+        )
 
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(
