@@ -102,7 +102,9 @@ def test_parts_add_up_to_the_wall_time(clock: tuple[Clock, Any]) -> None:
         assert stopwatch.enter("communication") == "optimizer"
         time.now += 0.5
         stopwatch.enter("validation")
-        time.now += 5.0
+        time.now += 3.0
+        assert stopwatch.enter(stopwatch.enter("communication")) == "validation"
+        time.now += 2.0
         stopwatch.enter("other")
         time.now += 0.5
         stopwatch.count(samples=64, mask_ratio=0.15)

@@ -362,11 +362,11 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("stage", "clip_norm"), [(1, 1.0), (2, 0.0), (3, 0.0)])
+@pytest.mark.parametrize(("stage", "clip_norm"), [(1, 1.0), (2, 0.0)])
 def test_a_steady_update_never_looks_at_a_tensor(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, clip_norm: float
 ) -> None:
-    """Of all updates, only those that are logged do. (DeepSpeed's own clipping does in each: stages 2 and 3.)"""
+    """Of all updates, only those that are logged do. (DeepSpeed itself does in each: stage 3, and stage 2 to clip.)"""
     template = json.loads((CONFIG_DIRECTORY / "zero1_bf16.json").read_text(encoding="utf-8"))
     template["zero_optimization"]["stage"] = stage
     (tmp_path / "ds.json").write_text(json.dumps(template), encoding="utf-8")

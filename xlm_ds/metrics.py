@@ -162,6 +162,8 @@ PARTS = (
     "other",
 )
 
+OUTSIDE_TRAINING = ("validation", "checkpoint")
+
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by what is in the device's name; the first that is there counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -220,8 +222,13 @@ class Stopwatch:
         )
 
     def enter(self, part: str) -> str:
-        """From now on time belongs to `part`; returns the part that it has belonged to."""
+        """From now on time belongs to `part`; returns the part that it has belonged to.
+
+        Communication of validation and of a checkpoint stays theirs.
+        """
         before = self._marks[-1][0]
+        if part == "communication" and before in OUTSIDE_TRAINING:
+            part = before
         self._marks.append((part, self._now()))
         self._count_passed()
         return before
@@ -237,7 +244,7 @@ class Stopwatch:
     def take(self) -> dict[str, Any]:
         """Figures of the time and the tokens since the last call. Waits for the device."""
         seconds = self._all_seconds()
-        training = sum(seconds.values()) - seconds["validation"] - seconds["checkpoint"]
+        training = sum(s for part, s in seconds.items() if part not in OUTSIDE_TRAINING)
         tflops = self._flops / 1e12 / self._world_size / training
         figures = {"tokens_per_second": self._tokens / training, "tflops": tflops}
         if self._peak:
