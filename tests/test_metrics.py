@@ -157,9 +157,11 @@ class Counted:
 def test_unigram_levels_are_cross_entropies_with_the_training_text() -> None:
     train = [Counted("a", 9, 0, 89), Counted("b", 1, 1, 1)]
     valid = [Counted("a", 1, 1, 0), Counted("b", 5, 0, 0)]
-    levels = unigram_levels(train, valid)  # type: ignore[arg-type]
+    of_train, of_valid = unigram_levels(train, valid)  # type: ignore[arg-type]
     expected = [-(math.log(10 / 101) + math.log(1 / 101)) / 2, math.log(3)]
-    assert levels.tolist() == pytest.approx(expected, rel=1e-6)
+    assert of_valid.tolist() == pytest.approx(expected, rel=1e-6)
+    expected = [-(9 * math.log(10 / 101) + 89 * math.log(90 / 101)) / 98, math.log(3)]
+    assert of_train.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_languages_weigh_in_the_level_as_they_do_in_the_loss() -> None:

@@ -55,19 +55,20 @@ class LossMeter:
         return taken
 
 
-def unigram_levels(train: Sequence[TokenDataset], split: Sequence[TokenDataset]) -> Tensor:
-    """(L,) float64: nats per token of each language of a split, by the frequencies of its training text.
+def unigram_levels(
+    train: Sequence[TokenDataset], valid: Sequence[TokenDataset]
+) -> tuple[Tensor, Tensor]:
+    """(L,) float64 each: nats per token of a language's training and validation text, by the frequencies of the first.
 
     The same as `evaluate` compares with: a model that knows the language of a row and nothing of its other words.
     """
     levels = []
-    for reference, measured in zip(train, split, strict=True):
-        log_p = unigram_log_probabilities(
-            reference.counts()[None], language_probabilities=np.ones(1)
-        )
-        counts = measured.counts().astype(np.float64)
-        levels.append(-float(counts @ log_p) / float(counts.sum()))
-    return torch.tensor(levels, dtype=torch.float64)
+    for datasets in zip(train, valid, strict=True):
+        counts = np.stack([dataset.counts() for dataset in datasets])
+        log_p = unigram_log_probabilities(counts[:1], language_probabilities=np.ones(1))
+        levels.append(-(counts.astype(np.float64) @ log_p) / counts.sum(axis=1))
+    of_train, of_valid = torch.from_numpy(np.stack(levels, axis=1))
+    return of_train, of_valid
 
 
 def loss_figures(sums: Tensor, languages: Sequence[str], levels: Tensor) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class UnigramWatch:
         optimization: OptimizationConfig,
         batch_tokens: int,
     ) -> None:
-        self.train, self.valid = unigram_levels(train, train), unigram_levels(train, valid)
+        self.train, self.valid = unigram_levels(train, valid)
         self._languages = [dataset.language for dataset in train]
         self._optimization = optimization
         self._batch_tokens = batch_tokens
