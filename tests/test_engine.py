@@ -10,6 +10,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from deepspeed import comm
 
 from xlm_ds.architectures import build_model, shape_from_config
 from xlm_ds.batches import MaskedBatch
@@ -18,6 +19,7 @@ from xlm_ds.engine import (
     CONFIG_DIRECTORY,
     Engine,
     Ranks,
+    collectives_timed,
     read_deepspeed_config,
     resolve_deepspeed_config,
     start_ranks,
@@ -203,7 +205,7 @@ def test_state_continues_bit_equal_where_nothing_changes(saved: str, ranks: Rank
         for name, parameter in model.named_parameters():
             parameter.copy_(state[name]["weight"])
     resumed = Engine(model, settings_of(saved, stage), ranks)
-    resumed.load_state(state, update=3, warm_up_batch=random_batch(99))
+    resumed.load_state(state, update=3, samples=3 * ROWS, warm_up_batch=random_batch(99))
     assert engine_losses(resumed, range(3, 6)) == engine_losses(engine, range(3, 6))
 
 
@@ -291,6 +293,31 @@ def test_a_key_deepspeed_does_not_know_is_one_sentence(ranks: Ranks) -> None:
     settings["zero_optimization"] = {"stage": 1, "no_such_key": 1}
     with pytest.raises(InputError, match=r"^[^\n]*no_such_key[^\n]*$"):
         Engine(small_model(), settings, ranks)
+
+
+@pytest.mark.parametrize(("block", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
+def test_a_monitor_without_its_package_is_one_sentence(
+    ranks: Ranks, block: str, package: str
+) -> None:
+    settings = {**settings_of("zero1_fp32", 1), block: {"enabled": True}}
+    with pytest.raises(InputError, match=f'^[^\n]*"{block}"[^\n]*pip install {package}[^\n]*$'):
+        Engine(small_model(), settings, ranks)
+
+
+@pytest.mark.usefixtures("ranks")
+def test_collectives_are_told_apart() -> None:
+    entered = ["optimizer"]
+
+    def enter(part: str) -> str:
+        entered.append(part)
+        return entered[-2]
+
+    plain = torch.distributed.all_reduce
+    with collectives_timed(enter):
+        torch.distributed.all_reduce(torch.ones(1))
+        comm.all_gather_into_tensor(torch.ones(1), torch.ones(1))
+    assert entered == ["optimizer", *["communication", "optimizer"] * 2]
+    assert torch.distributed.all_reduce is plain
 
 
 def test_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,16 @@ def test_a_png_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_unigram_level_is_drawn(tmp_path: Path) -> None:
+    """Half the level's perplexity is one bit below it."""
+    run = write_run(
+        tmp_path,
+        [{**record("train", u, 9.0), "loss": 9.0, "below_unigram": 50.0} for u in (1, 2)],
+    )
+    report.draw_curves(report.read_metrics(run), tmp_path / "curves.png")
+    assert report.unigram_levels(report.read_metrics(run)) == [(1, 10.0), (2, 10.0)]
+
+
 def test_the_later_line_of_a_resumed_update_counts(tmp_path: Path) -> None:
     write_run(tmp_path, [record("train", 1, 9.0), record("train", 2, 5.0), record("train", 2, 8.0)])
     losses = [r["loss_per_language"]["ar"] for r in report.read_metrics(tmp_path)]

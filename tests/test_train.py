@@ -7,11 +7,15 @@ import os
 import re
 import shutil
 import signal
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xlm_ds import checkpoint, train
 from xlm_ds.config import DataConfig, OptimizationConfig, RunConfig, TrainConfig
@@ -19,6 +23,7 @@ from xlm_ds.corpus import Geometry, batch_geometry, open_corpus
 from xlm_ds.engine import CONFIG_DIRECTORY, Ranks
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
+from xlm_ds.schedule import lr_at
 from xlm_ds.train import what_is_due
 
 SHAPE = [
@@ -302,6 +307,151 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     config = parse(TrainConfig, [str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="no such folder"):
         open_corpus(config.data)
+
+
+# ------------------------------------------------------------------------------- what the user sees
+
+
+def test_the_parts_of_the_time_add_up_to_all_of_it(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = time.perf_counter()
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run("a", "--max-update=4", "--log-interval=2", "--validate-interval-updates=2")
+    whole = time.perf_counter() - begin
+    first, second = (r for r in records_in(tmp_path / "a") if r["kind"] == "train")
+    for part in ("data", "forward_backward", "optimizer"):
+        assert first["seconds"][part] > 0
+    assert first["seconds"]["validation"] == first["seconds"]["checkpoint"] == 0
+    assert second["seconds"]["validation"] > 0, "it followed the first line"
+    assert second["seconds"]["checkpoint"] > 0
+    assert "no MFU, as the peak of a CPU is not known" in caplog.text
+    (total,) = re.findall(r"([\d.]+) seconds: data", caplog.text)
+    logged = sum(first["seconds"].values()) + sum(second["seconds"].values())
+    assert logged < float(total) + 0.05 < whole + 0.1
+    assert first["tflops"] > 0
+
+
+def test_both_losses_are_compared_with_the_unigram_level(run: Any, tmp_path: Path) -> None:
+    """A model that is the unigram mixture is above it, as it does not know a row's language."""
+    flags = ["--max-update=2", "--log-interval=2", "--lr=1e-30"]
+    run("mixture", *flags)
+    run("uniform", *flags, "--init-output-bias=zeros")
+    for kind in (0, 1):
+        mixture = records_in(tmp_path / "mixture")[kind]["below_unigram"]
+        uniform = records_in(tmp_path / "uniform")[kind]["below_unigram"]
+        assert uniform < mixture < 20
+
+
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes when the host looks at what is in a tensor, as it could not on CUDA without waiting for the device."""
+
+    OPS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __init__(self, updates: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._updates = updates  # begun so far
+        self.seen: list[tuple[int, str]] = []
+
+    def note(self, name: str) -> None:
+        self.seen.append((len(self._updates), name))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.OPS:
+            self.note(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("stage", "clip_norm"), [(1, 1.0), (2, 0.0)])
+def test_a_steady_update_never_looks_at_a_tensor(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, clip_norm: float
+) -> None:
+    """Of all updates, only those that are logged do. (DeepSpeed itself does in each: stage 3, and stage 2 to clip.)"""
+    template = json.loads((CONFIG_DIRECTORY / "zero1_bf16.json").read_text(encoding="utf-8"))
+    template["zero_optimization"]["stage"] = stage
+    (tmp_path / "ds.json").write_text(json.dumps(template), encoding="utf-8")
+    begun: list[int] = []
+    reads = HostReads(begun)
+
+    def beginning(update: int, *arguments: Any) -> float:
+        begun.append(update)
+        return lr_at(update, *arguments)
+
+    monkeypatch.setattr(train, "lr_at", beginning)
+    for name in ("cpu", "item", "tolist"):  # of which nothing is dispatched on a CPU
+        monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name), name, reads))
+    monkeypatch.setattr(train, "validate", lambda *_: torch.ones(2, 3))
+    with reads:
+        run(
+            "a",
+            "--max-update=9",
+            "--log-interval=3",
+            "--update-freq=2",
+            f"--clip-norm={clip_norm}",
+            f"--deepspeed_config={tmp_path / 'ds.json'}",
+        )
+    assert {update for update, _ in reads.seen if update > 0} == {3, 6, 9}, reads.seen
+
+
+def noting(method: Any, name: str, reads: HostReads) -> Any:
+    def call(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        reads.note(name)
+        return method(self, *arguments, **options)
+
+    return call
+
+
+def test_a_trace_is_written_and_named(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run("a", "--max-update=8", "--profile=2")
+        run("b", "--max-update=2", "--profile=2")
+    trace = json.loads((tmp_path / "a" / "trace.json").read_text(encoding="utf-8"))
+    steps = {e["name"] for e in trace["traceEvents"] if "ProfilerStep" in str(e.get("name"))}
+    assert len(steps) == 2
+    assert any("addmm" in str(e.get("name")) for e in trace["traceEvents"])
+    assert f"wrote {tmp_path / 'a' / 'trace.json'}" in caplog.text
+    assert "ui.perfetto.dev" in caplog.text
+    assert "no trace: there were no updates after the first 4" in caplog.text
+
+
+WANDB = """
+calls = []
+def init(**settings): calls.append({"step": 0, **settings})  # a new run
+def log(figures, step, commit=None):
+    assert step >= calls[-1]["step"], "wandb drops a step that is lower"
+    calls.append({"step": step, **figures})
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of that name which remembers its calls, and a DeepSpeed JSON that enables it."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(WANDB, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    template = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    template["wandb"] = {"enabled": True, "project": "xlm"}
+    template["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    (tmp_path / "wandb.json").write_text(json.dumps(template), encoding="utf-8")
+    yield tmp_path / "wandb.json"
+    sys.modules.pop("wandb", None)
+
+
+def test_deepspeeds_monitors_get_all_figures(run: Any, tmp_path: Path, wandb: Path) -> None:
+    run("a", "--max-update=2", f"--deepspeed_config={wandb}")
+    run("a", "--max-update=3", f"--deepspeed_config={wandb}")  # goes on
+    calls = sys.modules["wandb"].calls
+    assert calls[0] == {"step": 0, "project": "xlm", "group": None, "entity": None}
+    by_name = [(name, call["step"]) for call in calls for name in call]
+    for name in ("train/loss", "Train/Samples/lr"):
+        assert [step for n, step in by_name if n == name] == [4, 8, 12]
+    for name in ("train/seconds/data", "train/below_unigram", "valid/loss_per_language/ar"):
+        assert (name, 12) in by_name
+    assert [step for n, step in by_name if n == "valid/perplexity"] == [8, 12]
+    losses = (tmp_path / "csv" / "train_loss.csv").read_text(encoding="utf-8").splitlines()
+    assert float(losses[1].split(",")[1]) == losses_in(tmp_path / "a")[1]
 
 
 # ------------------------------------------------------------------------------- pure decisions

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xlm_ds import _core
 from xlm_ds.config import ModelConfig
 from xlm_ds.log import InputError
 from xlm_ds.model import ActivationName, ModelShape, XlmEncoder, init_parameters
@@ -75,6 +76,19 @@ def build_model(shape: ModelShape, *, seed: int) -> XlmEncoder:
     model.to_empty(device="cpu")
     init_parameters(model, torch.Generator().manual_seed(seed))
     return model
+
+
+def useful_flops_per_token(shape: ModelShape, tokens_per_sample: int, mask_ratio: float) -> float:
+    """Floating point operations that training needs for each token of a sample, masked or not.
+
+    Three times the forward matrix products (a multiply and an add each) of the layers, attention in full, and the head
+    at masked positions only; no lookups, norms or softmax, nothing computed twice.
+    """
+    dim = shape.embed_dim
+    layer = 2 * (4 * dim * dim + 2 * dim * shape.ffn_embed_dim) + 4 * tokens_per_sample * dim
+    head = 2 * (shape.vocab_size * dim + dim * dim)
+    masked = _core.masked_count(mask_ratio, tokens_per_sample - 1) / tokens_per_sample
+    return 3.0 * (shape.layers * layer + masked * head)
 
 
 def unigram_log_probabilities(

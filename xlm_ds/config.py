@@ -419,6 +419,11 @@ class RunConfig:
     tensorboard_logdir: Path | None = knob(
         "TensorBoard's folder (default: SAVE_DIR/tensorboard)", default=None
     )
+    profile: int = knob(
+        "trace N updates, the fifth and after, to SAVE_DIR/trace.json (0: none)",
+        default=0,
+        bounds="[0, inf)",
+    )
     deepspeed_config: Path | None = knob(
         "DeepSpeed JSON: ZeRO stage, precision, offload (default: fp32 ZeRO 1 on a CPU, bf16 ZeRO 1 on a GPU)",
         default=None,

@@ -10,6 +10,8 @@
 Facts about DeepSpeed 0.19.8 were measured 2026-11-22 on a CPU machine unless said otherwise.
 """
 
+import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -57,6 +59,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 CONFIG_ERRORS = (ValidationError, DeepSpeedConfigError, ValueError, TypeError, AssertionError)
 # What mpirun (Open MPI, MPICH) and srun say of the number of processes; torchrun and deepspeed set RANK and WORLD_SIZE.
 TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+)
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated: a warning at every step.
@@ -158,7 +169,7 @@ def read_deepspeed_config(path: Path, device: torch.device) -> dict[str, Any]:
         raise InputError(
             f"{path}: a scheduler block is not supported; --lr-scheduler owns the schedule"
         )
-    for section in ("zero_optimization", "optimizer", "bf16", "fp16", "timers"):
+    for section in ("zero_optimization", "optimizer", "bf16", "fp16", "timers", *MONITOR_PACKAGES):
         if not isinstance(content.get(section, {}), dict):
             raise InputError(f"{path}: {section} must be a JSON object")
     if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
@@ -218,7 +229,43 @@ def _filled(
     return result
 
 
+def check_monitors(settings: Mapping[str, Any]) -> None:
+    """Raises InputError if a monitor is enabled whose package is not installed."""
+    for block, package in MONITOR_PACKAGES.items():
+        if settings.get(block, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f'the DeepSpeed configuration enables "{block}", but {package} is not installed; pip install '
+                f'{package}, or write "enabled": false there'
+            )
+
+
 # ----------------------------------------------------------------------------------------- engine
+
+
+@contextlib.contextmanager
+def collectives_timed(enter: Callable[[str], str]) -> Iterator[None]:
+    """Calls `enter("communication")` before each collective, and afterwards `enter` with what that returned.
+
+    Those that are waited for: all of ZeRO 1 and 2. What ZeRO 3 starts ahead of its use is not told apart.
+    """
+
+    def timed(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            before = enter("communication")
+            try:
+                return collective(*arguments, **options)
+            finally:
+                enter(before)
+
+        return call
+
+    with contextlib.ExitStack() as undone:
+        for module in (dist, deepspeed.comm):  # DeepSpeed's calls go by its own names
+            for name in COLLECTIVES:
+                if collective := getattr(module, name, None):
+                    setattr(module, name, timed(collective))
+                    undone.callback(setattr, module, name, collective)
+        yield
 
 
 def takes_flat_gradients(settings: Mapping[str, Any]) -> bool:
@@ -382,6 +429,7 @@ class Engine:
         deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
         self.settings = dict(settings)
         self.ranks = ranks
+        ranks.on_first(lambda: check_monitors(self.settings))  # which has the monitors
         flat = takes_flat_gradients(settings)
         if flat:
             settings = without_norm(settings)
@@ -430,6 +478,12 @@ class Engine:
         norm = self._flat.norm if self._flat else self._engine.get_global_grad_norm()
         return float(norm or 0.0)
 
+    def write_events(self, figures: Mapping[str, float]) -> None:
+        """Hands figures to the monitors that the JSON enables. Their steps are samples, as those of DeepSpeed's own."""
+        monitor, samples = self._engine.monitor, self._engine.global_samples
+        if monitor.enabled:
+            monitor.write_events([(name, value, samples) for name, value in figures.items()])
+
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every parameter's fp32 weight and Adam moments, whole; all ranks must iterate. Not to be kept: clone them."""
         for parameter, name in self._names.items():
@@ -439,7 +493,12 @@ class Engine:
             yield name, {key: value.detach() for key, value in tensors.items()}
 
     def load_state(
-        self, state: Mapping[str, Mapping[str, Tensor]], *, update: int, warm_up_batch: MaskedBatch
+        self,
+        state: Mapping[str, Mapping[str, Tensor]],
+        *,
+        update: int,
+        samples: int,
+        warm_up_batch: MaskedBatch,
     ) -> None:
         """The inverse of `state`, for any stage and world size; the model must hold the weights already.
 
@@ -447,6 +506,8 @@ class Engine:
         masters, moments and Adam's step count are set. (Setting the masters alone leaves the bf16 copies stale for
         one update: loss 4.59 instead of 3.50.)
         """
+        monitor = self._engine.monitor
+        monitored, monitor.enabled = monitor.enabled, False  # it is no update of the run
         for _ in range(self._engine.gradient_accumulation_steps()):
             self.backward(self(warm_up_batch).sum() * 0)  # in fp16 anything else may overflow
             self.step(0.0)
@@ -456,6 +517,7 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, state[name][key].to(parameter.device), key)
         self._set_adam_step(update)
         self._invariants = Invariants(self._engine, update)
+        self._engine.global_samples, monitor.enabled = samples, monitored
 
     def _set_adam_step(self, update: int) -> None:
         adam = self._engine.optimizer.optimizer

@@ -104,11 +104,16 @@ def _without_targets(dataset: TokenDataset, language: int, masking: Masking) -> 
 def on_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
     if device.type == "cpu":
         return batch
+
+    def copied(tensor: Tensor) -> Tensor:
+        # From pageable memory torch's copy waits for everything the device has still to do.
+        return tensor.pin_memory().to(device, non_blocking=True)
+
     return MaskedBatch(
-        input_ids=batch.input_ids.to(device),
-        languages=batch.languages.to(device),
-        masked_positions=batch.masked_positions.to(device),
-        targets=batch.targets.to(device),
+        input_ids=copied(batch.input_ids),
+        languages=copied(batch.languages),
+        masked_positions=copied(batch.masked_positions),
+        targets=copied(batch.targets),
         has_padding=batch.has_padding,
     )
 

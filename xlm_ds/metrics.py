@@ -1,27 +1,38 @@
-"""What a run writes down while it trains: one text line per interval, metrics.jsonl, TensorBoard, a progress bar.
+"""What a run writes down while it trains: a line per interval, metrics.jsonl, TensorBoard, a progress bar, a trace.
 
-metrics.jsonl has one object a line, each with "kind" ("train" or "valid") and "update"; losses are in bits per masked
-token, tokens_per_second counts all tokens, not the masked ones alone.
+metrics.jsonl has one object a line, each with "kind" ("train" or "valid") and "update". Losses are in bits per masked
+token, below_unigram in percent of perplexity; tokens_per_second, tflops and mfu count all tokens, not the masked ones
+alone, in all seconds of the interval but those of validation and checkpoint.
 """
 
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from xlm_ds.architectures import unigram_log_probabilities, useful_flops_per_token
 from xlm_ds.batches import MaskedBatch
+from xlm_ds.config import OptimizationConfig
+from xlm_ds.dataset import TokenDataset
 from xlm_ds.dictionary import PAD
 from xlm_ds.log import logger
+from xlm_ds.model import ModelShape
 
 BITS_PER_NAT = 1 / math.log(2)
+
+
+# ------------------------------------------------------------------------------------------ losses
 
 
 class LossMeter:
@@ -44,8 +55,27 @@ class LossMeter:
         return taken
 
 
-def loss_figures(sums: Tensor, languages: Sequence[str]) -> dict[str, Any]:
-    """Losses in bits and perplexity from (2, L) sums of nats and counts."""
+def unigram_levels(
+    train: Sequence[TokenDataset], valid: Sequence[TokenDataset]
+) -> tuple[Tensor, Tensor]:
+    """(L,) float64 each: nats per token of a language's training and validation text, by the frequencies of the first.
+
+    The same as `evaluate` compares with: a model that knows the language of a row and nothing of its other words.
+    """
+    levels = []
+    for datasets in zip(train, valid, strict=True):
+        counts = np.stack([dataset.counts() for dataset in datasets])
+        log_p = unigram_log_probabilities(counts[:1], language_probabilities=np.ones(1))
+        levels.append(-(counts.astype(np.float64) @ log_p) / counts.sum(axis=1))
+    of_train, of_valid = torch.from_numpy(np.stack(levels, axis=1))
+    return of_train, of_valid
+
+
+def loss_figures(sums: Tensor, languages: Sequence[str], levels: Tensor) -> dict[str, Any]:
+    """Losses in bits and perplexity from (2, L) sums of nats and counts, and from the unigram levels (L,) in nats.
+
+    The level is the mean over the same targets as the loss: the languages are weighted as they were drawn.
+    """
     nats, counts = sums
     loss = float(nats.sum() / counts.sum())
     per_language = {
@@ -56,15 +86,230 @@ def loss_figures(sums: Tensor, languages: Sequence[str]) -> dict[str, Any]:
     return {
         "loss": loss * BITS_PER_NAT,
         "perplexity": math.exp(min(loss, 700.0)),  # beyond which a double overflows
+        "below_unigram": below_unigram(sums, levels),
         "loss_per_language": per_language,
     }
 
 
-class RunLog:
-    """The run's files of figures, in a `save_dir` that is there; on ranks other than 0 it does nothing."""
+def below_unigram(sums: Tensor, levels: Tensor) -> float:
+    """Percent by which the perplexity is below the unigram level (negative: above it)."""
+    nats, counts = sums
+    return 100 * -math.expm1(min(float((nats - counts * levels).sum() / counts.sum()), 700.0))
+
+
+class UnigramWatch:
+    """The unigram levels (L,) of what is trained on and of validation, and one warning to a run that stays at them."""
+
+    UPDATES = 2000  # after the warm-up
+    PERCENT = 5.0  # below the unigram level, and still at it
+    TARGETS = (
+        20_000  # looked at together: at 3 bits of deviation each, 1.5 % of the perplexity is chance
+    )
 
     def __init__(
-        self, save_dir: Path, tensorboard: Path, *, active: bool, updates: int, start: int
+        self,
+        train: Sequence[TokenDataset],
+        valid: Sequence[TokenDataset],
+        optimization: OptimizationConfig,
+        batch_tokens: int,
+    ) -> None:
+        self.train, self.valid = unigram_levels(train, valid)
+        self._languages = [dataset.language for dataset in train]
+        self._optimization = optimization
+        self._batch_tokens = batch_tokens
+        self._sums = torch.zeros(2, len(train), dtype=torch.float64)
+        self._has_warned = False
+
+    def definition(self) -> str:
+        """What below_unigram means."""
+        levels = zip(self._languages, self.train.exp().tolist(), strict=True)
+        return (
+            "below_unigram: percent of perplexity below the unigram level, which a model has that knows how often each "
+            f"language has each word, and nothing else: {', '.join(f'{n} {level:.5g}' for n, level in levels)}"
+        )
+
+    def watch(self, sums: Tensor, update: int) -> None:
+        """`sums` (2, L): nats and counts of an interval that ends at this update."""
+        if self._has_warned or update < self._optimization.warmup_updates + self.UPDATES:
+            return
+        self._sums += sums
+        if self._sums[1].sum() < self.TARGETS:
+            return
+        below = below_unigram(self._sums, self.train)
+        self._sums.zero_()
+        if below < self.PERCENT:
+            self._has_warned = True
+            logger.warning(self._warning(update, below))
+
+    def _warning(self, update: int, below: float) -> str:
+        side = f"{below:.1f} % below" if below >= 0 else f"{-below:.0f} % above"
+        return (
+            f"after {update} updates the training perplexity is {side} what the frequencies of words alone give: the "
+            "model does not use the words around a mask yet. What usually mends it: a larger batch (now "
+            f"{self._batch_tokens} tokens an update: --update-freq, --max-tokens), a warm-up (--warmup-updates, now "
+            f"{self._optimization.warmup_updates}), a lower --lr (now {self._optimization.lr:g}), or more updates"
+        )
+
+
+# ------------------------------------------------------------------------------------ time and speed
+
+PARTS = (
+    "data",
+    "forward_backward",
+    "optimizer",
+    "communication",
+    "validation",
+    "checkpoint",
+    "other",
+)
+
+OUTSIDE_TRAINING = ("validation", "checkpoint")
+
+# Dense bf16 TFLOP/s of NVIDIA's data sheets, by what is in the device's name; the first that is there counts.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.0,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The peak of a whole device (MIG cuts them up), or None where it is not known."""
+    if "MIG" in device_name:
+        return None
+    return next((p for n, p in PEAK_TFLOPS.items() if re.search(rf"\b{n}\b", device_name)), None)
+
+
+class Stopwatch:
+    """Where the wall time goes, and how fast it is: figures since they were last taken.
+
+    Time belongs to the part entered last, so that the parts add up to all of it. On CUDA the marks are events on the
+    stream: what the device waits for counts, not what the host, which runs ahead, is doing. Nothing but `take` waits.
+    """
+
+    def __init__(
+        self, shape: ModelShape, tokens_per_sample: int, device: torch.device, world_size: int
+    ) -> None:
+        self._shape, self._tokens_per_sample = shape, tokens_per_sample
+        self._on_cuda = device.type == "cuda"
+        self._device_name = torch.cuda.get_device_name(device) if self._on_cuda else "a CPU"
+        self._peak = peak_tflops(self._device_name)
+        self._world_size = world_size
+        self._marks: deque[tuple[str, Any]] = deque([("other", self._now())])
+        self._whole = dict.fromkeys(PARTS, 0.0)
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._tokens, self._flops = 0, 0.0
+
+    def definition(self, mask_ratio: float) -> str:
+        """What its figures mean."""
+        flops = useful_flops_per_token(self._shape, self._tokens_per_sample, mask_ratio)
+        figures = (
+            f"MFU: tflops ÷ {self._peak:g}, the dense bf16 peak of {self._device_name}"
+            if self._peak
+            else f"no MFU, as the peak of {self._device_name} is not known"
+        )
+        return (
+            "tflops: useful TFLOP/s of a rank, three times the forward matrix products of the layers, of attention in "
+            "full, and of the head at masked positions only, without lookups, norms, softmax and what is computed "
+            f"twice: {flops / 1e6:.4g} million operations a token; {figures}; seconds: wall time by what it went to"
+        )
+
+    def enter(self, part: str) -> str:
+        """From now on time belongs to `part`; returns the part that it has belonged to.
+
+        Communication of validation and of a checkpoint stays theirs.
+        """
+        before = self._marks[-1][0]
+        if part == "communication" and before in OUTSIDE_TRAINING:
+            part = before
+        self._marks.append((part, self._now()))
+        self._count_passed()
+        return before
+
+    def count(self, samples: int, mask_ratio: float) -> None:
+        """Samples of all ranks that have been trained on."""
+        tokens = samples * self._tokens_per_sample
+        self._tokens += tokens
+        self._flops += tokens * useful_flops_per_token(
+            self._shape, self._tokens_per_sample, mask_ratio
+        )
+
+    def take(self) -> dict[str, Any]:
+        """Figures of the time and the tokens since the last call. Waits for the device."""
+        seconds = self._all_seconds()
+        training = sum(s for part, s in seconds.items() if part not in OUTSIDE_TRAINING)
+        tflops = self._flops / 1e12 / self._world_size / training
+        figures = {"tokens_per_second": self._tokens / training, "tflops": tflops}
+        if self._peak:
+            figures["mfu"] = tflops / self._peak
+        self._restart()
+        return {**figures, "seconds": seconds}
+
+    def shares(self) -> str:
+        """Where all the time since the start has gone."""
+        seconds = {part: self._whole[part] + more for part, more in self._all_seconds().items()}
+        total = sum(seconds.values())
+        shares = ", ".join(f"{part} {share / total:.1%}" for part, share in seconds.items())
+        return f"{total:.1f} seconds: {shares}"
+
+    def _all_seconds(self) -> dict[str, float]:
+        self.enter("other")
+        if self._on_cuda:
+            self._marks[-1][1].synchronize()
+            self._count_passed()
+        return self._seconds
+
+    def _restart(self) -> None:
+        for part, seconds in self._seconds.items():
+            self._whole[part] += seconds
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._tokens, self._flops = 0, 0.0
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _count_passed(self) -> None:
+        while len(self._marks) > 1 and (not self._on_cuda or self._marks[1][1].query()):
+            part, begin = self._marks.popleft()
+            end = self._marks[0][1]
+            self._seconds[part] += begin.elapsed_time(end) / 1e3 if self._on_cuda else end - begin
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+class RunLog:
+    """The run's files of figures, in a `save_dir` that is there; on ranks other than 0 it does nothing.
+
+    `monitor` is given all figures too. `profile`: updates in the trace, which begins after TRACE_AFTER of this process.
+    """
+
+    TRACE_AFTER = (
+        4  # by then all is compiled and allocated; the profiler warms up in the last of them
+    )
+
+    def __init__(
+        self,
+        save_dir: Path,
+        tensorboard: Path,
+        *,
+        active: bool,
+        updates: int,
+        start: int,
+        profile: int,
+        monitor: Callable[[Mapping[str, float]], None],
     ) -> None:
         self._active = active
         if not active:
@@ -74,10 +319,15 @@ class RunLog:
         self._bar = tqdm(
             total=updates or None, initial=start, unit="update", disable=not sys.stderr.isatty()
         )
+        self._monitor = monitor
+        self._profiler = _profiler(save_dir / "trace.json", profile) if profile else None
 
     def advance(self) -> None:
+        """After each update."""
         if self._active:
             self._bar.update()
+            if self._profiler:
+                self._profiler.step()
 
     def write(self, kind: str, update: int, figures: Mapping[str, Any]) -> None:
         if not self._active:
@@ -86,39 +336,49 @@ class RunLog:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         logger.info(_text(line))
-        for name, value in _scalars(figures):
-            self._board.add_scalar(f"{kind}/{name}", value, update)
+        scalars = {f"{kind}/{name}": value for name, value in _scalars(figures)}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, update)
+        self._monitor(scalars)
 
     def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
             self._bar.close()
+            if self._profiler:
+                self._profiler.stop()
+                if self._profiler.step_num <= self.TRACE_AFTER:
+                    logger.info(
+                        f"no trace: there were no updates after the first {self.TRACE_AFTER}"
+                    )
 
 
-class Stopwatch:
-    """Tokens per second since the last reading."""
+def _profiler(path: Path, updates: int) -> torch.profiler.profile:
+    """Started; its step is called after each update."""
 
-    def __init__(self) -> None:
-        self._start, self._tokens = time.monotonic(), 0
+    def write(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(path))
+        logger.info(
+            f"wrote {path}, a trace: open it at https://ui.perfetto.dev or chrome://tracing"
+        )
 
-    def count(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def restart(self) -> None:
-        self._start, self._tokens = time.monotonic(), 0
-
-    def take(self) -> float:
-        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
-        self.restart()
-        return rate
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(
+            wait=RunLog.TRACE_AFTER - 1, warmup=1, active=updates, repeat=1
+        ),
+        on_trace_ready=write,
+    )
+    profiler.start()
+    return profiler
 
 
 def _text(line: Mapping[str, Any]) -> str:
     parts = []
     for key, value in line.items():
         if isinstance(value, Mapping):
-            parts += [f"{name} {_number(number)}" for name, number in value.items()]
+            inner = ", ".join(f"{name} {_number(number)}" for name, number in value.items())
+            parts.append(f"{key} {inner}")
         else:
             parts.append(f"{key} {_number(value)}" if key != "kind" else str(value))
     return " | ".join(parts)

@@ -1,9 +1,10 @@
-"""Draws a run's curves: loss per language over updates, validation, learning rate.
+"""Draws a run's curves: loss per language over updates, validation, the unigram level, learning rate.
 
 python -m xlm_ds.report checkpoints/mlm --output curves.png
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
             ]
             if points:
                 losses.plot(*zip(*points, strict=True), style, color=f"C{index}", label=label)
+    if levels := unigram_levels(training):
+        losses.plot(*zip(*levels, strict=True), ":", color="gray", label="unigram")
     losses.set_ylabel("bits per masked token\n(dots: validation)")
     losses.grid(visible=True, alpha=0.3)
     losses.legend(ncols=max(len(languages) // 2, 1))
@@ -56,6 +59,15 @@ def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
     rates.set_xlabel("update")
     rates.grid(visible=True, alpha=0.3)
     figure.savefig(output, dpi=120)
+
+
+def unigram_levels(records: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Update and bits per token, of the records that have them."""
+    return [
+        (r["update"], r["loss"] - math.log2(1 - r["below_unigram"] / 100))
+        for r in records
+        if "below_unigram" in r
+    ]
 
 
 def main(argv: Sequence[str]) -> int:

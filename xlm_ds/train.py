@@ -68,6 +68,7 @@ from xlm_ds.dictionary import PAD
 from xlm_ds.engine import (
     Engine,
     Ranks,
+    collectives_timed,
     default_deepspeed_config,
     read_deepspeed_config,
     resolve_deepspeed_config,
@@ -76,8 +77,14 @@ from xlm_ds.engine import (
 )
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in
-from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
-from xlm_ds.model import parameter_count
+from xlm_ds.metrics import (
+    LossMeter,
+    RunLog,
+    Stopwatch,
+    UnigramWatch,
+    loss_figures,
+)
+from xlm_ds.model import ModelShape, parameter_count
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.schedule import (
     check_schedule,
@@ -99,31 +106,54 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     config = with_languages(dataclasses.replace(config, data=data), corpus.languages)
     if ranks.rank == 0:
         add_log_file(run.save_dir / "train.log")
-    engine, progress = build_engine(config, corpus, geometry, ranks)
-    meter, stopwatch = LossMeter(len(corpus.languages), ranks.device), Stopwatch()
+    shape = shape_from_config(
+        config.model,
+        vocab_size=len(corpus.dictionary),
+        languages=len(corpus.languages),
+        tokens_per_sample=data.tokens_per_sample,
+    )
+    engine, progress = build_engine(config, corpus, geometry, shape, ranks)
     epoch_samples = corpus.order.epoch_samples
+    meter = LossMeter(len(corpus.languages), ranks.device)
+    unigram = UnigramWatch(
+        corpus.train, corpus.valid, optimization, geometry.batch * data.tokens_per_sample
+    )
+    stopwatch = Stopwatch(shape, data.tokens_per_sample, ranks.device, ranks.world_size)
     started = time.monotonic() - progress.seconds
 
-    with contextlib.closing(start_log(config, corpus, geometry, engine, progress)) as log:
+    with (
+        contextlib.closing(start_log(config, corpus, geometry, engine, progress)) as log,
+        collectives_timed(stopwatch.enter),
+    ):
+        logger.info(stopwatch.definition(corpus.mask_ratio.at(progress.samples)))
+        logger.info(unigram.definition())
         if progress.validation_due:
-            progress, best = validated(config, corpus, geometry, engine, log, progress)
+            stopwatch.enter("validation")
+            progress, best = validated(config, corpus, geometry, engine, unigram, log, progress)
+            stopwatch.enter("checkpoint")
             save(config, corpus, geometry, engine, progress, [LAST, BEST] if best else [LAST])
 
         while not finished(optimization, progress, epoch_samples):
+            stopwatch.enter("data")
             lr = lr_at(progress.update, optimization, progress.plateau)
             engine.train()
             targets = update_targets(corpus, geometry, first=progress.samples)
             for micro in range(geometry.accumulation):
-                seed_dropout(data.seed, progress.update, micro, ranks.rank)
+                stopwatch.enter("data")
                 batch = micro_batch(
                     corpus, geometry, first=progress.samples, micro=micro, rank=ranks.rank
                 )
                 batch = on_device(batch, ranks.device)
+                stopwatch.enter("forward_backward")
+                seed_dropout(data.seed, progress.update, micro, ranks.rank)
                 losses = engine(batch)
                 # The gradient is the mean over all masked tokens of the batch: DeepSpeed divides by both factors.
                 engine.backward(losses.sum() * (geometry.accumulation * ranks.world_size / targets))
+                stopwatch.enter("optimizer")
                 engine.step(lr)
+                stopwatch.enter("other")
                 meter.add(batch, losses)
+            stopwatch.count(geometry.batch, corpus.mask_ratio.at(progress.samples))
             epochs_before = progress.samples // epoch_samples
             progress = dataclasses.replace(
                 progress,
@@ -131,7 +161,6 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 samples=progress.samples + geometry.batch,
                 seconds=time.monotonic() - started,
             )
-            stopwatch.count(geometry.batch * data.tokens_per_sample)
             log.advance()
             stopping = ranks.any(stop.requested)
             epochs = progress.samples // epoch_samples
@@ -141,27 +170,29 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
             )
 
             if due.log:
-                figures = loss_figures(ranks.sum(meter.take()), corpus.languages)
+                sums = ranks.sum(meter.take())
+                figures = loss_figures(sums, corpus.languages, unigram.train)
                 figures |= {"lr": lr, "gradient_norm": engine.gradient_norm()}
                 check_finite(figures["loss"] + figures["gradient_norm"], progress, run)
-                figures["tokens_per_second"] = stopwatch.take()
-                figures["epoch"] = progress.samples / epoch_samples
-                log.write(
-                    "train", progress.update, {**figures, **time_left(optimization, progress)}
-                )
+                figures |= {"epoch": progress.samples / epoch_samples, **stopwatch.take()}
+                figures |= time_left(optimization, progress)
+                log.write("train", progress.update, figures)
+                unigram.watch(sums, progress.update)
             names = [LAST, f"checkpoint{epochs}"] if due.epoch_name else [LAST]
             if due.validate and not stopping:
-                progress, best = validated(config, corpus, geometry, engine, log, progress)
+                stopwatch.enter("validation")
+                progress, best = validated(config, corpus, geometry, engine, unigram, log, progress)
                 names += [BEST] if best else []
             elif due.validate:
                 progress = dataclasses.replace(progress, validation_due=True)
             if due.save:
+                stopwatch.enter("checkpoint")
                 save(config, corpus, geometry, engine, progress, names)
-                stopwatch.restart()
             if stopping:
                 return stopped(stopping, run, progress)
 
     logger.info(f"done: {progress.update} updates, {progress.samples} samples, in {run.save_dir}")
+    logger.info(stopwatch.shares())
     return EXIT_OK
 
 
@@ -229,7 +260,7 @@ def batch_at_start(run: RunConfig, geometry: Geometry) -> int:
 
 
 def build_engine(
-    config: TrainConfig, corpus: Corpus, geometry: Geometry, ranks: Ranks
+    config: TrainConfig, corpus: Corpus, geometry: Geometry, shape: ModelShape, ranks: Ranks
 ) -> tuple[Engine, Progress]:
     """The model in its engine, from the start or from the checkpoint that the run goes on from."""
     check_schedule(config.optimization)
@@ -240,12 +271,6 @@ def build_engine(
         rows=geometry.rows,
         accumulation=geometry.accumulation,
         where=str(path),
-    )
-    shape = shape_from_config(
-        config.model,
-        vocab_size=len(corpus.dictionary),
-        languages=len(corpus.languages),
-        tokens_per_sample=config.data.tokens_per_sample,
     )
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
     model = build_model(shape, seed=config.data.seed)
@@ -268,6 +293,7 @@ def build_engine(
     engine.load_state(
         state,
         update=progress.update,
+        samples=progress.samples,
         warm_up_batch=on_device(
             micro_batch(corpus, geometry, first=0, micro=0, rank=ranks.rank), ranks.device
         ),
@@ -327,6 +353,8 @@ def start_log(
         active=active,
         updates=optimization.max_update,
         start=progress.update,
+        profile=run.profile,
+        monitor=engine.write_events,
     )
     if active:
         (run.save_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -372,11 +400,12 @@ def validated(
     corpus: Corpus,
     geometry: Geometry,
     engine: Engine,
+    unigram: UnigramWatch,
     log: RunLog,
     progress: Progress,
 ) -> tuple[Progress, bool]:
     """Validates; returns the progress with the schedule moved, and whether this is the best so far (as good counts)."""
-    figures = validate(engine, corpus, geometry)
+    figures = loss_figures(validate(engine, corpus, geometry), corpus.languages, unigram.valid)
     log.write("valid", progress.update, figures)
     loss = float(figures["loss"])
     check_finite(loss, progress, config.run)
@@ -391,8 +420,8 @@ def validated(
     return progress, best
 
 
-def validate(engine: Engine, corpus: Corpus, geometry: Geometry) -> dict[str, Any]:
-    """Bits per masked token, over all languages in full, under fixed masks."""
+def validate(engine: Engine, corpus: Corpus, geometry: Geometry) -> Tensor:
+    """(2, L): nats and targets of every language in full, under fixed masks."""
 
     def measure(batch: MaskedBatch) -> Tensor:
         """(2,): nats, targets."""
@@ -412,7 +441,7 @@ def validate(engine: Engine, corpus: Corpus, geometry: Geometry) -> dict[str, An
         )
         for language, dataset in enumerate(corpus.valid)
     ]
-    return loss_figures(torch.stack(sums, dim=1), corpus.languages)
+    return torch.stack(sums, dim=1)
 
 
 def save(

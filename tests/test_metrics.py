@@ -1,0 +1,205 @@
+"""Figures of a run: its time adds up, its speed is that of useful work, and a run that learns nothing is told so."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from xlm_ds.architectures import shape_from_config, useful_flops_per_token
+from xlm_ds.config import ModelConfig, OptimizationConfig
+from xlm_ds.metrics import (
+    PARTS,
+    Stopwatch,
+    UnigramWatch,
+    below_unigram,
+    loss_figures,
+    peak_tflops,
+    unigram_levels,
+)
+
+SHAPE = shape_from_config(ModelConfig(), vocab_size=95_000, languages=5, tokens_per_sample=256)
+CUDA = torch.device("cuda", 0)
+
+
+# ------------------------------------------------------------------------------------ time and speed
+
+
+def test_useful_flops_of_xlm_base() -> None:
+    """By hand: 6 x 75.5 million weights and attention in 256 tokens, and the head at 39 of them."""
+    layers = 6 * (2 * 12 * 1024**2 + 4 * 256 * 1024)
+    head = 2 * (95_000 * 1024 + 1024**2) * 39 / 256
+    assert useful_flops_per_token(SHAPE, 256, 0.15) == pytest.approx(3 * (layers + head))
+    assert useful_flops_per_token(SHAPE, 256, 0.15) == pytest.approx(561.7e6, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("a CPU", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
+
+
+class Clock:
+    """The host's time, and that of a device that is `behind` it; only waiting for an event is told on the host."""
+
+    def __init__(self) -> None:
+        self.now, self.behind, self.waits = 100.0, 0.0, 0
+
+    def event(clock, *, enable_timing: bool) -> Any:
+        assert enable_timing
+
+        class Event:
+            at = math.nan
+
+            def record(self) -> None:
+                self.at = clock.now + clock.behind
+
+            def query(self) -> bool:
+                return self.at <= clock.now
+
+            def synchronize(self) -> None:
+                clock.waits += 1
+                clock.now = max(clock.now, self.at)
+
+            def elapsed_time(self, other: "Event") -> float:
+                return 1000 * (other.at - self.at)
+
+        return Event()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, Any]:
+    """A clock to be set by hand, and the device whose stopwatches go by it."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "Event", clock.event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    return clock, torch.device(request.param, 0)
+
+
+def test_parts_add_up_to_the_wall_time(clock: tuple[Clock, Any]) -> None:
+    time, device = clock
+    stopwatch = Stopwatch(SHAPE, 256, device, world_size=2)
+    assert "561.7 million" in stopwatch.definition(0.15)
+    for _ in range(2):
+        begin = time.now
+        for part, seconds in (("data", 1.0), ("forward_backward", 4.0), ("optimizer", 2.0)):
+            stopwatch.enter(part)
+            time.now += seconds
+        assert stopwatch.enter("communication") == "optimizer"
+        time.now += 0.5
+        stopwatch.enter("validation")
+        time.now += 3.0
+        assert stopwatch.enter(stopwatch.enter("communication")) == "validation"
+        time.now += 2.0
+        stopwatch.enter("other")
+        time.now += 0.5
+        stopwatch.count(samples=64, mask_ratio=0.15)
+        figures = stopwatch.take()
+        assert tuple(figures["seconds"]) == PARTS
+        assert sum(figures["seconds"].values()) == pytest.approx(time.now - begin)
+        assert [figures["seconds"][part] for part in PARTS] == [1, 4, 2, 0.5, 5, 0, 0.5]
+        assert figures["tokens_per_second"] == pytest.approx(64 * 256 / 8), (
+            "validation is no training"
+        )
+        assert figures["tflops"] == pytest.approx(64 * 256 / 8 * 561.7e6 / 1e12 / 2, rel=1e-4)
+        if device.type == "cuda":
+            assert figures["mfu"] == pytest.approx(figures["tflops"] / 989)
+    time.now += 4
+    assert stopwatch.shares().startswith("30.0 seconds: data 6.7%, forward_backward 26.7%")
+
+
+@pytest.mark.parametrize("clock", ["cuda"], indirect=True)
+def test_only_take_waits_for_the_device(clock: tuple[Clock, Any]) -> None:
+    """The host is done at once; the device is three seconds behind and then has to wait for data."""
+    time, device = clock
+    stopwatch = Stopwatch(SHAPE, 256, device, world_size=1)
+    for _ in range(3):
+        stopwatch.enter("data")
+        stopwatch.enter("forward_backward")
+        time.behind += 1.0
+    assert time.waits == 0
+    seconds = stopwatch.take()["seconds"]
+    assert time.waits == 1
+    assert (seconds["data"], seconds["forward_backward"]) == (0, 3)
+    time.behind = 0.0
+    stopwatch.enter("data")
+    time.now += 2.0
+    stopwatch.enter("forward_backward")
+    assert stopwatch.take()["seconds"]["data"] == 2
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+class Counted:
+    def __init__(self, language: str, *counts: int) -> None:
+        self.language = language
+        self._counts = np.array(counts, dtype=np.uint64)
+
+    def counts(self) -> Any:
+        return self._counts
+
+
+def test_unigram_levels_are_cross_entropies_with_the_training_text() -> None:
+    train = [Counted("a", 9, 0, 89), Counted("b", 1, 1, 1)]
+    valid = [Counted("a", 1, 1, 0), Counted("b", 5, 0, 0)]
+    of_train, of_valid = unigram_levels(train, valid)  # type: ignore[arg-type]
+    expected = [-(math.log(10 / 101) + math.log(1 / 101)) / 2, math.log(3)]
+    assert of_valid.tolist() == pytest.approx(expected, rel=1e-6)
+    expected = [-(9 * math.log(10 / 101) + 89 * math.log(90 / 101)) / 98, math.log(3)]
+    assert of_train.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_languages_weigh_in_the_level_as_they_do_in_the_loss() -> None:
+    levels = torch.tensor([2.0, 4.0], dtype=torch.float64)
+    counts = torch.tensor([300.0, 100.0], dtype=torch.float64)
+    at_the_level = torch.stack([counts * levels, counts])
+    assert below_unigram(at_the_level, levels) == 0
+    figures = loss_figures(torch.stack([counts * (levels - 0.1), counts]), ["a", "b"], levels)
+    assert figures["below_unigram"] == pytest.approx(100 * (1 - math.exp(-0.1)))
+    assert figures["perplexity"] == pytest.approx(math.exp(2.4))
+
+
+def watched(nats_below: float, caplog: pytest.LogCaptureFixture, *, updates: range) -> list[str]:
+    """The warnings of a run that is so far below the level, in intervals of 4,000 targets."""
+    optimization = OptimizationConfig(warmup_updates=1000, lr=3e-4)
+    datasets: Any = [Counted("a", 1000, 2000), Counted("b", 0, 500)]
+    watch = UnigramWatch(datasets, datasets, optimization, batch_tokens=2048)
+    counts = torch.full((2,), 2000.0, dtype=torch.float64)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="xlm_ds"):
+        for update in updates:
+            watch.watch(torch.stack([counts * (watch.train - nats_below), counts]), update)
+    return [record.message for record in caplog.records]
+
+
+@pytest.mark.parametrize(("nats_below", "where"), [(0.04, "3.9 % below"), (-0.7, "101 % above")])
+def test_a_run_at_the_unigram_level_is_warned_once(
+    nats_below: float, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (warning,) = watched(nats_below, caplog, updates=range(100, 10_000, 100))
+    assert (
+        f"after 3400 updates the training perplexity is {where}" in warning
+    )  # 5 intervals of 4,000
+    for mend in ("now 2048 tokens an update", "--update-freq", "now 1000", "now 0.0003"):
+        assert mend in warning
+    assert "\n" not in warning
+
+
+def test_a_run_that_learns_or_is_young_is_not_warned(caplog: pytest.LogCaptureFixture) -> None:
+    assert watched(0.1, caplog, updates=range(100, 10_000, 100)) == []
+    assert watched(0.0, caplog, updates=range(1, 3000, 10)) == []
