@@ -21,7 +21,7 @@ FLOORS = [
     {"order"},
     {"batches"},
     {"corpus"},
-    {"model", "architectures", "schedule", "metrics"},
+    {"cross_entropy_kernel", "linear_cross_entropy", "model", "architectures", "schedule", "metrics"},
     {"engine"},
     {"checkpoint"},
     {"evaluate"},

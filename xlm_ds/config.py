@@ -428,6 +428,10 @@ class RunConfig:
         "DeepSpeed JSON: ZeRO stage, precision, offload (default: fp32 ZeRO 1 on a CPU, bf16 ZeRO 1 on a GPU)",
         default=None,
     )
+    no_compile: bool = knob(
+        "do not compile the layers on a GPU: slower, but without the minute it takes at the start",
+        default=False,
+    )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 
 
@@ -496,6 +500,10 @@ class EvaluateConfig:
     output: Path | None = knob(
         "JSON file for the figures (default: CHECKPOINT-SPLIT.json beside the checkpoint)",
         default=None,
+    )
+    no_compile: bool = knob(
+        "do not compile the layers on a GPU: slower, but without the minute it takes at the start",
+        default=False,
     )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 

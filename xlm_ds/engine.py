@@ -421,9 +421,21 @@ def adam_steps(engine: Any) -> set[int]:
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage."""
+    """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage.
 
-    def __init__(self, model: XlmEncoder, settings: Mapping[str, Any], ranks: Ranks) -> None:
+    `compiles`: its layers are compiled at their first call, but not in ZeRO 3, whose hooks break the graphs.
+    """
+
+    def __init__(
+        self,
+        model: XlmEncoder,
+        settings: Mapping[str, Any],
+        ranks: Ranks,
+        *,
+        compiles: bool = False,
+    ) -> None:
+        if compiles and settings["zero_optimization"]["stage"] < 3:
+            model.compile_layers()
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         # ZeRO 3 gathers a module's own parameters; the encoder itself reads the tied table.
         deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)

@@ -15,6 +15,7 @@ docs/decisions/.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -221,6 +222,11 @@ class XlmEncoder(nn.Module):
             batch.targets,
             ignore_index=PAD,
         )
+
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles the layers at their first call: one graph that all of them use, with no way around it in Python."""
+        for layer in self.layers:
+            layer.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def logits(self, batch: MaskedBatch) -> Tensor:
         """Returns the scores of every word at every masked position: (B*K, V) fp32."""

@@ -170,6 +170,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
             )
 
             if due.log:
+                engine.check()
                 sums = ranks.sum(meter.take())
                 figures = loss_figures(sums, corpus.languages, unigram.train)
                 figures |= {"lr": lr, "gradient_norm": engine.gradient_norm()}
@@ -274,6 +275,7 @@ def build_engine(
     )
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
     model = build_model(shape, seed=config.data.seed)
+    compiles = ranks.device.type == "cuda" and not config.run.no_compile
     refuse_if_a_name_is_a_folder(config.run.save_dir)
     found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
     if found is None:
@@ -283,12 +285,12 @@ def build_engine(
             init_output_bias(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
-        return Engine(model, settings, ranks), Progress(batch_at_start=geometry.batch)
+        return Engine(model, settings, ranks, compiles=compiles), Progress(batch_at_start=geometry.batch)
     manifest = checkpoint.read_manifest(found)
     check_same_data(config, corpus, geometry, manifest, found)
     state = checkpoint.load_state(found, manifest)
     checkpoint.copy_weights(model, {name: kinds["weight"] for name, kinds in state.items()}, found)
-    engine = Engine(model, settings, ranks)
+    engine = Engine(model, settings, ranks, compiles=compiles)
     progress = checkpoint.read_progress(manifest)
     engine.load_state(
         state,
