@@ -42,7 +42,7 @@ def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixtur
         (["OUT", "--lr", "fast"], "--lr fast: not a number"),
         (["OUT", "--task", "language_modeling"], "there is cross_lingual_lm"),
         (["OUT", "--lr-scheduler", "inverse_sqr"], "did you mean inverse_sqrt?"),
-        (["OUT", "--max-tokens", "0"], "must be in [1, inf)"),
+        (["OUT", "--max-tokens", "0"], "must be in [1, 2147483647]"),
         (["OUT", "--mask-ratio", "0"], "must be in (0, 1]"),
         (["OUT", "--mask-ratio", "nan"], "must be in (0, 1]"),
         (["OUT", "--mask-ratio", "0.1@0,1.5@9"], "--mask-ratio 0.1@0,1.5@9: must be in (0, 1]"),

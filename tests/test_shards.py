@@ -345,6 +345,32 @@ def test_what_cannot_be_merged(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge", "{out}/train.en", "{pair}"],
+        ["convert", "{pair}", "{out}/train.en", "--to", "mmap"],
+        ["reshard", "{pair}", "--shards", "2", "--destdir", "{out}"],
+    ],
+)
+def test_a_damaged_pair_gets_no_new_checksums(tmp_path: Path, arguments: list[str]) -> None:
+    """All its ids are in the dictionary, so only the old ones can tell."""
+    pair, out = make_recorded(tmp_path), tmp_path / "out"
+    flip(tmp_path / "train.en.bin", 0)
+    with pytest.raises(InputError, match=r"train\.en\.bin: its SHA-256 is not the one"):
+        run(*(argument.format(pair=pair, out=out) for argument in arguments))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["bin", "idx"])
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path, kind: str) -> None:
+    pair = make_pair(tmp_path / "train.en")
+    (tmp_path / f"train.en.{kind}").unlink()
+    os.mkfifo(tmp_path / f"train.en.{kind}")
+    with pytest.raises(OSError, match=rf"cannot read .*train\.en\.{kind}"):
+        run("inspect", pair)
+
+
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
     first, second = make_recorded(tmp_path / "a"), make_recorded(tmp_path / "b")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").glob("train.*")}
@@ -371,6 +397,9 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
         (["merge", "{out}/train.en"], "PAIRS is missing"),
         (["merge", "{out}/train", "{pair}"], "a pair's name is SPLIT.LANG"),
         (["convert", "{pair}", "{out}/train.bin"], "a pair's name is SPLIT.LANG"),
+        (["convert", "{pair}", "{out}/dict.txt"], "a pair's name is SPLIT.LANG"),
+        (["convert", "{pair}", "{out}/a b.en"], "a pair's name is SPLIT.LANG"),
+        (["reshard", "{pair}", "--max-tokens", "9" * 30, "--destdir", "{out}"], "--max-tokens 9"),
         (["reshard", "{pair}", "--shards", "1", "--destdir", "{pair}.idx"], "idx: a file is where"),
         (["merge", "{out}/train.en", "{folder}"], "is a folder; name a pair in it"),
         (["inspect", "{pair}", "--lines", "3"], "has 3, numbered from 0"),
@@ -491,7 +520,7 @@ def test_what_cannot_be_put_back_is_kept_and_said(
     assert tree(out) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_and_sigterm_end_it_and_leave_nothing(tmp_path: Path, number: int) -> None:
     make_pair(tmp_path / "train.en")
     count = 4_000_000
@@ -917,6 +946,13 @@ def test_output_may_be_closed_from_the_start(tmp_path: Path) -> None:
     assert done.returncode == EXIT_BAD_INPUT
     assert b"cannot open" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_output_that_cannot_be_written_ends_no_work(tmp_path: Path) -> None:
+    pair, out = make_pair(tmp_path / "train.en"), tmp_path / "out" / "train.en"
+    command = f"{sys.executable} -m xlm_ds shards merge {out} {pair} 2>/dev/full"
+    assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == EXIT_OK
+    assert contents(out) == contents(pair)
 
 
 def test_words_that_the_terminal_has_not_are_spelt_out(tmp_path: Path) -> None:

@@ -206,6 +206,10 @@ def dictionary_of(config: BinarizeConfig, words: Counter[str]) -> Dictionary:
         found = Dictionary.load(
             config.srcdict, on_duplicate=config.on_duplicate, max_vocab=config.max_vocab
         )
+        if (config.thresholdsrc, config.nwordssrc) != (0, -1):
+            logger.info(
+                "--thresholdsrc, --nwordssrc: --srcdict is taken as it is; they decide nothing"
+            )
     else:
         found = build_dictionary(
             words,

@@ -150,10 +150,12 @@ class BinarizeConfig:
         "building: leave out words seen less often", default=0, bounds="[0, inf)"
     )
     nwordssrc: int = knob(
-        "building: at most N symbols, special ones included (-1: all)", default=-1
+        "building: at most N symbols, special ones included (-1: all)",
+        default=-1,
+        bounds="[-1, inf)",
     )
     padding_factor: int = knob(
-        "building: fill up to a multiple of N with madeupword0000 …", default=8, bounds="[1, inf)"
+        "building: fill up to a multiple of N with madeupword0000 …", default=8, bounds="[1, 65536]"
     )
 
 
@@ -186,7 +188,7 @@ class ShardsInspectConfig:
     tokens_per_sample: int = knob(
         "length of a sample for --blocks: one eos and N - 1 tokens of text",
         default=256,
-        bounds="[2, inf)",
+        bounds="[2, 1048576]",
     )
     json: bool = knob("one JSON object per pair and line, for programs", default=False)
     dict: Path | None = knob(_SHARDS_DICT, default=None)
@@ -218,12 +220,14 @@ class ShardsReshardConfig:
     destdir: Path = knob("folder for the shards")
     shards: int | None = knob("so many, of about as many tokens", default=None, bounds="[1, inf)")
     max_tokens: int | None = knob(
-        "at most N tokens each; a longer line stands alone", default=None, bounds="[1, inf)"
+        "at most N tokens each; a longer line stands alone",
+        default=None,
+        bounds="[1, 9223372036854775807]",
     )
     max_bytes: int | None = knob(
         "a .bin of at most N bytes each; a longer line stands alone",
         default=None,
-        bounds="[1, inf)",
+        bounds="[1, 9223372036854775807]",
     )
     dict: Path | None = knob(_SHARDS_DICT, default=None)
     overwrite: bool = knob(_SHARDS_OVERWRITE, default=False)
@@ -262,7 +266,7 @@ class DataConfig:
         default=(),
     )
     tokens_per_sample: int = knob(
-        "length of a sample: one eos and N - 1 tokens of text", default=256, bounds="[2, inf)"
+        "length of a sample: one eos and N - 1 tokens of text", default=256, bounds="[2, 1048576]"
     )
     sample_break_mode: str = knob(
         "none: blocks run across lines; eos: one line per sample; complete: as many whole lines as fit; complete_doc: "
@@ -340,7 +344,7 @@ class OptimizationConfig:
     max_tokens: int = knob(
         "tokens per rank and micro-batch: floor(N / tokens-per-sample) rows",
         default=2048,
-        bounds="[1, inf)",
+        bounds="[1, 2147483647]",
     )
     update_freq: int = knob("micro-batches per update", default=1, bounds="[1, inf)")
     global_batch_tokens: int | None = knob(
@@ -494,7 +498,7 @@ class EvaluateConfig:
     max_tokens: int = knob(
         "tokens per rank and micro-batch; the result does not depend on it",
         default=8192,
-        bounds="[1, inf)",
+        bounds="[1, 2147483647]",
     )
     seed: int = knob("decides the mask draws", default=0, bounds="[0, 18446744073709551615]")
     output: Path | None = knob(
@@ -528,6 +532,10 @@ def check_languages(languages: Sequence[str], flag: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", language):
             raise InputError(
                 f"{flag}: {language!r} is no name of a language; use letters, digits, - and _, with commas between"
+            )
+        if language in ("bin", "idx"):
+            raise InputError(
+                f"{flag}: {language} is what pairs of files end with; give another name"
             )
     for language in languages:
         if languages.count(language) > 1:

@@ -70,6 +70,8 @@ def run_stage(
     _log_to(log_to)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     code = EXIT_CLOSED_PIPE
     last_words = ""
     try:
@@ -110,7 +112,7 @@ def add_log_file(path: Path) -> None:
     for other in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(other)
         other.close()
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
     logger.addHandler(handler)
 
@@ -128,10 +130,10 @@ class _LogFile(logging.FileHandler):
 
 
 class _Console(logging.StreamHandler[TextIO]):
-    """Is left out when nobody reads it any more: what a run makes is not in its log."""
+    """Is left out when nobody reads it any more, or it cannot be written: what a run makes is not in its log."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
+        if isinstance(sys.exc_info()[1], OSError):
             logger.removeHandler(self)
             _drop_output(self.stream)
         else:

@@ -94,7 +94,8 @@ def dictionary_of(
 
 def split_and_language(prefix: Path) -> tuple[str, str]:
     """Of SPLIT.LG, or of fairseq's SPLIT.LG-None.LG."""
-    match = re.fullmatch(r"(?P<split>[^.]+)\.(?P<lang>[^.]+?)(-None\.(?P=lang))?", prefix.name)
+    name = r"(?!dict\.)(?P<split>[\w-]+)\.(?P<lang>[\w-]+?)(-None\.(?P=lang))?"  # dict.en.txt is fairseq's
+    match = re.fullmatch(name, prefix.name, re.ASCII)
     if match is None or match["lang"] in SUFFIXES:
         raise InputError(
             f"{prefix}: a pair's name is SPLIT.LANG, as train.en, without .bin or .idx"

@@ -264,6 +264,14 @@ def _changed(prefix: Path, record: Mapping[str, Any] | None) -> str | None:
     return None
 
 
+def find_unchanged(path: Path, dictionary_path: Path | None) -> Source:
+    """A pair to be written anew, where new checksums would hide damage. Raises InputError; OSError."""
+    source = find_source(without_suffix(path), dictionary_path)
+    if changed := _changed(source.prefix, source.record):
+        raise InputError(f"{changed}: verify it, and copy it again or binarize again")
+    return source
+
+
 def _check_counts(path: Path, expected: NDArray[np.uint64]) -> None:
     if not path.exists():
         return
@@ -329,7 +337,7 @@ def are_of_one_text(one: Mapping[str, Any] | None, other: Mapping[str, Any] | No
 
 
 def merge(config: ShardsMergeConfig) -> int:
-    sources = [find_source(without_suffix(prefix), config.dict) for prefix in config.pairs]
+    sources = [find_unchanged(prefix, config.dict) for prefix in config.pairs]
     if not sources:
         raise InputError("PAIRS is missing: give the pairs to join after the one to write")
     first = sources[0].open()
@@ -450,7 +458,7 @@ def reshard(config: ShardsReshardConfig) -> int:
 
 
 def _find_whole(path: Path, dictionary: Path | None) -> Source:
-    source = find_source(without_suffix(path), dictionary)
+    source = find_unchanged(path, dictionary)
     shard, shards = place_of(source.record)
     if shards > 1:
         raise InputError(

@@ -76,7 +76,7 @@ from xlm_ds.engine import (
     stop_ranks,
 )
 from xlm_ds.evaluate import on_device, sum_over_split
-from xlm_ds.files import alone_in
+from xlm_ds.files import alone_in, make_folder
 from xlm_ds.metrics import (
     LossMeter,
     RunLog,
@@ -528,7 +528,7 @@ def run_folder(save_dir: Path, ranks: Ranks) -> Iterator[None]:
     with contextlib.ExitStack() as held:
 
         def take() -> None:
-            save_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(save_dir)
             held.enter_context(alone_in(save_dir, "run"))
             checkpoint.discard_leftovers(save_dir)
 

@@ -26,10 +26,21 @@ FileHandle open_or_throw(const std::filesystem::path& path, int flags, const cha
   return FileHandle(descriptor);
 }
 
+FileHandle open_to_read(const std::filesystem::path& path) {
+  FileHandle handle = open_or_throw(path, O_RDONLY | O_NONBLOCK, "read");  // a pipe without a writer would block
+  struct stat status{};
+  if (::fstat(handle.descriptor(), &status) != 0) throw_errno("read", path);
+  if (!S_ISREG(status.st_mode)) {
+    errno = S_ISDIR(status.st_mode) ? EISDIR : ESPIPE;
+    throw_errno("read", path);
+  }
+  return handle;
+}
+
 /// A duplicate of descriptor 0 and not /dev/stdin: that cannot be opened when it is a socket, and
 /// of a file it would begin anew.
 FileHandle open_input(const std::filesystem::path& path) {
-  if (path != kStandardInput) return open_or_throw(path, O_RDONLY, "read");
+  if (path != kStandardInput) return open_to_read(path);
   const int descriptor = ::fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 0);
   if (descriptor < 0) throw_errno("read", path);
   return FileHandle(descriptor);
@@ -101,7 +112,7 @@ void OutputFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes
 }
 
 RandomAccessFile::RandomAccessFile(std::filesystem::path path)
-    : path_(std::move(path)), handle_(open_or_throw(path_, O_RDONLY, "read")) {}
+    : path_(std::move(path)), handle_(open_to_read(path_)) {}
 
 std::uint64_t RandomAccessFile::size() const {
   struct stat status{};

@@ -25,16 +25,16 @@ bool fits_into_memory(std::size_t bytes) noexcept {
 }  // namespace
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would block
   if (fd < 0) throw_errno("cannot open", path);
   struct stat status{};
   if (::fstat(fd, &status) != 0) {
     ::close(fd);
     throw_errno("cannot read the size of", path);
   }
-  if (S_ISDIR(status.st_mode)) {  // mmap would say "No such device"
+  if (!S_ISREG(status.st_mode)) {  // mmap would say "No such device", or nothing of a pipe, which is empty
     ::close(fd);
-    errno = EISDIR;
+    errno = S_ISDIR(status.st_mode) ? EISDIR : ESPIPE;
     throw_errno("cannot read", path);
   }
   size_ = static_cast<std::size_t>(status.st_size);
