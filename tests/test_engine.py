@@ -6,21 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds.architectures import shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig, OptimizationConfig
-from xlm_ds.engine import (
+from xlm_ds.deepspeed_config import (
     CONFIG_DIRECTORY,
-    Engine,
-    Ranks,
     read_deepspeed_config,
     resolve_deepspeed_config,
-    start_ranks,
 )
+from xlm_ds.engine import Engine, Ranks, start_ranks
 from xlm_ds.log import InputError
-from xlm_ds.model import XlmEncoder
+from xlm_ds.model import XlmEncoder, build_model
 
-CPU = torch.device("cpu")
 SHIPPED = sorted(CONFIG_DIRECTORY.glob("*.json"))
 OPTIMIZATION = OptimizationConfig(lr=1e-2, adam_betas=(0.9, 0.98), weight_decay=0.01, clip_norm=0.5)
 VOCABULARY, TOKENS, ROWS = 101, 16, 4
@@ -57,7 +54,7 @@ def random_batch(seed: int) -> MaskedBatch:
 
 
 def settings_of(name: str, stage: int, accumulation: int = 1) -> dict[str, object]:
-    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", CPU)
+    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", "cpu")
     template["zero_optimization"]["stage"] = stage
     return resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=accumulation)
 
@@ -204,4 +201,4 @@ def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected
 def test_an_unusable_json_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "ds.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=expected):
-        read_deepspeed_config(tmp_path / "ds.json", CPU)
+        read_deepspeed_config(tmp_path / "ds.json", "cpu")

@@ -14,17 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reference import AdamMoments, fairseq_adam, xlm_logits
-from xlm_ds.architectures import (
-    build_model,
-    init_output_bias,
-    shape_from_config,
-    unigram_log_probabilities,
-)
+from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig
 from xlm_ds.dictionary import PAD
 from xlm_ds.log import InputError
-from xlm_ds.model import ModelShape, XlmEncoder, parameter_count
+from xlm_ds.model import XlmEncoder, build_model, init_output_bias, unigram_log_probabilities
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "model").glob("*.npz"))
 EOS = 2

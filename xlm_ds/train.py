@@ -46,38 +46,29 @@ import torch
 from torch import Tensor
 
 from xlm_ds import checkpoint
-from xlm_ds.architectures import (
-    build_model,
-    init_output_bias,
-    shape_from_config,
-    unigram_log_probabilities,
-)
+from xlm_ds.architectures import parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import (
     Corpus,
-    Geometry,
-    batch_geometry,
     micro_batch,
     open_corpus,
     order_facts,
     update_targets,
     with_sample_numbers,
 )
-from xlm_ds.dictionary import PAD
-from xlm_ds.engine import (
-    Engine,
-    Ranks,
+from xlm_ds.deepspeed_config import (
     default_deepspeed_config,
     read_deepspeed_config,
     resolve_deepspeed_config,
-    start_ranks,
-    stop_ranks,
 )
+from xlm_ds.dictionary import PAD
+from xlm_ds.engine import Engine, Ranks, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in
+from xlm_ds.geometry import Geometry, batch_geometry
 from xlm_ds.metrics import LossMeter, RunLog, Stopwatch, loss_figures
-from xlm_ds.model import parameter_count
+from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.schedule import (
     check_schedule,
@@ -233,9 +224,9 @@ def build_engine(
 ) -> tuple[Engine, Progress]:
     """The model in its engine, from the start or from the checkpoint that the run goes on from."""
     check_schedule(config.optimization)
-    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device)
+    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device.type)
     settings = resolve_deepspeed_config(
-        read_deepspeed_config(path, ranks.device),
+        read_deepspeed_config(path, ranks.device.type),
         config.optimization,
         rows=geometry.rows,
         accumulation=geometry.accumulation,
