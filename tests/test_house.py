@@ -13,13 +13,13 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
-    {"flags", "files", "ranks", "steps"},
+    {"flags", "files", "ranks", "steps", "devices"},
     {"config", "dictionary"},
     {
         *("tokenisation", "merges", "texts", "pair_record", "prepare_record"),
         *("architectures", "geometry", "deepspeed_config"),
     },
-    {"prepare", "binarize", "pairs", "xlm_pth", "shards"},
+    {"prepare", "binarize", "pairs", "xlm_pth", "shards", "costs"},
     {"dataset"},
     {"order"},
     {"batches"},

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xlm_ds import checkpoint
+from xlm_ds import checkpoint, plan
 from xlm_ds.architectures import parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.checkpoint import BEST, LAST, Progress
@@ -62,6 +62,7 @@ from xlm_ds.deepspeed_config import (
     read_deepspeed_config,
     resolve_deepspeed_config,
 )
+from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.dictionary import PAD
 from xlm_ds.engine import Engine, Ranks, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device, sum_over_split
@@ -205,6 +206,31 @@ def with_languages(config: TrainConfig, languages: tuple[str, ...]) -> TrainConf
     """The configuration with the languages that were found where none were named."""
     data = dataclasses.replace(config.data, monolingual_langs=languages)
     return dataclasses.replace(config, data=data)
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Says what the run would need and take, on the device and with the ranks that it is started with."""
+    world, per_node = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OK
+    check_schedule(config.optimization)
+    geometry = batch_geometry(config.optimization, config.data.tokens_per_sample, world)
+    corpus = open_corpus(with_sample_numbers(config.data, batch_at_start(config.run, geometry)))
+    facts = plan.Facts(len(corpus.dictionary), len(corpus.languages), corpus.order.epoch_samples)
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        device = this_gpu(properties.name, properties.total_memory)
+        per_node = max(per_node, torch.cuda.device_count())
+    else:
+        device = this_cpu(per_node)
+    ground = plan.Ground(device, world, per_node)
+    job = plan.build_job(config.data, config.model, config.optimization, config.run, facts, ground)
+    found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
+    done = checkpoint.read_progress(checkpoint.read_manifest(found)).update if found else 0
+    plan.show(job, config.optimization, facts, name=config.model.arch, updates_done=done)
+    return EXIT_OK
 
 
 def batch_at_start(run: RunConfig, geometry: Geometry) -> int:
@@ -498,6 +524,8 @@ def run_folder(save_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 def main(argv: Sequence[str]) -> int:
     config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
+    if config.run.dry_run:
+        return dry_run(config)
     stop = StopSignal()
     ranks = start_ranks()
     with run_folder(config.run.save_dir, ranks):
