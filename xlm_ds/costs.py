@@ -82,7 +82,12 @@ class Job:
 
     @property
     def offloads(self) -> bool:
-        return bool(self.zero.get("offload_optimizer", {}).get("device", "none") != "none")
+        offload = self.zero.get("offload_optimizer") or {}
+        return bool(offload.get("device", "none") != "none")
+
+    def zero_number(self, key: str, default: float) -> float:
+        value = self.zero.get(key)
+        return value if isinstance(value, int | float) else default
 
     @property
     def ranks(self) -> int:
@@ -167,7 +172,7 @@ def _weights(job: Job) -> float:
     if job.stage < 3:
         return job.size * job.parameters
     # Gathered weights are kept while DeepSpeed expects them to be used again among the next 1e9.
-    live = min(job.parameters, float(job.zero.get("stage3_max_live_parameters", 1e9)))
+    live = min(job.parameters, job.zero_number("stage3_max_live_parameters", 1e9))
     return job.size * (job.parameters / job.ranks + live * (job.ranks > 1))
 
 
@@ -177,7 +182,7 @@ def _gradients(job: Job) -> Moments:
         buffer = job.gradient_size * job.parameters
         part = job.gradient_size * mine * (job.ranks > 1)  # reduced, in its own dtype
         return Moments(buffer, buffer + part + 4 * mine * (job.gradient_size < 4))
-    bucket = job.size * float(job.zero.get("reduce_bucket_size", 5e8))
+    bucket = job.size * job.zero_number("reduce_bucket_size", 5e8)
     buckets = bucket * (2 if job.zero.get("overlap_comm") else 1)
     if job.device.is_cpu:  # memory that is not written to is not there
         buckets = min(buckets, job.size * job.parameters)

@@ -38,8 +38,8 @@ def _gpu(
     return Device(name, gib * GIB, speed, has_bf16=name not in WITHOUT_BF16)
 
 
-# The makers' data sheets: bf16 (fp16 where there is none) dense with sums in fp32; fp32; memory; a link is one direction
-# of NVLink, or of PCIe where there is none. Sheets say GB of memory and mean GiB.
+# The makers' data sheets: bf16 (fp16 where there is none), dense, sums in fp32; fp32; memory; a link is one way of
+# NVLink, or of PCIe where there is none. Sheets say GB of memory and mean GiB.
 GPUS = {
     gpu.name: gpu
     for gpu in (

@@ -196,7 +196,7 @@ def _hours(
 ) -> Iterator[str]:
     def hours(updates: float) -> str:
         tokens = updates * job.update_tokens
-        return f"{tokens / 1e9:.3g} billion tokens in {updates * update_seconds / 3600:.3g} hours"
+        return f"{_figures(tokens / 1e9)} billion tokens in {_figures(updates * update_seconds / 3600)} hours"
 
     if optimization.max_update:
         left = max(0, optimization.max_update - done)
@@ -208,7 +208,7 @@ def _hours(
         if optimization.max_epoch:
             yield f"--max-epoch {optimization.max_epoch}: {hours(optimization.max_epoch * updates)}."
     if not optimization.max_update and facts.epoch_samples is None:
-        yield f"A billion tokens take {1e9 / job.update_tokens * update_seconds / 3600:.3g} hours."
+        yield f"A billion tokens take {_figures(1e9 / job.update_tokens * update_seconds / 3600)} hours."
 
 
 def _limit(parts: dict[str, float]) -> str:
@@ -231,8 +231,9 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, ...]]) ->
 
 def _figures(number: float) -> str:
     """Three of them."""
-    digits = max(0, math.floor(math.log10(number)) - 2)
-    return f"{round(number, -digits):,.0f}"
+    if number < 1000:
+        return f"{number:.3g}"
+    return f"{round(number, 2 - math.floor(math.log10(number))):,.0f}"
 
 
 def _ranks(job: Job) -> str:
@@ -272,7 +273,7 @@ def largest_rows(job: Job) -> int:
 def refusal(job: Job, optimization: OptimizationConfig) -> str:
     """Why it cannot run, and what would."""
     found = (
-        f"{_ranks(job)} of {peak(job) / GIB:.1f} GiB each do not fit a {job.device.name} of "
+        f"each of {_ranks(job)} needs {peak(job) / GIB:.1f} GiB, and the {job.device.name} has "
         f"{job.device.memory / GIB:.0f} GiB, of which {USABLE:.0%} can be used"
     )
     return f"{found}; {next(_mends(job, optimization))}"
