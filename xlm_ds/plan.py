@@ -194,21 +194,21 @@ def _time(job: Job, optimization: OptimizationConfig, facts: Facts, updates_done
 def _hours(
     job: Job, optimization: OptimizationConfig, facts: Facts, update_seconds: float, done: int
 ) -> Iterator[str]:
-    def hours(updates: float) -> str:
+    def needs(updates: float) -> str:
         tokens = updates * job.update_tokens
-        return f"{_figures(tokens / 1e9)} billion tokens in {_figures(updates * update_seconds / 3600)} hours"
+        return f"{_figures(tokens)} tokens in {_duration(updates * update_seconds)}"
 
     if optimization.max_update:
         left = max(0, optimization.max_update - done)
         after = f", {done} of them done" if done else ""
-        yield f"--max-update {optimization.max_update}{after}: {hours(left)}."
+        yield f"--max-update {optimization.max_update}{after}: {needs(left)}."
     if facts.epoch_samples is not None:
         updates = math.ceil(facts.epoch_samples / job.geometry.batch)
-        yield f"An epoch is {updates} updates, {hours(updates)}."
+        yield f"An epoch is {updates} updates, {needs(updates)}."
         if optimization.max_epoch:
-            yield f"--max-epoch {optimization.max_epoch}: {hours(optimization.max_epoch * updates)}."
+            yield f"--max-epoch {optimization.max_epoch}: {needs(optimization.max_epoch * updates)}."
     if not optimization.max_update and facts.epoch_samples is None:
-        yield f"A billion tokens take {_figures(1e9 / job.update_tokens * update_seconds / 3600)} hours."
+        yield f"A billion tokens take {_duration(1e9 / job.update_tokens * update_seconds)}."
 
 
 def _limit(parts: dict[str, float]) -> str:
@@ -234,6 +234,13 @@ def _figures(number: float) -> str:
     if number < 1000:
         return f"{number:.3g}"
     return f"{round(number, 2 - math.floor(math.log10(number))):,.0f}"
+
+
+def _duration(length_seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if length_seconds >= length:
+            return f"{_figures(length_seconds / length)} {unit}"
+    return f"{_figures(length_seconds)} seconds"
 
 
 def _ranks(job: Job) -> str:
@@ -273,7 +280,7 @@ def largest_rows(job: Job) -> int:
 def refusal(job: Job, optimization: OptimizationConfig) -> str:
     """Why it cannot run, and what would."""
     found = (
-        f"each of {_ranks(job)} needs {peak(job) / GIB:.1f} GiB, and the {job.device.name} has "
+        f"a rank needs {peak(job) / GIB:.1f} GiB, and the {job.device.name} has "
         f"{job.device.memory / GIB:.0f} GiB, of which {USABLE:.0%} can be used"
     )
     return f"{found}; {next(_mends(job, optimization))}"
