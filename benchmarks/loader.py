@@ -122,7 +122,8 @@ def fill_batch(job: Job) -> Figures:
 
 def one_of_eight_ranks(job: Job) -> Figures:
     """What an update of 8 x 64 samples costs a rank: its micro-batch, and counting the targets of all ranks."""
-    from xlm_ds.corpus import Geometry, micro_batch, update_targets
+    from xlm_ds.corpus import micro_batch, update_targets
+    from xlm_ds.geometry import Geometry
 
     geometry = Geometry(RANK_ROWS, 1, RANKS)
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds import architectures
+from xlm_ds.architectures import FIRST_POSITION_ROW, ModelShape, shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig, OptimizationConfig
 from xlm_ds.dictionary import PAD
-from xlm_ds.model import FIRST_POSITION_ROW, ModelShape, XlmEncoder
+from xlm_ds.model import XlmEncoder, build_model
 
 Update: TypeAlias = Callable[[MaskedBatch], Tensor]
 
@@ -75,15 +76,10 @@ class Size:
 
 
 def useful_flops(size: Size) -> float:
-    """Floating point operations of one update that the model needs: three times the forward matrix products (a multiply
-    and an add each) of the layers, attention in full, and the head at masked positions only; no lookups, norms or
-    softmax, nothing computed twice.
-    """
-    dim, tokens = size.dim, size.rows * size.tokens
-    masked = size.rows * size.masked_per_row
-    layer = 2 * 12 * dim * dim + 4 * size.tokens * dim
-    head = 2 * (size.vocab_size * dim + dim * dim)
-    return 3.0 * (tokens * size.layers * layer + masked * head)
+    """Of one update."""
+    return architectures.useful_flops(
+        size.shape(), rows=size.rows, tokens=size.tokens, masked=size.masked_per_row
+    )
 
 
 # -------------------------------------------------------------------------------------------- ours
@@ -91,17 +87,16 @@ def useful_flops(size: Size) -> float:
 
 def engine_update(size: Size, deepspeed_config: str) -> Update:
     """One of ds_configs, through the engine as a run has it."""
-    from xlm_ds.engine import (
+    from xlm_ds.deepspeed_config import (
         CONFIG_DIRECTORY,
-        Engine,
         read_deepspeed_config,
         resolve_deepspeed_config,
-        start_ranks,
     )
+    from xlm_ds.engine import Engine, start_ranks
 
     ranks = start_ranks()
     settings = resolve_deepspeed_config(
-        read_deepspeed_config(CONFIG_DIRECTORY / f"{deepspeed_config}.json", ranks.device),
+        read_deepspeed_config(CONFIG_DIRECTORY / f"{deepspeed_config}.json", ranks.device.type),
         OptimizationConfig(lr=LR),
         rows=size.rows,
         accumulation=1,

@@ -23,9 +23,10 @@ from xlm_ds.batches import (
     join_batches,
     rank_slice,
 )
-from xlm_ds.corpus import Corpus, Geometry, micro_batch, update_targets
+from xlm_ds.corpus import Corpus, micro_batch, update_targets
 from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import Dictionary
+from xlm_ds.geometry import Geometry
 from xlm_ds.log import InputError
 from xlm_ds.order import Samples, build_order
 from xlm_ds.steps import Steps

@@ -15,7 +15,7 @@ import pytest
 from conftest import LANGUAGES
 from test_train import SHAPE, losses_in
 from xlm_ds import checkpoint
-from xlm_ds.engine import CONFIG_DIRECTORY
+from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 
 ROOT = Path(__file__).parent.parent
 MODULE = [sys.executable, "-m"]

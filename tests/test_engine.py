@@ -12,22 +12,18 @@ import pytest
 import torch
 from deepspeed import comm
 
-from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds.architectures import shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig, OptimizationConfig
-from xlm_ds.engine import (
+from xlm_ds.deepspeed_config import (
     CONFIG_DIRECTORY,
-    Engine,
-    Ranks,
-    collectives_timed,
     read_deepspeed_config,
     resolve_deepspeed_config,
-    start_ranks,
 )
+from xlm_ds.engine import Engine, Ranks, collectives_timed, start_ranks
 from xlm_ds.log import Fault, InputError
-from xlm_ds.model import XlmEncoder
+from xlm_ds.model import XlmEncoder, build_model
 
-CPU = torch.device("cpu")
 SHIPPED = sorted(CONFIG_DIRECTORY.glob("*.json"))
 OPTIMIZATION = OptimizationConfig(lr=1e-2, adam_betas=(0.9, 0.98), weight_decay=0.01, clip_norm=0.5)
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of this process
@@ -65,7 +61,7 @@ def random_batch(seed: int) -> MaskedBatch:
 
 
 def settings_of(name: str, stage: int, accumulation: int = 1) -> dict[str, object]:
-    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", CPU)
+    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", "cpu")
     template["zero_optimization"]["stage"] = stage
     return resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=accumulation)
 
@@ -152,7 +148,7 @@ def test_an_update_of_each_configuration_is_plain_adamws(
     name: str, calls: int, ranks: Ranks
 ) -> None:
     """Also with the encoder called twice before one backward pass, where ZeRO 2 has lost gradients (issue 8224)."""
-    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", CPU)
+    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", "cpu")
     settings = resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=1)
     model = small_model()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -362,4 +358,4 @@ def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected
 def test_an_unusable_json_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "ds.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=expected):
-        read_deepspeed_config(tmp_path / "ds.json", CPU)
+        read_deepspeed_config(tmp_path / "ds.json", "cpu")

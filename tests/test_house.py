@@ -13,15 +13,19 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
-    {"flags", "files", "ranks", "steps"},
+    {"flags", "files", "ranks", "steps", "devices"},
     {"config", "dictionary"},
-    {"tokenisation", "merges", "texts", "pair_record", "prepare_record"},
-    {"prepare", "binarize", "pairs", "xlm_pth", "shards"},
+    {
+        *("tokenisation", "merges", "texts", "pair_record", "prepare_record"),
+        *("architectures", "geometry", "deepspeed_config"),
+    },
+    {"prepare", "binarize", "pairs", "xlm_pth", "shards", "costs"},
     {"dataset"},
     {"order"},
     {"batches"},
     {"corpus"},
-    {"cross_entropy_kernel", "linear_cross_entropy", "model", "architectures", "schedule", "metrics"},
+    {"cross_entropy_kernel", "linear_cross_entropy"},
+    {"model", "schedule", "metrics"},
     {"engine"},
     {"checkpoint"},
     {"evaluate"},

@@ -14,17 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reference import AdamMoments, fairseq_adam, xlm_logits
-from xlm_ds.architectures import (
-    build_model,
-    init_output_bias,
-    shape_from_config,
-    unigram_log_probabilities,
-)
+from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig
 from xlm_ds.dictionary import PAD
 from xlm_ds.log import InputError
-from xlm_ds.model import ModelShape, XlmEncoder, parameter_count
+from xlm_ds.model import XlmEncoder, build_model, init_output_bias, unigram_log_probabilities
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "model").glob("*.npz"))
 EOS = 2
@@ -379,6 +374,9 @@ def test_forward_never_looks_at_contents_on_the_host() -> None:
     assert losses.shape == batch.targets.shape
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # by dynamo
 def test_layers_are_compiled_to_one_graph() -> None:
     """For each of training and evaluation, with and without padding: a graph a layer would take six times as long."""
     graphs = []

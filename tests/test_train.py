@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xlm_ds import checkpoint, train
 from xlm_ds.config import DataConfig, OptimizationConfig, RunConfig, TrainConfig
-from xlm_ds.corpus import Geometry, batch_geometry, open_corpus
-from xlm_ds.engine import CONFIG_DIRECTORY, Ranks
+from xlm_ds.corpus import open_corpus
+from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
+from xlm_ds.engine import Ranks
 from xlm_ds.flags import parse
+from xlm_ds.geometry import Geometry, batch_geometry
 from xlm_ds.log import InputError
 from xlm_ds.schedule import lr_at
 from xlm_ds.train import what_is_due

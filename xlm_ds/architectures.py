@@ -1,26 +1,41 @@
-"""Named sizes, and the way from a configuration to a network ready to train.
+"""Named sizes, and what a network of a size holds and computes, without torch.
 
 What a flag leaves open is the architecture's; what cannot be built is refused here.
 
     shape = shape_from_config(config.model, vocab_size=95_005, languages=5, tokens_per_sample=256)
-    model = build_model(shape, seed=config.data.seed)
-    log_p = unigram_log_probabilities(counts, language_probabilities=probabilities)
-    init_output_bias(model, log_p)
-
-The counts are those binarize wrote, the probabilities those that languages are sampled with.
+    parameter_count(shape)                                    # of model.build_model(shape, seed=0)
+    useful_flops(shape, rows=64, tokens=256, masked=39)       # of forward and backward pass
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from xlm_ds import _core
 from xlm_ds.config import ModelConfig
+from xlm_ds.dictionary import PAD
 from xlm_ds.log import InputError
-from xlm_ds.model import ActivationName, ModelShape, XlmEncoder, init_parameters
+
+FIRST_POSITION_ROW = PAD + 1  # fairseq's position table has unused rows 0 and PAD before the first
+
+ActivationName = Literal["gelu", "relu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Every number the network is made from."""
+
+    vocab_size: int
+    max_positions: int
+    num_segment: int  # rows of the language table
+    layers: int
+    embed_dim: int
+    ffn_embed_dim: int
+    attention_heads: int
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    activation_fn: ActivationName
+    token_positions: bool  # whether there is a position table
+    normalize_embeddings: bool  # whether the sum of the embeddings is layer-normalised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,46 +84,45 @@ def shape_from_config(
     return shape
 
 
-def build_model(shape: ModelShape, *, seed: int) -> XlmEncoder:
-    """Returns a network on the CPU in fp32, initialised from the seed: the same on every rank."""
-    with torch.device("meta"):  # torch's own initialisation would draw from the global generator
-        model = XlmEncoder(shape)
-    model.to_empty(device="cpu")
-    init_parameters(model, torch.Generator().manual_seed(seed))
-    return model
+def parameters_by_part(shape: ModelShape) -> dict[str, int]:
+    """The numbers of parameters of a model of this shape; the output matrix is the token embedding."""
+    dim, inner = shape.embed_dim, shape.ffn_embed_dim
+    norm = 2 * dim
+    small_tables = shape.num_segment * dim
+    if shape.token_positions:
+        small_tables += (shape.max_positions + FIRST_POSITION_ROW) * dim
+    if shape.normalize_embeddings:
+        small_tables += norm
+    attention = 4 * (dim * dim + dim)
+    ffn = 2 * dim * inner + inner + dim
+    return {
+        "token embedding": shape.vocab_size * dim,
+        "language and position embeddings": small_tables,
+        "layers": shape.layers * (attention + ffn + 2 * norm),
+        "head": dim * dim + dim + norm + shape.vocab_size,
+    }
 
 
-def useful_flops_per_token(shape: ModelShape, tokens_per_sample: int, mask_ratio: float) -> float:
-    """Floating point operations that training needs for each token of a sample, masked or not.
+def parameter_count(shape: ModelShape) -> int:
+    return sum(parameters_by_part(shape).values())
 
-    Three times the forward matrix products (a multiply and an add each) of the layers, attention in full, and the head
-    at masked positions only; no lookups, norms or softmax, nothing computed twice.
+
+def flops_by_part(shape: ModelShape, *, rows: int, tokens: int, masked: int) -> dict[str, float]:
+    """Floating point operations that forward and backward pass of rows of so many tokens, `masked` of them, need: three
+    times the forward matrix products (a multiply and an add each) of the layers, attention over the whole row, and the
+    head at masked positions only; no lookups, norms or softmax, nothing computed twice.
     """
-    dim = shape.embed_dim
-    layer = 2 * (4 * dim * dim + 2 * dim * shape.ffn_embed_dim) + 4 * tokens_per_sample * dim
-    head = 2 * (shape.vocab_size * dim + dim * dim)
-    masked = _core.masked_count(mask_ratio, tokens_per_sample - 1) / tokens_per_sample
-    return 3.0 * (shape.layers * layer + masked * head)
+    dim, inner = shape.embed_dim, shape.ffn_embed_dim
+    per_token = 2 * (4 * dim * dim + 2 * dim * inner)
+    return {
+        "layers": 3.0 * rows * tokens * shape.layers * per_token,
+        "attention": 3.0 * rows * tokens * shape.layers * 4 * tokens * dim,
+        "head": 3.0 * rows * masked * 2 * (shape.vocab_size * dim + dim * dim),
+    }
 
 
-def unigram_log_probabilities(
-    counts: NDArray[np.uint64], *, language_probabilities: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """Returns the log-probabilities (V,) of a token drawn from a language drawn by its probability.
-
-    `counts` (L, V) are each language's tokens in the training text; `language_probabilities` (L,)
-    sum to 1. Each language's distribution is smoothed by adding one to every count.
-    """
-    smoothed = counts.astype(np.float64) + 1
-    per_language = smoothed / smoothed.sum(axis=1, keepdims=True)
-    mixture: NDArray[np.float64] = language_probabilities @ per_language
-    return np.log(mixture).astype(np.float32)
-
-
-@torch.no_grad()
-def init_output_bias(model: XlmEncoder, log_probabilities: NDArray[np.float32]) -> None:
-    """Sets the output bias to log-probabilities (V,): the model then starts at the unigram loss."""
-    model.head.output_bias.copy_(torch.from_numpy(log_probabilities))
+def useful_flops(shape: ModelShape, *, rows: int, tokens: int, masked: int) -> float:
+    return sum(flops_by_part(shape, rows=rows, tokens=tokens, masked=masked).values())
 
 
 def _check_shape(shape: ModelShape, *, languages: int, tokens_per_sample: int) -> None:

@@ -16,7 +16,6 @@ import torch
 from xlm_ds import _core
 from xlm_ds.dataset import TokenDataset
 from xlm_ds.dictionary import PAD
-from xlm_ds.log import InputError
 from xlm_ds.order import Samples, evaluation_samples
 
 
@@ -125,15 +124,6 @@ def evaluation_batches(
     for first in range(0, len(blocks), rows):
         samples = evaluation_samples(language, blocks[first : first + rows], draw=draw)
         yield build_batch(by_language, samples, masking)
-
-
-def rows_that_fit(max_tokens: int, tokens_per_sample: int) -> int:
-    """Samples in a micro-batch of at most `max_tokens` tokens. Raises InputError if there is no room for one."""
-    if max_tokens < tokens_per_sample:
-        raise InputError(
-            f"--max-tokens {max_tokens} is below --tokens-per-sample {tokens_per_sample}; one sample must fit"
-        )
-    return max_tokens // tokens_per_sample
 
 
 def rank_slice(first: int, count: int, *, rank: int, world_size: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ STAGES = {
     "prepare": "raw text -> tokenised and BPE'd splits, codes, vocabulary",
     "binarize": "splits -> .bin/.idx pairs and dict.txt",
     "shards": "looks into, checks, joins, divides and converts .bin/.idx pairs",
+    "plan": "a configuration -> memory, speed and hours of its training",
     "train": "binarized data -> checkpoints",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
     "report": "a run's metrics -> a picture of its curves",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xlm_ds.devices import GPUS
 from xlm_ds.flags import Answered, knob
 from xlm_ds.log import InputError
 from xlm_ds.steps import Steps
@@ -436,6 +437,10 @@ class RunConfig:
         "do not compile the layers on a GPU: slower, but without the minute it takes at the start",
         default=False,
     )
+    dry_run: bool = knob(
+        "say what the run would need and take on this machine, as xlm-ds plan does; start and write nothing",
+        default=False,
+    )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 
 
@@ -481,6 +486,48 @@ TRAIN_ANSWERED = (
     ),
     Answered("--deepspeed", False, ""),  # DeepSpeed's own examples pass it
 )
+
+
+# --------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDataConfig(DataConfig):
+    """DataConfig, of data that need not be there yet."""
+
+    data: Path | None = knob(  # type: ignore[assignment]
+        "folder with dict.txt and train.LANG.{bin,idx}, or nothing: see --vocab-size",
+        default=None,
+        positional=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """Flags and files of train, and what it would run on."""
+
+    data: PlanDataConfig
+    model: ModelConfig
+    optimization: OptimizationConfig
+    run: RunConfig
+    vocab_size: int | None = knob(
+        "rows of the dictionary, 5 special symbols included (default: of DATA)",
+        default=None,
+        bounds="[6, inf)",
+    )
+    languages: int | None = knob(
+        "number of languages (default: those of --monolingual-langs or DATA, or 15)",
+        default=None,
+        bounds="[1, inf)",
+    )
+    gpu: str = knob("GPU, or cpu for this machine's", default="h100", choices=(*GPUS, "cpu"))
+    gpus: int = knob("ranks, each with a GPU", default=1, bounds="[1, inf)")
+    gpus_per_node: int = knob("ranks of a machine", default=8, bounds="[1, inf)")
+    bandwidth: float = knob(
+        "of the network, GB/s in and out of a machine (12.5 are 100 Gbit/s)",
+        default=12.5,
+        bounds="(0, inf)",
+    )
 
 
 # --------------------------------------------------------------------------------------- evaluate

@@ -1,4 +1,4 @@
-"""What a run reads, and how the samples of an update are divided among ranks and micro-batches.
+"""What a run reads.
 
 geometry = batch_geometry(config.optimization, config.data.tokens_per_sample, world_size=2)
 corpus = open_corpus(with_sample_numbers(config.data, geometry.batch))
@@ -17,11 +17,11 @@ from xlm_ds.batches import (
     build_batch,
     count_targets,
     join_batches,
-    rows_that_fit,
 )
-from xlm_ds.config import DataConfig, OptimizationConfig, check_languages
+from xlm_ds.config import DataConfig, check_languages
 from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
 from xlm_ds.dictionary import Dictionary
+from xlm_ds.geometry import Geometry
 from xlm_ds.log import InputError, logger
 from xlm_ds.order import Order, build_order
 from xlm_ds.steps import Steps
@@ -40,18 +40,6 @@ class Corpus(NamedTuple):
     @property
     def languages(self) -> tuple[str, ...]:
         return tuple(dataset.language for dataset in self.train)
-
-
-class Geometry(NamedTuple):
-    """How the samples of one update are divided."""
-
-    rows: int  # per rank and micro-batch
-    accumulation: int  # micro-batches per rank
-    world_size: int
-
-    @property
-    def batch(self) -> int:
-        return self.rows * self.accumulation * self.world_size
 
 
 def with_sample_numbers(config: DataConfig, batch: int) -> DataConfig:
@@ -108,24 +96,6 @@ def open_corpus(config: DataConfig) -> Corpus:
         seed=config.seed, mask_ratio=config.mask_ratio.values[0], vocab_size=len(dictionary)
     )
     return Corpus(dictionary, train, valid, order, masking, config.mask_ratio)
-
-
-def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_size: int) -> Geometry:
-    """Raises InputError if no sample fits, or if --global-batch-tokens cannot be divided among the ranks."""
-    rows = rows_that_fit(config.max_tokens, tokens_per_sample)
-    if config.global_batch_tokens is None:
-        return Geometry(rows, config.update_freq, world_size)
-    samples, rest = divmod(config.global_batch_tokens, tokens_per_sample)
-    if rest or samples == 0 or samples % world_size:
-        unit = tokens_per_sample * world_size
-        nearest = max(round(config.global_batch_tokens / unit), 1) * unit
-        raise InputError(
-            f"--global-batch-tokens {config.global_batch_tokens} cannot be divided into samples of "
-            f"{tokens_per_sample} tokens for {world_size} ranks; the nearest that can is {nearest}"
-        )
-    per_rank = samples // world_size
-    rows = next(r for r in range(min(rows, per_rank), 0, -1) if per_rank % r == 0)
-    return Geometry(rows, per_rank // rows, world_size)
 
 
 def micro_batch(

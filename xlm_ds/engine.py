@@ -1,7 +1,7 @@
 """The model in a DeepSpeed engine, and the only room that knows DeepSpeed.
 
     ranks = start_ranks()                                     # one process, or as the launcher says
-    settings = resolve_deepspeed_config(read_deepspeed_config(path, ranks.device), optimization, rows=8, …)
+    settings = resolve_deepspeed_config(read_deepspeed_config(path, ranks.device.type), optimization, rows=8, …)
     engine = Engine(model, settings, ranks)
     losses = engine(batch)                                    # nats per masked token
     engine.backward(losses.sum() * scale)
@@ -11,15 +11,12 @@ Facts about DeepSpeed 0.19.8 were measured 2026-11-22 on a CPU machine unless sa
 """
 
 import contextlib
-import importlib.util
-import json
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
-from xlm_ds.config import OptimizationConfig
+from xlm_ds.deepspeed_config import check_monitors, suits_flat_gradients
 from xlm_ds.log import EXIT_BAD_INPUT, Fault, InputError
 from xlm_ds.model import XlmEncoder
 
@@ -45,12 +42,6 @@ with warnings.catch_warnings():
         safe_set_full_optimizer_state,
     )
 
-_INSTALLED_CONFIGS = Path(__file__).parent / "ds_configs"
-CONFIG_DIRECTORY = (
-    _INSTALLED_CONFIGS
-    if _INSTALLED_CONFIGS.is_dir()
-    else Path(__file__).parent.parent / "ds_configs"
-)
 FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they have been tested with
 PROBED_WEIGHTS = 4096
 _REPORT = "that is a fault of the engine, please report it with deepspeed.json of the run's folder"
@@ -60,7 +51,6 @@ CONFIG_ERRORS = (ValidationError, DeepSpeedConfigError, ValueError, TypeError, A
 # What mpirun (Open MPI, MPICH) and srun say of the number of processes; torchrun and deepspeed set RANK and WORLD_SIZE.
 TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
-MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 COLLECTIVES = (
     "all_reduce",
     "reduce",
@@ -150,95 +140,6 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-# ------------------------------------------------------------------------------ DeepSpeed's JSON
-
-
-def default_deepspeed_config(device: torch.device) -> Path:
-    return CONFIG_DIRECTORY / ("zero1_bf16.json" if device.type == "cuda" else "zero1_fp32.json")
-
-
-def read_deepspeed_config(path: Path, device: torch.device) -> dict[str, Any]:
-    """A DeepSpeed JSON. Raises InputError if it is not one, or needs what this device has not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a DeepSpeed configuration is a JSON object")
-    if "scheduler" in content:
-        raise InputError(
-            f"{path}: a scheduler block is not supported; --lr-scheduler owns the schedule"
-        )
-    for section in ("zero_optimization", "optimizer", "bf16", "fp16", "timers", *MONITOR_PACKAGES):
-        if not isinstance(content.get(section, {}), dict):
-            raise InputError(f"{path}: {section} must be a JSON object")
-    if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
-        # Stage 0 in bf16 loses most of its first update, and holds no state that checkpoints could be made of.
-        raise InputError(f'{path}: expected "zero_optimization": {{"stage": 1, 2 or 3}}')
-    if content.get("fp16", {}).get("enabled") and device.type == "cpu":
-        raise InputError(
-            f"{path}: fp16 needs a GPU; on a CPU take zero1_fp32.json or zero1_bf16.json"
-        )
-    return content
-
-
-def resolve_deepspeed_config(
-    template: Mapping[str, Any],
-    optimization: OptimizationConfig,
-    *,
-    rows: int,
-    accumulation: int,
-    where: str = "the DeepSpeed configuration",
-) -> dict[str, Any]:
-    """`template` with the run's own numbers filled in where it says "auto" or nothing.
-
-    `rows`: samples per rank and micro-batch. Raises InputError if the template sets a number that a flag owns.
-    """
-    owned = {
-        "train_micro_batch_size_per_gpu": (rows, "--max-tokens"),
-        "gradient_accumulation_steps": (accumulation, "--update-freq"),
-        "train_batch_size": (None, "--max-tokens and --update-freq"),
-        "gradient_clipping": (optimization.clip_norm, "--clip-norm"),
-    }
-    adam = {
-        "lr": (optimization.lr, "--lr"),
-        "betas": (list(optimization.adam_betas), "--adam-betas"),
-        "eps": (optimization.adam_eps, "--adam-eps"),
-        "weight_decay": (optimization.weight_decay, "--weight-decay"),
-    }
-    optimizer = dict(template.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}}))
-    optimizer["params"] = _filled(optimizer.get("params", {}), adam, where, "optimizer.params.")
-    return {**_filled(template, owned, where, ""), "optimizer": optimizer}
-
-
-def _filled(
-    template: Mapping[str, Any],
-    owned: Mapping[str, tuple[Any, str]],
-    where: str,
-    prefix: str,
-) -> dict[str, Any]:
-    result = dict(template)
-    for key, (value, flag) in owned.items():
-        found = result.pop(key, "auto")
-        if found != "auto":
-            raise InputError(
-                f'{where}: {prefix}{key} = {found} is owned by {flag}; write "auto" there and use the flag'
-            )
-        if value is not None:
-            result[key] = value
-    return result
-
-
-def check_monitors(settings: Mapping[str, Any]) -> None:
-    """Raises InputError if a monitor is enabled whose package is not installed."""
-    for block, package in MONITOR_PACKAGES.items():
-        if settings.get(block, {}).get("enabled") and importlib.util.find_spec(package) is None:
-            raise InputError(
-                f'the DeepSpeed configuration enables "{block}", but {package} is not installed; pip install '
-                f'{package}, or write "enabled": false there'
-            )
-
-
 # ----------------------------------------------------------------------------------------- engine
 
 
@@ -270,14 +171,7 @@ def collectives_timed(enter: Callable[[str], str]) -> Iterator[None]:
 
 def takes_flat_gradients(settings: Mapping[str, Any]) -> bool:
     """Whether FlatGradients does what DeepSpeed would; `return False` here is DeepSpeed's own path for all."""
-    return (
-        deepspeed.__version__ in FLAT_GRADIENTS_KNOW
-        and settings["zero_optimization"]["stage"] == 1
-        and "offload_optimizer" not in settings["zero_optimization"]
-        and not settings.get("fp16", {}).get(
-            "enabled"
-        )  # a loss scale, and updates that are skipped
-    )
+    return deepspeed.__version__ in FLAT_GRADIENTS_KNOW and suits_flat_gradients(settings)
 
 
 def without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,22 +29,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from xlm_ds.architectures import build_model, shape_from_config
+from xlm_ds.architectures import shape_from_config
 from xlm_ds.batches import (
     MaskedBatch,
     Masking,
     build_batch,
     evaluation_batches,
     rank_slice,
-    rows_that_fit,
 )
 from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
 from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
 from xlm_ds.files import replacing
+from xlm_ds.geometry import rows_that_fit
 from xlm_ds.metrics import BITS_PER_NAT
-from xlm_ds.model import XlmEncoder
+from xlm_ds.model import XlmEncoder, build_model
 from xlm_ds.order import evaluation_samples
 
 

@@ -7,7 +7,6 @@ alone, in all seconds of the interval but those of validation and checkpoint.
 
 import json
 import math
-import re
 import sys
 import time
 from collections import deque
@@ -21,13 +20,15 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from xlm_ds.architectures import unigram_log_probabilities, useful_flops_per_token
+from xlm_ds import _core
+from xlm_ds.architectures import ModelShape, useful_flops
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import OptimizationConfig
 from xlm_ds.dataset import TokenDataset
+from xlm_ds.devices import this_gpu
 from xlm_ds.dictionary import PAD
 from xlm_ds.log import logger
-from xlm_ds.model import ModelShape
+from xlm_ds.model import unigram_log_probabilities
 
 BITS_PER_NAT = 1 / math.log(2)
 
@@ -165,28 +166,6 @@ PARTS = (
 
 OUTSIDE_TRAINING = ("validation", "checkpoint")
 
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, by what is in the device's name; the first that is there counts.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.0,
-}
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """The peak of a whole device (MIG cuts them up), or None where it is not known."""
-    if "MIG" in device_name:
-        return None
-    return next((p for n, p in PEAK_TFLOPS.items() if re.search(rf"\b{n}\b", device_name)), None)
-
 
 class Stopwatch:
     """Where the wall time goes, and how fast it is: figures since they were last taken.
@@ -200,8 +179,12 @@ class Stopwatch:
     ) -> None:
         self._shape, self._tokens_per_sample = shape, tokens_per_sample
         self._on_cuda = device.type == "cuda"
-        self._device_name = torch.cuda.get_device_name(device) if self._on_cuda else "a CPU"
-        self._peak = peak_tflops(self._device_name)
+        self._device_name, self._peak = "a CPU", 0.0  # TFLOP/s; 0 if not known
+        if self._on_cuda:
+            properties = torch.cuda.get_device_properties(device)
+            self._device_name = properties.name
+            if speed := this_gpu(properties.name, properties.total_memory).speed:
+                self._peak = speed.half / 1e12
         self._world_size = world_size
         self._marks: deque[tuple[str, Any]] = deque([("other", self._now())])
         self._whole = dict.fromkeys(PARTS, 0.0)
@@ -210,9 +193,9 @@ class Stopwatch:
 
     def definition(self, mask_ratio: float) -> str:
         """What its figures mean."""
-        flops = useful_flops_per_token(self._shape, self._tokens_per_sample, mask_ratio)
+        flops = self._useful_flops(1, mask_ratio) / self._tokens_per_sample
         figures = (
-            f"MFU: tflops ÷ {self._peak:g}, the dense bf16 peak of {self._device_name}"
+            f"MFU: tflops ÷ {self._peak:g}, the dense half-precision peak of {self._device_name}"
             if self._peak
             else f"no MFU, as the peak of {self._device_name} is not known"
         )
@@ -236,11 +219,8 @@ class Stopwatch:
 
     def count(self, samples: int, mask_ratio: float) -> None:
         """Samples of all ranks that have been trained on."""
-        tokens = samples * self._tokens_per_sample
-        self._tokens += tokens
-        self._flops += tokens * useful_flops_per_token(
-            self._shape, self._tokens_per_sample, mask_ratio
-        )
+        self._tokens += samples * self._tokens_per_sample
+        self._flops += self._useful_flops(samples, mask_ratio)
 
     def take(self) -> dict[str, Any]:
         """Figures of the time and the tokens since the last call. Waits for the device."""
@@ -259,6 +239,11 @@ class Stopwatch:
         total = sum(seconds.values())
         shares = ", ".join(f"{part} {share / total:.1%}" for part, share in seconds.items())
         return f"{total:.1f} seconds: {shares}"
+
+    def _useful_flops(self, samples: int, mask_ratio: float) -> float:
+        tokens = self._tokens_per_sample
+        masked = _core.masked_count(mask_ratio, tokens - 1)
+        return useful_flops(self._shape, rows=samples, tokens=tokens, masked=masked)
 
     def _all_seconds(self) -> dict[str, float]:
         self.enter("other")

@@ -4,10 +4,12 @@ The network is fairseq's `xlm_base`: learned positions, language embeddings, pos
 head whose output matrix is the token embedding. The head runs on masked rows only, and nothing here
 looks at the contents of a tensor on the host, so that a GPU is never made to wait.
 
-    model = XlmEncoder(shape)                                 # numbers: see ModelShape
-    init_parameters(model, torch.Generator().manual_seed(0))
+    model = build_model(shape, seed=config.data.seed)         # numbers: architectures.ModelShape
+    init_output_bias(model, unigram_log_probabilities(counts, language_probabilities=probabilities))
     losses = model(batch)                                     # (B*K,) nats, 0 where the target is PAD
     losses.sum().backward()
+
+The counts are those binarize wrote, the probabilities those that languages are sampled with.
 
 Parameter names are a file format (checkpoints store them); changing one needs a page in
 docs/decisions/.
@@ -16,47 +18,27 @@ docs/decisions/.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xlm_ds.architectures import FIRST_POSITION_ROW, ActivationName, ModelShape
 from xlm_ds.dictionary import PAD
 from xlm_ds.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from xlm_ds.batches import MaskedBatch
 
-FIRST_POSITION_ROW = PAD + 1  # fairseq's position table has unused rows 0 and PAD before the first
 LAYER_NORM_EPS = 1e-5
 # On a CPU torch 2.13 has no fused attention with dropout: what it keeps for the backward pass grows with the square of
 # a row's length. In longer rows it is computed again instead, layer by layer.
 LONGEST_KEPT_ATTENTION = 256  # tokens
 INIT_STD = 0.02  # of every matrix and table, as in BERT (Devlin et al. 2018, and its code)
-
-ActivationName = Literal["gelu", "relu"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Every number the network is made from."""
-
-    vocab_size: int
-    max_positions: int
-    num_segment: int  # rows of the language table
-    layers: int
-    embed_dim: int
-    ffn_embed_dim: int
-    attention_heads: int
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    activation_fn: ActivationName
-    token_positions: bool  # whether there is a position table
-    normalize_embeddings: bool  # whether the sum of the embeddings is layer-normalised
 
 
 class SelfAttention(nn.Module):
@@ -304,16 +286,30 @@ def init_parameters(model: XlmEncoder, generator: torch.Generator) -> None:
             module.output_bias.zero_()
 
 
-def parameter_count(shape: ModelShape) -> int:
-    """Returns the number of parameters of a model of this shape, without building it."""
-    dim, inner = shape.embed_dim, shape.ffn_embed_dim
-    norm = 2 * dim
-    tables = (shape.vocab_size + shape.num_segment) * dim
-    if shape.token_positions:
-        tables += (shape.max_positions + FIRST_POSITION_ROW) * dim
-    if shape.normalize_embeddings:
-        tables += norm
-    attention = 4 * (dim * dim + dim)
-    ffn = 2 * dim * inner + inner + dim
-    head = dim * dim + dim + norm + shape.vocab_size
-    return tables + shape.layers * (attention + ffn + 2 * norm) + head
+def build_model(shape: ModelShape, *, seed: int) -> XlmEncoder:
+    """Returns a network on the CPU in fp32, initialised from the seed: the same on every rank."""
+    with torch.device("meta"):  # torch's own initialisation would draw from the global generator
+        model = XlmEncoder(shape)
+    model.to_empty(device="cpu")
+    init_parameters(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def unigram_log_probabilities(
+    counts: NDArray[np.uint64], *, language_probabilities: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Returns the log-probabilities (V,) of a token drawn from a language drawn by its probability.
+
+    `counts` (L, V) are each language's tokens in the training text; `language_probabilities` (L,)
+    sum to 1. Each language's distribution is smoothed by adding one to every count.
+    """
+    smoothed = counts.astype(np.float64) + 1
+    per_language = smoothed / smoothed.sum(axis=1, keepdims=True)
+    mixture: NDArray[np.float64] = language_probabilities @ per_language
+    return np.log(mixture).astype(np.float32)
+
+
+@torch.no_grad()
+def init_output_bias(model: XlmEncoder, log_probabilities: NDArray[np.float32]) -> None:
+    """Sets the output bias to log-probabilities (V,): the model then starts at the unigram loss."""
+    model.head.output_bias.copy_(torch.from_numpy(log_probabilities))

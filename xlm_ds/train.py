@@ -45,38 +45,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xlm_ds import checkpoint
-from xlm_ds.architectures import (
-    build_model,
-    init_output_bias,
-    shape_from_config,
-    unigram_log_probabilities,
-)
+from xlm_ds import checkpoint, plan
+from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import (
     Corpus,
-    Geometry,
-    batch_geometry,
     micro_batch,
     open_corpus,
     order_facts,
     update_targets,
     with_sample_numbers,
 )
-from xlm_ds.dictionary import PAD
-from xlm_ds.engine import (
-    Engine,
-    Ranks,
-    collectives_timed,
+from xlm_ds.deepspeed_config import (
     default_deepspeed_config,
     read_deepspeed_config,
     resolve_deepspeed_config,
-    start_ranks,
-    stop_ranks,
 )
+from xlm_ds.devices import this_cpu, this_gpu
+from xlm_ds.dictionary import PAD
+from xlm_ds.engine import Engine, Ranks, collectives_timed, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in, make_folder
+from xlm_ds.geometry import Geometry, batch_geometry
 from xlm_ds.metrics import (
     LossMeter,
     RunLog,
@@ -84,7 +75,7 @@ from xlm_ds.metrics import (
     UnigramWatch,
     loss_figures,
 )
-from xlm_ds.model import ModelShape, parameter_count
+from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.schedule import (
     check_schedule,
@@ -248,6 +239,31 @@ def with_languages(config: TrainConfig, languages: tuple[str, ...]) -> TrainConf
     return dataclasses.replace(config, data=data)
 
 
+def dry_run(config: TrainConfig) -> int:
+    """Says what the run would need and take, on the device and with the ranks that it is started with."""
+    world, per_node = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OK
+    check_schedule(config.optimization)
+    geometry = batch_geometry(config.optimization, config.data.tokens_per_sample, world)
+    corpus = open_corpus(with_sample_numbers(config.data, batch_at_start(config.run, geometry)))
+    facts = plan.Facts(len(corpus.dictionary), len(corpus.languages), corpus.order.epoch_samples)
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        device = this_gpu(properties.name, properties.total_memory)
+        per_node = max(per_node, torch.cuda.device_count())
+    else:
+        device = this_cpu(per_node)
+    ground = plan.Ground(device, world, per_node)
+    job = plan.build_job(config.data, config.model, config.optimization, config.run, facts, ground)
+    found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
+    done = checkpoint.read_progress(checkpoint.read_manifest(found)).update if found else 0
+    plan.show(job, config.optimization, facts, name=config.model.arch, updates_done=done)
+    return EXIT_OK
+
+
 def batch_at_start(run: RunConfig, geometry: Geometry) -> int:
     """Samples of an update when the run began: what 100000 in --sampling-alpha 0.7@0,0.5@100000 counts.
 
@@ -265,9 +281,9 @@ def build_engine(
 ) -> tuple[Engine, Progress]:
     """The model in its engine, from the start or from the checkpoint that the run goes on from."""
     check_schedule(config.optimization)
-    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device)
+    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device.type)
     settings = resolve_deepspeed_config(
-        read_deepspeed_config(path, ranks.device),
+        read_deepspeed_config(path, ranks.device.type),
         config.optimization,
         rows=geometry.rows,
         accumulation=geometry.accumulation,
@@ -285,7 +301,9 @@ def build_engine(
             init_output_bias(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
-        return Engine(model, settings, ranks, compiles=compiles), Progress(batch_at_start=geometry.batch)
+        return Engine(model, settings, ranks, compiles=compiles), Progress(
+            batch_at_start=geometry.batch
+        )
     manifest = checkpoint.read_manifest(found)
     check_same_data(config, corpus, geometry, manifest, found)
     state = checkpoint.load_state(found, manifest)
@@ -538,6 +556,8 @@ def run_folder(save_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 def main(argv: Sequence[str]) -> int:
     config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
+    if config.run.dry_run:
+        return dry_run(config)
     stop = StopSignal()
     ranks = start_ranks()
     with run_folder(config.run.save_dir, ranks):

@@ -1,0 +1,119 @@
+"""DeepSpeed's JSON: which stage, precision and optimizer a run has. Knows the file, and neither DeepSpeed nor torch.
+
+settings = resolve_deepspeed_config(read_deepspeed_config(path, "cuda"), optimization, rows=8, accumulation=1)
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xlm_ds.config import OptimizationConfig
+from xlm_ds.log import InputError
+
+_INSTALLED_CONFIGS = Path(__file__).parent / "ds_configs"
+CONFIG_DIRECTORY = (
+    _INSTALLED_CONFIGS
+    if _INSTALLED_CONFIGS.is_dir()
+    else Path(__file__).parent.parent / "ds_configs"
+)
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def default_deepspeed_config(device: str) -> Path:
+    """`device` is what torch calls its type: cpu or cuda."""
+    return CONFIG_DIRECTORY / ("zero1_bf16.json" if device == "cuda" else "zero1_fp32.json")
+
+
+def read_deepspeed_config(path: Path, device: str) -> dict[str, Any]:
+    """A DeepSpeed JSON. Raises InputError if it is not one, or needs what this device has not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a DeepSpeed configuration is a JSON object")
+    if "scheduler" in content:
+        raise InputError(
+            f"{path}: a scheduler block is not supported; --lr-scheduler owns the schedule"
+        )
+    for section in ("zero_optimization", "optimizer", "bf16", "fp16", "timers", *MONITOR_PACKAGES):
+        if not isinstance(content.get(section, {}), dict):
+            raise InputError(f"{path}: {section} must be a JSON object")
+    if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        # Stage 0 in bf16 loses most of its first update, and holds no state that checkpoints could be made of.
+        raise InputError(f'{path}: expected "zero_optimization": {{"stage": 1, 2 or 3}}')
+    if content.get("fp16", {}).get("enabled") and device == "cpu":
+        raise InputError(
+            f"{path}: fp16 needs a GPU; on a CPU take zero1_fp32.json or zero1_bf16.json"
+        )
+    return content
+
+
+def resolve_deepspeed_config(
+    template: Mapping[str, Any],
+    optimization: OptimizationConfig,
+    *,
+    rows: int,
+    accumulation: int,
+    where: str = "the DeepSpeed configuration",
+) -> dict[str, Any]:
+    """`template` with the run's own numbers filled in where it says "auto" or nothing.
+
+    `rows`: samples per rank and micro-batch. Raises InputError if the template sets a number that a flag owns.
+    """
+    owned = {
+        "train_micro_batch_size_per_gpu": (rows, "--max-tokens"),
+        "gradient_accumulation_steps": (accumulation, "--update-freq"),
+        "train_batch_size": (None, "--max-tokens and --update-freq"),
+        "gradient_clipping": (optimization.clip_norm, "--clip-norm"),
+    }
+    adam = {
+        "lr": (optimization.lr, "--lr"),
+        "betas": (list(optimization.adam_betas), "--adam-betas"),
+        "eps": (optimization.adam_eps, "--adam-eps"),
+        "weight_decay": (optimization.weight_decay, "--weight-decay"),
+    }
+    optimizer = dict(template.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}}))
+    optimizer["params"] = _filled(optimizer.get("params", {}), adam, where, "optimizer.params.")
+    return {**_filled(template, owned, where, ""), "optimizer": optimizer}
+
+
+def _filled(
+    template: Mapping[str, Any],
+    owned: Mapping[str, tuple[Any, str]],
+    where: str,
+    prefix: str,
+) -> dict[str, Any]:
+    result = dict(template)
+    for key, (value, flag) in owned.items():
+        found = result.pop(key, "auto")
+        if found != "auto":
+            raise InputError(
+                f'{where}: {prefix}{key} = {found} is owned by {flag}; write "auto" there and use the flag'
+            )
+        if value is not None:
+            result[key] = value
+    return result
+
+
+def check_monitors(settings: Mapping[str, Any]) -> None:
+    """Raises InputError if a monitor is enabled whose package is not installed."""
+    for block, package in MONITOR_PACKAGES.items():
+        if settings.get(block, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f'the DeepSpeed configuration enables "{block}", but {package} is not installed; pip install '
+                f'{package}, or write "enabled": false there'
+            )
+
+
+def suits_flat_gradients(settings: Mapping[str, Any]) -> bool:
+    """Whether engine.FlatGradients can take the place of ZeRO's buckets."""
+    zero = settings["zero_optimization"]
+    return (
+        zero["stage"] == 1
+        and "offload_optimizer" not in zero
+        # fp16 has a loss scale, and updates that are skipped
+        and not settings.get("fp16", {}).get("enabled")
+    )
