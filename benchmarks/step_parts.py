@@ -294,9 +294,7 @@ def optimizers(job: Job) -> Rows:
         optimizer = torch.optim.AdamW(masters, lr=1e-4, weight_decay=0.0, fused=True)
         step = partial(_adam, optimizer, masters, gradients, weights)
         seconds = laps(device, step, repeats=job["repeats"]).median
-        rows.append(
-            {"what": name, "ms": seconds * 1e3, "GB/s": bytes_each * total / seconds / 1e9}
-        )
+        rows.append({"what": name, "ms": seconds * 1e3, "GB/s": bytes_each * total / seconds / 1e9})
         del masters, gradients, weights, optimizer, step
         release(device)
     return rows
