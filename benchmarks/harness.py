@@ -304,14 +304,21 @@ def versions(contenders: Sequence[Contender]) -> dict[str, str]:
     """Ours by commit, and every peer that is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     # Results are no source: a run leaves the commit as it was.
-    git = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"]
-    changed = subprocess.run(git, capture_output=True, text=True, check=False).stdout
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    commit = _git("rev-parse", "--short", "HEAD")
     names = {"numpy", "torch", "triton", *(name for c in contenders for name in c.packages)}
     found = {name: version_of(name) for name in sorted(names)}
     ours = f"{project['version']} {commit}{'+changes' if changed else ''}"
     return {"xlm_ds": ours} | {name: v for name, v in found.items() if v is not None}
+
+
+def _git(*arguments: str) -> str:
+    """Nothing where git or the history is not."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def warm(paths: Sequence[Path]) -> None:

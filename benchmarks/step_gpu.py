@@ -1,4 +1,4 @@
-"""One training step on a GPU: ours through DeepSpeed beside plain torch, a fairseq-like step and HF's XLM, and its parts.
+"""One training step on a GPU, and its parts: ours beside plain torch, a fairseq-like step and HF's XLM.
 
     python benchmarks/step_gpu.py [--budget 540] [--no-peers]
     python benchmarks/step_gpu.py --device cpu --small            # a rehearsal of all of it, in about a minute
@@ -21,7 +21,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,16 @@ from harness import Column, Contender, Figures, Goal, Job, Report, Rounds, Skipp
 
 PEAK = 989e12  # FLOP/s, dense bf16: datasheets of the H100 SXM and the H200
 USEFUL = (
-    "useful FLOPs: 3 x forward; forward is 2 x 12 d^2 + 4 T d per token and layer, attention in full, and 2 (V d + d^2) "
-    "per masked token; no lookups, norms or softmax, nothing computed twice. The same for all, also for those that "
-    "compute all logits"
+    "3 x forward, which is 2 x 12 d^2 + 4 T d per token and layer, attention in full, and 2 (V d + d^2) per masked "
+    "token; no lookups, norms or softmax, nothing computed twice; the same for those that compute all logits"
 )
 LARGEST_DIFFERENCE = 2e-3  # of first losses in bf16, relative
-LARGEST_DIFFERENCE_LATER = 1e-2  # of those after two updates
 UPDATES_COMPARED = 3
+# Of how far the loss has then fallen: that updates are made, and of the right size. ZeRO's masters start from weights
+# rounded to bf16, so that the first updates of many weights are rounded the same way, and fall further or less far.
+LARGEST_DIFFERENCE_OF_FALL = 0.4
 RESERVE = 12.0  # seconds kept for the table
+LONGEST_ANSWER = 120.0  # seconds; compiling is the longest
 STEADY_STEPS = 3
 
 OURS, EAGER = "xlm_ds", "xlm_ds, layers not compiled"
@@ -134,8 +136,9 @@ def turn(update: Any, batch: Any, size: Any, job: Job) -> Figures:
         "host_seconds": found.host_seconds,
         "cpu_seconds": max(found.cpu_seconds, 1e-9),
         "peak_gb": row.get("peak GB"),
-        "steps": found.seconds,
-        "size": f"{size.rows} x {size.tokens}, V {size.vocab_size:,}",
+        "slowest_seconds": max(found.seconds),
+        "rows": size.rows,
+        "vocab_size": size.vocab_size,
     }
 
 
@@ -157,7 +160,7 @@ def synchronisations(update: Any, batch: Any) -> Figures:
     if batch.input_ids.device.type != "cuda":  # a rehearsal
         for _ in range(STEADY_STEPS):
             update(batch)
-        return {"count": 0, "places": places}
+        return {"places": places}
 
     def counted(name: str, wait: Callable[..., Any]) -> Callable[..., Any]:
         def waits(*arguments: Any, **options: Any) -> Any:
@@ -331,7 +334,7 @@ class Worker:
 
     def __init__(self, name: str, device: str) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         path = os.pathsep.join(filter(None, [str(harness.ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | harness.CHILD_ENVIRONMENT | {"PYTHONPATH": path}
         if device == "cpu":
@@ -355,10 +358,8 @@ class Worker:
 
     def send(self, job: Job) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # `receive` finds that it has ended
             print(json.dumps(job), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # `receive` finds that it has ended
 
     def receive(self, seconds: float) -> Figures:
         try:
@@ -429,7 +430,9 @@ class Run:
             self.workers[contender.name].send(self.job | {"action": "build"})
         for contender in building:
             try:
-                self.workers[contender.name].receive(self.until - time.monotonic())
+                self.workers[contender.name].receive(
+                    min(self.until - time.monotonic(), LONGEST_ANSWER)
+                )
             except FailedError as error:
                 self.drop(contender.name, error)
         return [c for c in started if c.name in self.workers]
@@ -439,7 +442,11 @@ class Run:
             raise FailedError(f"{name} does not run", unexpected=False)
         worker = self.workers[name]
         worker.send(self.job | {"action": action} | options)
-        return worker.receive(self.until - time.monotonic())
+        try:
+            return worker.receive(min(self.until - time.monotonic(), LONGEST_ANSWER))
+        except FailedError:  # it may be broken, or answer late
+            self.close([name])
+            raise
 
     def try_to(self, name: str, action: str, **options: Any) -> Figures | None:
         """The figures, or None for a contender that is dropped."""
@@ -478,7 +485,11 @@ class Run:
             rounds=Rounds(self.figures),
             skipped=self.skipped,
             machine=self.machine,
-            about={"size": size, "definition": USEFUL, "peak": f"{PEAK / 1e12:.0f} TFLOP/s"},
+            about={
+                "size": size,
+                "useful FLOPs, of TFLOP/s and MFU": USEFUL,
+                "MFU is of": f"{PEAK / 1e12:.0f} TFLOP/s, the datasheet's",
+            },
             goals=goals(self.sections),
             sections=self.sections,
         )
@@ -522,13 +533,9 @@ def measure(run: Run) -> None:
 
 def table(run: Run, name: str) -> None:
     """A part's rows, printed at once."""
-    try:
-        if PARTS not in run.workers:  # at first, or after it broke
-            run.workers[PARTS] = Worker(PARTS, run.job["device"])
-        rows = run.ask(PARTS, name)["rows"]
-    except FailedError:
-        run.close([PARTS])
-        raise
+    if PARTS not in run.workers:  # it broke
+        run.workers[PARTS] = Worker(PARTS, run.job["device"])
+    rows = run.ask(PARTS, name)["rows"]
     run.sections[name] = rows
     print_rows(name, rows)
 
@@ -556,13 +563,14 @@ def same_losses(run: Run, name: str) -> bool:
         run.drop(name, FailedError("no losses to compare with: nothing is timed"))
         return False
     losses[name] = found
-    for update, most in ((0, LARGEST_DIFFERENCE), (-1, LARGEST_DIFFERENCE_LATER)):
-        expected = losses[FAIRSEQ_FP32][update]
-        if not abs(found[update] / expected - 1) <= most:
-            reason = f"its losses without dropout are {found}, but {losses[FAIRSEQ_FP32]} in {FAIRSEQ_FP32}: not timed"
-            run.drop(name, FailedError(reason))
-            return False
-    return True
+    expected = losses[FAIRSEQ_FP32]
+    fall = (found[0] - found[-1]) / (expected[0] - expected[-1])
+    same = abs(found[0] / expected[0] - 1) <= LARGEST_DIFFERENCE
+    if same and abs(fall - 1) <= LARGEST_DIFFERENCE_OF_FALL:
+        return True
+    reason = f"losses without dropout are {found}, but {expected} in {FAIRSEQ_FP32}: not timed"
+    run.drop(name, FailedError(reason))
+    return False
 
 
 def take_turns(run: Run, contenders: Sequence[Contender]) -> None:
@@ -593,7 +601,7 @@ def look_inside(run: Run) -> None:
             found = run.try_to(name, "synchronisations")
             if found is not None:
                 run.sections.setdefault("host synchronisations", {})[name] = found
-                rows += [{"what": name, f"in {STEADY_STEPS} steps": found["count"]}]
+                rows += [{"what": name, f"in {STEADY_STEPS} steps": found.get("count")}]
                 rows += [{"what": f"  {place}"} for place in sorted(set(found["places"]))]
     print_rows("host synchronisations", rows)
     found = run.ask(OURS, "profile")
@@ -665,7 +673,8 @@ def columns(report: Report) -> list[Column]:
 
     return [
         harness.NAME,
-        Column("batch", lambda row: row["size"]),
+        Column("batch", lambda row: f"{row['rows']:.0f} x {row['tokens'] / row['rows']:.0f}"),
+        Column("V", lambda row: f"{row['vocab_size']:,.0f}"),
         Column("ms", lambda row: f"{row['wall_seconds'] * 1e3:.2f}"),
         Column("host ms", lambda row: f"{row['host_seconds'] * 1e3:.2f}"),
         Column("tokens/s", lambda row: f"{rate(row):,.0f}"),
@@ -713,7 +722,7 @@ def main() -> None:
         peers=not arguments.no_peers,
         rounds=1 if arguments.small else arguments.rounds,
         machine=harness.machine(),
-        until=began + 60,
+        until=began + LONGEST_ANSWER,
     )
     try:
         run.workers[PARTS] = Worker(PARTS, arguments.device)
