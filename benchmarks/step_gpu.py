@@ -39,7 +39,7 @@ LARGEST_DIFFERENCE = 2e-3  # of first losses in bf16, relative
 UPDATES_COMPARED = 3
 # Of how far the loss has then fallen: that updates are made, and of the right size. ZeRO's masters start from weights
 # rounded to bf16, so that the first updates of many weights are rounded the same way, and fall further or less far.
-LARGEST_DIFFERENCE_OF_FALL = 0.4
+LARGEST_DIFFERENCE_OF_FALL = 0.25
 RESERVE = 12.0  # seconds kept for the table
 LONGEST_ANSWER = 120.0  # seconds; compiling is the longest
 STEADY_STEPS = 3
