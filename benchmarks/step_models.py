@@ -97,7 +97,7 @@ def set_dropout(network: nn.Module, probability: float) -> None:
 def compile_layers(model: XlmEncoder, device: torch.device) -> None:
     """One graph that all layers share. On a CPU it is only traced: inductor's C++ would take minutes, for nothing."""
     for layer in model.layers:
-        layer.compile(dynamic=False, backend="inductor" if device.type == "cuda" else "eager")
+        layer.compile(dynamic=False, backend="inductor" if device.type == "cuda" else "aot_eager")
 
 
 def useful_flops(size: Size) -> float:

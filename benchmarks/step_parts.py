@@ -208,7 +208,7 @@ def cross_entropy(job: Job) -> Rows:
         return F.cross_entropy(logits, targets, ignore_index=PAD, reduction="none")
 
     cuda = device.type == "cuda"
-    compiled = torch.compile(plain, dynamic=False, backend="inductor" if cuda else "eager")
+    compiled = torch.compile(plain, dynamic=False, backend="inductor" if cuda else "aot_eager")
     truth = _with_gradients(in_fp64, tuple(tensor.double() for tensor in inputs))
     release(device)
     rows = []
