@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -740,6 +741,9 @@ def main() -> None:
         machine=harness.machine(),
         until=began + arguments.budget,
     )
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # `finally` ends the processes
     try:
         run.workers[PARTS] = Worker(PARTS, arguments.device)
         facts = run.ask(PARTS, "device")
