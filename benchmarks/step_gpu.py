@@ -739,14 +739,17 @@ def main() -> None:
         rounds=1 if arguments.small else arguments.rounds,
         scale=arguments.budget / BUDGET,
         machine=harness.machine(),
-        until=began + arguments.budget,
     )
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # `finally` ends the processes
     try:
-        run.workers[PARTS] = Worker(PARTS, arguments.device)
-        facts = run.ask(PARTS, "device")
+        parts = run.workers[PARTS] = Worker(PARTS, arguments.device)
+        parts.send(run.job | {"action": "device"})
+        try:
+            facts = parts.receive(LONGEST_ANSWER)
+        except FailedError as error:
+            sys.exit(f"torch and this checkout do not start: {error}")
         if not facts.pop("available"):
             sys.exit("no GPU that torch can use; --device cpu --small rehearses without one")
         run.machine |= facts

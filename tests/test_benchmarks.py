@@ -142,7 +142,7 @@ def test_step_cpu(tmp_path: Path) -> None:
 def test_step_gpu_without_one(tmp_path: Path) -> None:
     """Every section runs, on a CPU; the processes compute the same, and what was not measured is said to be."""
     result, printed = benchmark(
-        "step_gpu", tmp_path / "s.json", "--device=cpu", "--small", "--no-peers"
+        "step_gpu", tmp_path / "s.json", "--device=cpu", "--small", "--no-peers", "--budget=3000"
     )
     assert result["skipped"] == {"HF XLM bf16": "--no-peers"}
     losses = result["losses without dropout"]
