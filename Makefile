@@ -73,11 +73,13 @@ fuzz: build/asan-core/core_tests
 	  xargs -P "$$(nproc)" -I{} sh -c "{} --runs $(RUNS) --seed $(SEED)" >> ../fuzz.log 2>&1; status=$$?; cat ../fuzz.log; exit $$status
 	cp build/fuzz.log $(FUZZ_LOG)
 
-# About a quarter of an hour on two quiet cores; benchmarks/README.md says how to install what it compares with.
+# About three quarters of an hour on two quiet cores, two thirds of it the step; benchmarks/README.md says how to install
+# what it compares with. step_gpu.py is not in it: it needs a GPU.
 bench: setup
 	$(BIN)/python benchmarks/binarize.py
 	$(BIN)/python benchmarks/bpe.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/figure.py
 
 # Raw text in five languages to an evaluated model, through the deepspeed launcher, in a few minutes on two cores.

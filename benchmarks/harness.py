@@ -26,7 +26,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -285,21 +285,40 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The first GPU's name and driver, where there is one."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    name, _, driver = done.stdout.strip().rpartition(", ")
+    return {"gpu": name, "driver": driver}
 
 
 def versions(contenders: Sequence[Contender]) -> dict[str, str]:
     """Ours by commit, and every peer that is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     # Results are no source: a run leaves the commit as it was.
-    git = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"]
-    changed = subprocess.run(git, capture_output=True, text=True, check=False).stdout
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    names = {"numpy", "torch", *(name for c in contenders for name in c.packages)}
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    commit = _git("rev-parse", "--short", "HEAD")
+    names = {"numpy", "torch", "triton", *(name for c in contenders for name in c.packages)}
     found = {name: version_of(name) for name in sorted(names)}
     ours = f"{project['version']} {commit}{'+changes' if changed else ''}"
     return {"xlm_ds": ours} | {name: v for name, v in found.items() if v is not None}
+
+
+def _git(*arguments: str) -> str:
+    """Nothing where git or the history is not."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def warm(paths: Sequence[Path]) -> None:
@@ -325,6 +344,7 @@ class Report:
     machine: dict[str, Any]
     about: dict[str, Any]
     goals: Sequence[Goal] = ()
+    sections: Mapping[str, Any] = field(default_factory=dict)  # what else was found, for the JSON
 
     def rows(self) -> list[dict[str, Any]]:
         """One a contender that ran: medians over the rounds, and ratios with their spread."""
@@ -377,9 +397,12 @@ class Report:
             "skipped": self.skipped,
             "goals": self.goal_rows(),
             "rounds": self.rounds.figures,
+            **self.sections,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        new = path.with_name(f"{path.name}.new")  # killed while it writes, a run leaves the last
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        new.replace(path)
 
     def show(self, columns: Sequence["Column"]) -> None:
         """Prints the table, what was skipped, and the goals."""

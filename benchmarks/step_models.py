@@ -8,10 +8,11 @@ numerics, and so without dropout the same loss; HF's network has no transform in
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import SkippedError
 from torch import Tensor, nn
 
 from xlm_ds import architectures
@@ -20,8 +21,6 @@ from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import ModelConfig, OptimizationConfig
 from xlm_ds.dictionary import PAD
 from xlm_ds.model import XlmEncoder, build_model
-
-Update: TypeAlias = Callable[[MaskedBatch], Tensor]
 
 LANGUAGES = 5
 MASK_RATIO = 0.15
@@ -59,8 +58,8 @@ class Size:
     def model(self) -> XlmEncoder:
         return build_model(self.shape(), seed=1)
 
-    def batch(self, seed: int) -> MaskedBatch:
-        """Random words, masked as in training."""
+    def batch(self, seed: int, device: torch.device | None = None) -> MaskedBatch:
+        """Random words, masked as in training: the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(
             SPECIALS, self.vocab_size, (self.rows, self.tokens), generator=generator
@@ -72,7 +71,33 @@ class Size:
         targets = ids.flatten()[positions]
         ids.view(-1)[positions] = 4  # <mask>, all of them
         languages = torch.randint(0, LANGUAGES, (self.rows,), generator=generator)
-        return MaskedBatch(ids, languages, positions, targets, has_padding=False)
+        tensors = (ids, languages, positions, targets)
+        return MaskedBatch(*(tensor.to(device) for tensor in tensors), has_padding=False)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A contender: forward, backward and optimizer of `network`."""
+
+    network: nn.Module
+    step: Callable[[MaskedBatch], Tensor]
+
+    def __call__(self, batch: MaskedBatch) -> Tensor:
+        return self.step(batch)
+
+
+def set_dropout(network: nn.Module, probability: float) -> None:
+    """Everywhere in ours or in FairseqLike."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = probability  # type: ignore[assignment]
+
+
+def compile_layers(model: XlmEncoder, device: torch.device) -> None:
+    """As a run does. On a CPU they are only traced: inductor's C++ would take minutes, for nothing."""
+    model.compile_layers("inductor" if device.type == "cuda" else "aot_eager")
 
 
 def useful_flops(size: Size) -> float:
@@ -85,23 +110,34 @@ def useful_flops(size: Size) -> float:
 # -------------------------------------------------------------------------------------------- ours
 
 
-def engine_update(size: Size, deepspeed_config: str) -> Update:
-    """One of ds_configs, through the engine as a run has it."""
+def engine_update(
+    size: Size, deepspeed_config: str, *, flat: bool | None = None, compiled: bool = False
+) -> Update:
+    """One of ds_configs, through the engine as a run has it, or with or without its flat gradients."""
+    import xlm_ds.engine as room
     from xlm_ds.deepspeed_config import (
         CONFIG_DIRECTORY,
         read_deepspeed_config,
         resolve_deepspeed_config,
     )
-    from xlm_ds.engine import Engine, start_ranks
 
-    ranks = start_ranks()
+    ranks = room.start_ranks()
     settings = resolve_deepspeed_config(
         read_deepspeed_config(CONFIG_DIRECTORY / f"{deepspeed_config}.json", ranks.device.type),
         OptimizationConfig(lr=LR),
         rows=size.rows,
         accumulation=1,
     )
-    engine = Engine(size.model(), settings, ranks)
+    if flat is False:
+        room.takes_flat_gradients = lambda settings: False  # noqa: ARG005
+    elif flat and not room.takes_flat_gradients(settings):
+        raise SkippedError(
+            f"the flat gradients are not made for DeepSpeed {room.deepspeed.__version__}"
+        )
+    model = size.model()
+    if compiled:
+        compile_layers(model, ranks.device)
+    engine = room.Engine(model, settings, ranks)
     engine.train()
     targets = size.rows * size.masked_per_row
 
@@ -111,12 +147,16 @@ def engine_update(size: Size, deepspeed_config: str) -> Update:
         engine.step(LR)
         return loss.detach()
 
-    return update
+    return Update(model, update)
 
 
-def plain_update(size: Size, dtype: torch.dtype, device: torch.device) -> Update:
+def plain_update(
+    size: Size, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+) -> Update:
     """Our model without DeepSpeed: torch's fused Adam, on fp32 masters of a lower `dtype`."""
     model = size.model().to(device)
+    if compiled:
+        compile_layers(model, device)
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     model.to(dtype)
     model.train()
@@ -134,7 +174,7 @@ def plain_update(size: Size, dtype: torch.dtype, device: torch.device) -> Update
             torch._foreach_copy_(list(model.parameters()), masters)
         return loss.detach()
 
-    return update
+    return Update(model, update)
 
 
 # ------------------------------------------------------------------------------------ fairseq-like
@@ -264,7 +304,7 @@ def fairseq_update(size: Size, dtype: torch.dtype, device: torch.device) -> Upda
         model.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return update
+    return Update(model, update)
 
 
 # --------------------------------------------------------------------------------------- HF's XLM
@@ -303,4 +343,4 @@ def huggingface_update(size: Size, dtype: torch.dtype, device: torch.device) -> 
         optimizer.zero_grad()
         return loss.detach()
 
-    return update
+    return Update(model, update)

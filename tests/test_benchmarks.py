@@ -124,3 +124,53 @@ def test_loader_and_the_figure_of_its_result(tmp_path: Path) -> None:
     assert "numpy memmap loop" in drawn
     assert ">xlm_ds<" not in drawn
     assert f"Python {result['machine']['python']}" in done.stdout
+
+
+TINY = ["--vocab-size=500", "--rows=2", "--tokens=32", "--layers=1", "--dim=32"]
+
+
+def test_step_cpu(tmp_path: Path) -> None:
+    result, printed = benchmark("step_cpu", tmp_path / "s.json", *TINY, "--rounds=1", "--no-peers")
+    rows = check_result(result, printed, "xlm_ds fp32")
+    losses = result["about"]["first_losses_without_dropout"]
+    assert losses["xlm_ds fp32"] == pytest.approx(losses["fairseq-like fp32"], rel=1e-5)
+    assert rows["xlm_ds bf16"]["loss"] == pytest.approx(losses["xlm_ds bf16"], rel=0.05)
+    assert rows["xlm_ds fp32, rows 2 times as long"]["tokens"] == rows["xlm_ds fp32"]["tokens"]
+    assert "need 4 rows" in result["skipped"]["xlm_ds fp32, rows 4 times as long"]
+
+
+def test_step_gpu_without_one(tmp_path: Path) -> None:
+    """Every section runs, on a CPU; the processes compute the same, and what was not measured is said to be."""
+    result, printed = benchmark(
+        "step_gpu", tmp_path / "s.json", "--device=cpu", "--small", "--no-peers", "--budget=3000"
+    )
+    assert result["skipped"] == {"HF XLM bf16": "--no-peers"}
+    losses = result["losses without dropout"]
+    assert len(losses) == 8
+    for name, (first, _, last) in losses.items():
+        assert first == pytest.approx(losses["fairseq-like fp32"][0], rel=2e-3), name
+        assert last < first, name
+    rows = {row["name"]: row for row in result["contenders"]}
+    assert all(row["wall_seconds"] > 0 for row in rows.values())
+    # Ours by hand, 2 rows of 32 tokens: 2 layers of 64, 10 masked tokens, 500 words.
+    forward = 64 * 2 * (24 * 64**2 + 4 * 32 * 64) + 10 * 2 * (500 * 64 + 64**2)
+    assert rows["xlm_ds"]["useful_flops"] == 3 * forward
+    assert rows["xlm_ds, large vocabulary"]["vocab_size"] == 1000
+    for section in ("ceilings", "products", "attention", "optimizer", "one row"):
+        assert all(row["what"] for row in result[section])
+    assert len(result["profile"]["top"]) == 20
+    assert {row["loss, most"] < 0.05 for row in result["cross-entropy"]} == {True}
+    measured = {goal["goal"] for goal in result["goals"]}
+    assert "of plain torch's rate" in measured
+    assert "goal  times HF's XLM: not measured" in printed
+    assert "host synchronisations of 3 steady steps: not measured" in printed
+
+
+def test_step_gpu_without_time(tmp_path: Path) -> None:
+    """What cannot be finished is not begun, and listed; the result is written all the same."""
+    result, printed = benchmark(
+        "step_gpu", tmp_path / "s.json", "--device=cpu", "--small", "--budget=1"
+    )
+    assert {"ceilings", "ladder", "other sizes", "attention"} <= set(result["skipped"])
+    assert result["contenders"] == []
+    assert "skipped  ladder: 0 s were left, and it may take" in printed
