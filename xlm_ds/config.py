@@ -552,10 +552,6 @@ class EvaluateConfig:
         "JSON file for the figures (default: CHECKPOINT-SPLIT.json beside the checkpoint)",
         default=None,
     )
-    no_compile: bool = knob(
-        "do not compile the layers on a GPU: slower, but without the minute it takes at the start",
-        default=False,
-    )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 
 
