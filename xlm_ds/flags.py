@@ -5,6 +5,7 @@ raises InputError with the nearest right name or value.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -176,6 +177,11 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
+
+    def print_help(self, file: Any = None) -> None:
+        """Ends well also where nobody reads it; argparse of Python 3.11.2 lets the broken pipe through."""
+        with contextlib.suppress(BrokenPipeError):
+            super().print_help(file)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         # Intermixed: `merge OUT --overwrite A B` means the same as `merge OUT A B --overwrite`.
