@@ -60,8 +60,10 @@ def random_batch(seed: int) -> MaskedBatch:
     )
 
 
-def settings_of(name: str, stage: int, accumulation: int = 1) -> dict[str, object]:
-    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", "cpu")
+def settings_of(
+    name: str, stage: int, accumulation: int = 1, device: str = "cpu"
+) -> dict[str, object]:
+    template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", device)
     template["zero_optimization"]["stage"] = stage
     return resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=accumulation)
 
@@ -115,22 +117,33 @@ def test_bf16_follows_fp32(name: str, stage: int, ranks: Ranks) -> None:
     assert engine_losses(engine, range(5)) == pytest.approx(expected, abs=0.01)
 
 
-def test_updates_of_two_ranks_are_plain_adamws() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "two_ranks.py"]
-    names = ["zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
-    environment["PYTHONPATH"] = str(
-        Path(__file__).parent.parent
-    )  # also where another checkout is installed
+def assert_parity(names: list[str], *, ranks: int, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    environment = {name: value for name, value in environment.items() if name not in RANK_NAMES}
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = str(here.parent)  # also where another checkout is installed
     done = subprocess.run(
-        [*command, *names],
-        cwd=Path(__file__).parent,
+        [*command, "parity_of_ranks.py", *names],
+        cwd=here,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[:3000]
+    assert done.returncode == 0, done.stderr[-3000:]
     assert [line.split()[0] for line in done.stdout.splitlines()] == names
+
+
+def test_updates_of_two_ranks_are_plain_adamws() -> None:
+    names = ["zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
+    assert_parity(names, ranks=2, environment=dict(os.environ))
+
+
+@pytest.mark.gpu
+def test_updates_on_a_gpu_are_plain_adamws_on_a_cpu() -> None:
+    """The only place where fp16 trains: DeepSpeed refuses it on a CPU without its instructions."""
+    names = ["zero1_fp32", "zero1_fp16", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"DS_ACCELERATOR"}}
+    assert_parity(names, ranks=1, environment=environment)
 
 
 # What compiles an operator of DeepSpeed's at its first start (a minute or two) is run by the slow suite.
@@ -188,6 +201,17 @@ def test_accumulated_micro_batches_equal_one_batch(stage: int, ranks: Ranks) -> 
     weights = {name: state["weight"] for name, state in engine.state()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
+def test_masters_begin_with_the_weights_given(name: str, ranks: Ranks) -> None:
+    """Not with what is left of them in bf16."""
+    engine = Engine(small_model(), settings_of(name, int(name[4])), ranks)
+    engine.backward(engine(random_batch(1)).sum())
+    engine.step(0.0)  # before it there are no moments
+    given = dict(small_model().named_parameters())
+    for key, state in engine.state():
+        assert torch.equal(state["weight"], given[key])
 
 
 @pytest.mark.parametrize("saved", ["zero1_bf16", "zero3_bf16", "zero1_fp32"])

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -40,6 +41,8 @@ with warnings.catch_warnings():
         safe_get_full_optimizer_state,
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
     )
 
 FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they have been tested with
@@ -331,6 +334,7 @@ class Engine:
         if compiles and settings["zero_optimization"]["stage"] < 3:
             model.compile_layers()
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        weights = {name: parameter.detach().clone() for parameter, name in self._names.items()}
         # ZeRO 3 gathers a module's own parameters; the encoder itself reads the tied table.
         deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
         self.settings = dict(settings)
@@ -348,6 +352,8 @@ class Engine:
         except CONFIG_ERRORS as error:
             sentence = " ".join(str(error).split())
             raise InputError(f"DeepSpeed does not take this configuration: {sentence}") from error
+        for parameter, name in self._names.items():
+            self._set(parameter, "weight", weights[name])  # DeepSpeed's are rounded to bf16
         clip_norm = self.settings["gradient_clipping"]
         self._flat = FlatGradients(self._engine, clip_norm=clip_norm) if flat else None
         self._invariants = Invariants(self._engine)
@@ -418,12 +424,27 @@ class Engine:
             self.backward(self(warm_up_batch).sum() * 0)  # in fp16 anything else may overflow
             self.step(0.0)
         for parameter, name in self._names.items():
-            safe_set_full_fp32_param(parameter, state[name]["weight"].to(parameter.device))
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[name][key].to(parameter.device), key)
+            for key in ("weight", *MOMENTS):
+                self._set(parameter, key, state[name][key])
         self._set_adam_step(update)
         self._invariants = Invariants(self._engine, update)
         self._engine.global_samples, monitor.enabled = samples, monitored
+
+    def _set(self, parameter: Tensor, key: str, whole: Tensor) -> None:
+        """Sets the master ("weight") or a moment of a parameter, or this rank's part of it."""
+        values = whole.to(parameter.device)
+        set_weight, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if hasattr(parameter, "ds_tensor"):
+            # DeepSpeed takes none in ZeRO 3 whose numbers the ranks cannot divide evenly.
+            part = parameter.ds_tensor.numel()
+            begin = part * self.ranks.rank
+            padded = F.pad(values.flatten(), (0, part * self.ranks.world_size - values.numel()))
+            values = padded[begin : begin + part]
+            set_weight, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
+        if key == "weight":
+            set_weight(parameter, values)
+        else:
+            set_moment(parameter, values, key)
 
     def _set_adam_step(self, update: int) -> None:
         adam = self._engine.optimizer.optimizer

@@ -38,6 +38,7 @@ struct PairFiles {
   static constexpr std::size_t kHeaderBytes = 8;
   static constexpr std::uint16_t kFitting = 0xFFFF;
   static constexpr std::uint64_t kLargestData = 4096;
+  static constexpr std::int64_t kLargestVocabulary = 4096;  // counts of more ids, made anew for each input, take most of the time
 
   std::int64_t vocab_size;
   std::string_view idx;
@@ -48,7 +49,7 @@ struct PairFiles {
 
   /// `input` is not shorter than the header, and outlives the object.
   explicit PairFiles(std::string_view input)
-      : vocab_size(number_at<std::uint16_t>(input, 2)),
+      : vocab_size(number_at<std::uint16_t>(input, 2) % kLargestVocabulary),
         idx(input.substr(kHeaderBytes, number_at<std::uint16_t>(input, 6))),
         bin(input.substr(kHeaderBytes + idx.size())),
         twin(parse_index(idx)) {
