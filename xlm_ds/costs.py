@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from xlm_ds.architectures import ModelShape, flops_by_part, parameter_count
-from xlm_ds.deepspeed_config import suits_flat_gradients
+from xlm_ds.deepspeed_config import precision_of, suits_flat_gradients
 from xlm_ds.devices import GIB, Device, Speed
 from xlm_ds.geometry import Geometry
 
@@ -37,6 +37,7 @@ START_BYTES = 1.0 * GIB
 START_BYTES_CPU = 0.5 * GIB
 USABLE = 0.95  # the rest is lost between the allocator's blocks
 KEPT_ATTENTION = 256  # model.LONGEST_KEPT_ATTENTION
+TILE = 128  # linear_cross_entropy.TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,7 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        enabled = (d for d in ("bf16", "fp16") if self.settings.get(d, {}).get("enabled"))
-        return next(enabled, "fp32")
+        return precision_of(self.settings)
 
     @property
     def size(self) -> int:
@@ -109,10 +109,7 @@ class Job:
     @property
     def flop_peak(self) -> float:
         """Operations a second that the maker states for what is computed with; 0 if not known."""
-        speed = self.device.speed
-        if speed is None:
-            return 0.0
-        return speed.half if self.size == 2 else speed.single
+        return self.device.speed.peak(self.dtype) if self.device.speed else 0.0
 
     @property
     def update_flops(self) -> float:
@@ -222,7 +219,7 @@ def _weights_of_attention(job: Job) -> float:
 
 
 def _logits(job: Job) -> float:
-    padded = -(-job.shape.vocab_size // 128) * 128
+    padded = -(-job.shape.vocab_size // TILE) * TILE
     return job.size * job.geometry.rows * job.masked * padded
 
 

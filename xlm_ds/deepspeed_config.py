@@ -98,6 +98,12 @@ def _filled(
     return result
 
 
+def precision_of(settings: Mapping[str, Any]) -> str:
+    """What is computed with: bf16, fp16 or fp32."""
+    enabled = (name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled"))
+    return next(enabled, "fp32")
+
+
 def check_monitors(settings: Mapping[str, Any]) -> None:
     """Raises InputError if a monitor is enabled whose package is not installed."""
     for block, package in MONITOR_PACKAGES.items():
@@ -115,5 +121,5 @@ def suits_flat_gradients(settings: Mapping[str, Any]) -> bool:
         zero["stage"] == 1
         and "offload_optimizer" not in zero
         # fp16 has a loss scale, and updates that are skipped
-        and not settings.get("fp16", {}).get("enabled")
+        and precision_of(settings) != "fp16"
     )

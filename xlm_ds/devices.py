@@ -20,6 +20,9 @@ class Speed(NamedTuple):
     memory: float  # bytes
     link: float  # bytes to another device of the node, in one direction
 
+    def peak(self, dtype: str) -> float:
+        return self.single if dtype == "fp32" else self.half
+
 
 class Device(NamedTuple):
     """Where a rank computes."""

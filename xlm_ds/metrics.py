@@ -175,7 +175,12 @@ class Stopwatch:
     """
 
     def __init__(
-        self, shape: ModelShape, tokens_per_sample: int, device: torch.device, world_size: int
+        self,
+        shape: ModelShape,
+        tokens_per_sample: int,
+        device: torch.device,
+        world_size: int,
+        dtype: str,
     ) -> None:
         self._shape, self._tokens_per_sample = shape, tokens_per_sample
         self._on_cuda = device.type == "cuda"
@@ -184,8 +189,8 @@ class Stopwatch:
             properties = torch.cuda.get_device_properties(device)
             self._device_name = properties.name
             if speed := this_gpu(properties.name, properties.total_memory).speed:
-                self._peak = speed.half / 1e12
-        self._world_size = world_size
+                self._peak = speed.peak(dtype) / 1e12
+        self._world_size, self._dtype = world_size, dtype
         self._marks: deque[tuple[str, Any]] = deque([("other", self._now())])
         self._whole = dict.fromkeys(PARTS, 0.0)
         self._seconds = dict.fromkeys(PARTS, 0.0)
@@ -195,7 +200,7 @@ class Stopwatch:
         """What its figures mean."""
         flops = self._useful_flops(1, mask_ratio) / self._tokens_per_sample
         figures = (
-            f"MFU: tflops ÷ {self._peak:g}, the dense half-precision peak of {self._device_name}"
+            f"MFU: tflops ÷ {self._peak:g}, the dense {self._dtype} peak of {self._device_name}"
             if self._peak
             else f"no MFU, as the peak of {self._device_name} is not known"
         )

@@ -59,6 +59,7 @@ from xlm_ds.corpus import (
 )
 from xlm_ds.deepspeed_config import (
     default_deepspeed_config,
+    precision_of,
     read_deepspeed_config,
     resolve_deepspeed_config,
 )
@@ -109,7 +110,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     unigram = UnigramWatch(
         corpus.train, corpus.valid, optimization, geometry.batch * data.tokens_per_sample
     )
-    stopwatch = Stopwatch(shape, data.tokens_per_sample, ranks.device, ranks.world_size)
+    dtype = precision_of(engine.settings)
+    stopwatch = Stopwatch(shape, data.tokens_per_sample, ranks.device, ranks.world_size, dtype)
     started = time.monotonic() - progress.seconds
 
     with (
