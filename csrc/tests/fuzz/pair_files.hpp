@@ -37,8 +37,8 @@ inline std::int64_t id_at(std::string_view data, std::uint64_t i, const IndexTwi
 struct PairFiles {
   static constexpr std::size_t kHeaderBytes = 8;
   static constexpr std::uint16_t kFitting = 0xFFFF;
-  static constexpr std::uint64_t kLargestData = 4096;
-  static constexpr std::int64_t kLargestVocabulary = 4096;  // counts of more ids, made anew for each input, take most of the time
+  static constexpr std::uint64_t kLargestData = 1024;
+  static constexpr std::int64_t kLargestVocabulary = 512;  // most of the time would go into counts
 
   std::int64_t vocab_size;
   std::string_view idx;
