@@ -64,5 +64,7 @@ def ranks() -> Iterator["object"]:
     from xlm_ds.engine import start_ranks, stop_ranks
 
     torch.set_num_threads(1)
-    yield start_ranks()
+    started = start_ranks()
+    del os.environ["RANK"]  # by which processes that tests start would know the group, and join it
+    yield started
     stop_ranks()

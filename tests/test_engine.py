@@ -26,7 +26,6 @@ from xlm_ds.model import XlmEncoder, build_model
 
 SHIPPED = sorted(CONFIG_DIRECTORY.glob("*.json"))
 OPTIMIZATION = OptimizationConfig(lr=1e-2, adam_betas=(0.9, 0.98), weight_decay=0.01, clip_norm=0.5)
-RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of this process
 VOCABULARY, TOKENS, ROWS = 101, 16, 4
 
 
@@ -119,9 +118,9 @@ def test_bf16_follows_fp32(name: str, stage: int, ranks: Ranks) -> None:
 
 def assert_parity(names: list[str], *, ranks: int, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    environment = {name: value for name, value in environment.items() if name not in RANK_NAMES}
     here = Path(__file__).parent
-    environment["PYTHONPATH"] = str(here.parent)  # also where another checkout is installed
+    # Also where another checkout is installed.
+    environment = environment | {"PYTHONPATH": str(here.parent)}
     done = subprocess.run(
         [*command, "parity_of_ranks.py", *names],
         cwd=here,

@@ -15,7 +15,6 @@ from xlm_ds import plan, train
 from xlm_ds.architectures import flops_by_part, parameters_by_part, shape_from_config, useful_flops
 from xlm_ds.config import ModelConfig, PlanConfig
 from xlm_ds.costs import (
-    KEPT_ATTENTION,
     TILE,
     Job,
     activations,
@@ -99,9 +98,9 @@ def test_what_autograd_keeps_is_what_is_predicted() -> None:
 
     from xlm_ds.batches import MaskedBatch
     from xlm_ds.linear_cross_entropy import TILE as padding
-    from xlm_ds.model import LONGEST_KEPT_ATTENTION, build_model
+    from xlm_ds.model import build_model
 
-    assert (LONGEST_KEPT_ATTENTION, padding) == (KEPT_ATTENTION, TILE)
+    assert padding == TILE
     small = (
         "--vocab-size=100", "--gpu=cpu", "--max-tokens=512", "--encoder-layers=3", "--encoder-embed-dim=64",
         "--encoder-ffn-embed-dim=256", "--encoder-attention-heads=4",

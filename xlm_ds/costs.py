@@ -36,7 +36,6 @@ HOST_LINK = 20e9  # bytes a second between a GPU and its host; estimated
 START_BYTES = 1.0 * GIB
 START_BYTES_CPU = 0.5 * GIB
 USABLE = 0.95  # the rest is lost between the allocator's blocks
-KEPT_ATTENTION = 256  # model.LONGEST_KEPT_ATTENTION
 TILE = 128  # linear_cross_entropy.TILE
 
 
@@ -74,8 +73,10 @@ class Job:
 
     @property
     def gradient_size(self) -> int:
-        """Bytes of a number of engine.FlatGradients, which adds micro-batches up in fp32."""
-        return 4 if self.flat and self.geometry.accumulation > 1 else self.size
+        """Bytes of a number of the gradients: engine.FlatGradients has fp32 where they are added up, or not sent."""
+        geometry = self.geometry
+        adds_up = geometry.accumulation > 1 or geometry.world_size == 1
+        return 4 if self.flat and adds_up else self.size
 
     @property
     def flat(self) -> bool:
@@ -205,17 +206,10 @@ def activations(job: Job) -> float:
 
 
 def _kept_attention(job: Job) -> float:
-    """Of a layer. On a CPU torch has no fused attention with dropout, and computes one in fp32 instead."""
+    """Of a layer; with dropout on a CPU nothing, as it is computed again there."""
     if not job.device.is_cpu or job.shape.attention_dropout == 0:
         return 4.0 * job.micro_tokens * job.shape.attention_heads
-    if job.tokens > KEPT_ATTENTION:  # computed again
-        return 0
-    copies = 3 * job.size * job.micro_tokens * job.shape.embed_dim * (job.size < 4)
-    return 3 * _weights_of_attention(job) + copies
-
-
-def _weights_of_attention(job: Job) -> float:
-    return 4.0 * job.micro_tokens * job.shape.attention_heads * job.tokens
+    return 0
 
 
 def _logits(job: Job) -> float:
@@ -231,8 +225,7 @@ def _temporary(job: Job) -> float:
     table = job.size * shape.vocab_size * shape.embed_dim
     layer = job.size * job.micro_tokens * 2.0 * (shape.ffn_embed_dim + shape.embed_dim)
     if job.device.is_cpu and shape.attention_dropout > 0:
-        again = 3 if job.tokens > KEPT_ATTENTION else 0
-        layer = max(layer, (again + 2) * _weights_of_attention(job))
+        layer = max(layer, 5 * 4.0 * job.micro_tokens * shape.attention_heads * job.tokens)
     return table + max(0.0, layer - _logits(job))
 
 

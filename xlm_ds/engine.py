@@ -205,11 +205,12 @@ class FlatGradients:
         zero._grad_acc_hooks.clear()
         self._zero = zero
         self._clip_norm = clip_norm
-        # Added up in fp32; a single micro-batch's gradient is as precise in its own dtype, and half as large.
-        accumulates = engine.gradient_accumulation_steps() > 1
+        # fp32 where micro-batches are added up, and on one rank, as Adam takes it; a single micro-batch's gradient is
+        # as precise in its own dtype, and half as much to send.
+        sends = dist.get_world_size() > 1 and engine.gradient_accumulation_steps() == 1
         self._buffers, self._views = [], {}
         for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
-            dtype = torch.float32 if accumulates else weights.dtype
+            dtype = weights.dtype if sends else torch.float32
             buffer = torch.zeros_like(weights, dtype=dtype)
             self._buffers.append(buffer)
             for parameter in parameters:
@@ -250,7 +251,7 @@ class FlatGradients:
         ranks = self._zero.real_dp_process_group[group]
         world = dist.get_world_size(ranks)
         if world == 1:
-            return buffer.float()
+            return buffer
         part = torch.empty_like(buffer[: buffer.numel() // world])
         dist.reduce_scatter_tensor(part, buffer, group=ranks)
         return part.float().div_(world)

@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from xlm_ds.batches import MaskedBatch
 
 LAYER_NORM_EPS = 1e-5
-# On a CPU torch 2.13 has no fused attention with dropout: what it keeps for the backward pass grows with the square of
-# a row's length. In longer rows it is computed again instead, layer by layer.
-LONGEST_KEPT_ATTENTION = 256  # tokens
 INIT_STD = 0.02  # of every matrix and table, as in BERT (Devlin et al. 2018, and its code)
 
 
@@ -56,7 +53,9 @@ class SelfAttention(nn.Module):
         qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d / heads)
         dropout = self.dropout if self.training else 0.0
-        if dropout and not hidden.is_cuda and hidden.shape[1] > LONGEST_KEPT_ATTENTION:
+        if dropout and not hidden.is_cuda:
+            # torch 2.13 has no fused attention with dropout there. What it would keep for the backward pass grows with
+            # the square of a row's length, 0.4 GB of 5 in rows of 256; to compute it again costs 2 to 6 % of a step.
             context = checkpoint(
                 _attention, query, key, value, attend, dropout, use_reentrant=False
             )
