@@ -424,6 +424,10 @@ class Engine:
         """L2 norm of the last applied gradient before clipping. Reads the device: for log lines only."""
         return float(self._norm or 0.0)
 
+    def skipped_updates(self) -> int:
+        """Those of this process's run that fp16 has skipped for an overflow."""
+        return int(self._engine.skipped_steps)
+
     def write_events(self, figures: Mapping[str, float]) -> None:
         """Hands figures to the monitors that the JSON enables. Their steps are samples, as those of DeepSpeed's own."""
         monitor, samples = self._engine.monitor, self._engine.global_samples
