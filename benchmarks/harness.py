@@ -15,6 +15,7 @@ This module imports the standard library only: a child that runs another program
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -180,9 +181,12 @@ def scans_of(size: int) -> int:
 # ------------------------------------------------------------------------------------- in the parent
 
 
-def make_parser(description: str | None, output: str) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, output: str, budget: float = math.inf
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=budget, help="seconds that all may take")
     parser.add_argument("--no-peers", action="store_true", help="leave out what peers.txt installs")
     parser.add_argument("--output", type=Path, default=RESULTS / output, help="the JSON to write")
     return parser
@@ -229,7 +233,9 @@ def run(
     job: Job,
     arguments: argparse.Namespace,
 ) -> tuple[Rounds, dict[str, str]]:
-    """(figures, why others were skipped). Every round runs every contender once, in the order given."""
+    """(figures, why others were skipped). Every round runs every contender once, in the order given; none is begun that
+    would end after the budget, were it as long as the longest.
+    """
     figures: dict[str, list[Figures]] = {}
     skipped: dict[str, str] = {}
     for contender in contenders:
@@ -239,7 +245,11 @@ def run(
             reason = _child(script, contender, "build", job).get("skipped")
         if reason is not None:
             skipped[contender.name] = reason
+    started, longest = time.monotonic(), 0.0
     for number in range(arguments.rounds):
+        began = time.monotonic()
+        if number and began + longest > started + arguments.budget:
+            break
         for contender in contenders:
             if contender.name in skipped:
                 continue
@@ -249,6 +259,7 @@ def run(
                 skipped[contender.name] = answer["skipped"]
             else:
                 figures.setdefault(contender.name, []).append(answer)
+        longest = max(longest, time.monotonic() - began)
     _say("")
     return Rounds(figures), skipped
 

@@ -466,8 +466,7 @@ def plan(small: bool) -> Job:
 
 def main() -> None:
     began = time.monotonic()
-    parser = harness.make_parser(__doc__, "step_gpu.json")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds that all may take")
+    parser = harness.make_parser(__doc__, "step_gpu.json", budget=BUDGET)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: figures mean nothing")
     arguments = parser.parse_args()

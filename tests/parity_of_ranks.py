@@ -4,7 +4,15 @@ import sys
 
 import torch
 
-from test_engine import OPTIMIZATION, ROWS, plain_adamw, random_batch, settings_of, small_model
+from test_engine import (
+    OPTIMIZATION,
+    ROWS,
+    norm_tolerance,
+    plain_adamw,
+    random_batch,
+    settings_of,
+    small_model,
+)
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.engine import Engine, Ranks, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device
@@ -28,7 +36,7 @@ def part_of(batch: MaskedBatch, ranks: Ranks) -> MaskedBatch:
 
 torch.set_num_threads(1)
 ranks = start_ranks()
-model, _ = plain_adamw(UPDATES)
+model, _, norms = plain_adamw(UPDATES)
 before = small_model().state_dict()
 for name in sys.argv[1:]:
     settings = settings_of(name, int(name[4]), device=ranks.device.type)
@@ -42,6 +50,8 @@ for name in sys.argv[1:]:
         engine.step(OPTIMIZATION.lr)
         applied = engine._engine.was_step_applied()
         overflows += not applied
+        norm = engine.gradient_norm() / norms[update] if applied else 1.0
+        assert abs(norm - 1) < norm_tolerance(name), f"{name}: {norm} times the gradient"
         assert overflows <= OVERFLOWS * ("fp16" in name), f"{name}: update {update} is not applied"
         update += applied
     engine.check()

@@ -129,6 +129,7 @@ def test_loader_and_the_figure_of_its_result(tmp_path: Path) -> None:
 TINY = ["--vocab-size=500", "--rows=2", "--tokens=32", "--layers=1", "--dim=32"]
 
 
+@pytest.mark.slow
 def test_step_cpu(tmp_path: Path) -> None:
     result, printed = benchmark("step_cpu", tmp_path / "s.json", *TINY, "--rounds=1", "--no-peers")
     rows = check_result(result, printed, "xlm_ds fp32")
@@ -139,6 +140,7 @@ def test_step_cpu(tmp_path: Path) -> None:
     assert "need 4 rows" in result["skipped"]["xlm_ds fp32, rows 4 times as long"]
 
 
+@pytest.mark.slow
 def test_step_gpu_without_one(tmp_path: Path) -> None:
     """Every section runs, on a CPU; the processes compute the same, and what was not measured is said to be."""
     result, printed = benchmark(

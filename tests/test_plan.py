@@ -240,7 +240,12 @@ def test_a_gpu_is_known_by_the_name_that_torch_gives_it() -> None:
     ):
         device = this_gpu(name, 5 * GIB)
         assert (device.name, device.memory) == (known, 5 * GIB)
-    for name in ("Some Other", "NVIDIA T400", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+    for name in (
+        "Some Other",
+        "NVIDIA T400",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    ):
         assert this_gpu(name, GIB).speed is None
 
 

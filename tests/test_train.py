@@ -348,7 +348,15 @@ def test_both_losses_are_compared_with_the_unigram_level(run: Any, tmp_path: Pat
 class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes when the host looks at what is in a tensor, as it could not on CUDA without waiting for the device."""
 
-    OPS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select")
+    OPS = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "is_nonzero",
+        "equal",
+        "masked_select",
+        "_unique2",
+    )
 
     def __init__(self, updates: list[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -359,7 +367,11 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen.append((len(self._updates), name))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in self.OPS:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in self.OPS or by_mask:
             self.note(str(func))
         return func(*args, **(kwargs or {}))
 

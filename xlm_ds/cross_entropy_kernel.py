@@ -23,6 +23,7 @@ def _row(
     row_stride,
     IGNORE: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row: its loss, and over its logits the gradient of it."""
@@ -58,16 +59,21 @@ def _row(
             z = tl.load(logits + column, inside, float("-inf")).to(tl.float32)
             z += tl.load(bias + column, inside, 0.0).to(tl.float32)
             gradient = tl.exp(z - log_sum) - tl.where(column == target, 1.0, 0.0)
-            gradient = tl.where(counts, gradient, 0.0)
+            gradient = tl.where(counts, gradient * GRADIENT_SCALE, 0.0)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty), inside)
 
 
 def cross_entropy_(
-    logits: Tensor, bias: Tensor, targets: Tensor, *, ignore_index: int, writes_gradient: bool
+    logits: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    gradient_scale: float | None,
 ) -> Tensor:
     """Losses (N,) in fp32 nats of logits (N, V) plus bias (V,); a row's columns must lie side by side.
 
-    With `writes_gradient` softmax - onehot is left in `logits`, 0 in the rows of `ignore_index`.
+    With a `gradient_scale` softmax - onehot times that is left in `logits`, 0 in the rows of `ignore_index`.
     """
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -79,7 +85,8 @@ def cross_entropy_(
         columns,
         logits.stride(0),
         IGNORE=ignore_index,
-        WRITES_GRADIENT=writes_gradient,
+        WRITES_GRADIENT=gradient_scale is not None,
+        GRADIENT_SCALE=gradient_scale or 0.0,
         BLOCK=min(BLOCK, triton.next_power_of_2(columns)),
         num_warps=WARPS,
     )

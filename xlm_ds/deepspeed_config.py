@@ -18,6 +18,13 @@ CONFIG_DIRECTORY = (
     if _INSTALLED_CONFIGS.is_dir()
     else Path(__file__).parent.parent / "ds_configs"
 )
+# How gradients are sent, or scaled: what asks for it gets DeepSpeed's own path.
+ONLY_DEEPSPEEDS = {
+    "communication_data_type",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "torch_autocast",
+}
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -44,6 +51,11 @@ def read_deepspeed_config(path: Path, device: str) -> dict[str, Any]:
     if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         # Stage 0 in bf16 loses most of its first update, and holds no state that checkpoints could be made of.
         raise InputError(f'{path}: expected "zero_optimization": {{"stage": 1, 2 or 3}}')
+    if "data_types" in content:
+        # With grad_accum_dtype DeepSpeed takes another optimizer, whose state has another form.
+        raise InputError(
+            f"{path}: data_types is not supported; at stage 1 micro-batches are added up in fp32 without it"
+        )
     if content.get("fp16", {}).get("enabled") and device == "cpu":
         raise InputError(
             f"{path}: fp16 needs a GPU; on a CPU take zero1_fp32.json or zero1_bf16.json"
@@ -122,4 +134,5 @@ def suits_flat_gradients(settings: Mapping[str, Any]) -> bool:
         and "offload_optimizer" not in zero
         # fp16 has a loss scale, and updates that are skipped
         and precision_of(settings) != "fp16"
+        and not settings.keys() & ONLY_DEEPSPEEDS
     )

@@ -92,6 +92,6 @@ def this_gpu(name: str, memory: float) -> Device:
     """A GPU by the name and the bytes that torch gives; its speed is the table's, if it is in there, and whole."""
     words = set(name.lower().replace("rtx ", "rtx").replace("-", " ").split())
     known = [gpu for key, gpu in GPUS.items() if words.issuperset(key.split("-"))]
-    if not known or "mig" in words:
+    if not known or words & {"mig", "laptop"}:
         return Device(name, memory, None)
     return max(known, key=lambda gpu: len(gpu.name))._replace(memory=memory)

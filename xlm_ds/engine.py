@@ -48,6 +48,9 @@ with warnings.catch_warnings():
 
 FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they have been tested with
 PROBED_WEIGHTS = 4096
+# A weight of 0.02 has steps of 2e-9 in fp32: smaller updates may rightly move none (seen below 1e-12).
+LEAST_LR_THAT_MOVES = 1e-9
+NORM_CHUNK = 1 << 20  # torch 2.13's norm of 3e7 numbers in fp32 on a CPU is off by 2e-3
 _REPORT = "that is a fault of the engine, please report it with deepspeed.json of the run's folder"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What DeepSpeed raises for a configuration that it cannot use, depending on where it notices.
@@ -236,7 +239,8 @@ class FlatGradients:
             self._views[parameter].zero_()
         self._fresh = set(self._views)
         parts = [self._reduced(i, buffer) for i, buffer in enumerate(self._buffers)]
-        squares = torch.stack([torch.linalg.vector_norm(part) ** 2 for part in parts]).sum()
+        chunks = [chunk for part in parts for chunk in torch.split(part, NORM_CHUNK)]
+        squares = torch.nn.utils.get_total_norm(chunks).square()
         if dist.get_world_size() > 1:
             dist.all_reduce(squares)
         self.norm = squares.sqrt()
@@ -266,52 +270,68 @@ class _FlatPart(list[Tensor]):
 
 
 class Invariants:
-    """What must hold of every update: weights move, gradients are gone, and the optimizer has counted as many.
+    """What must hold of every update: weights move, those computed with are the masters', gradients are gone, and the
+    optimizer has counted as many updates.
 
     DeepSpeed has broken each of them without a word (its issues 8415, 7839, 7985). What lies on the device is compared
-    there, a few thousand weights an update, and read in `check`.
+    there, a few thousand weights an update, and read in `violation`.
     """
 
     def __init__(self, engine: Any, updates: int = 0) -> None:
         self._engine = engine
         self.updates = updates
-        zero = engine.optimizer
-        stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-        masters = (
-            zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
-        )
-        self._probes = [
-            flat.detach()[:: max(1, flat.numel() // PROBED_WEIGHTS)] for flat in masters
-        ]
-        self._before = [probe.clone() for probe in self._probes]
-        self._unmoved = torch.zeros((), dtype=torch.int64, device=self._probes[0].device)
+        masters, copies = _masters_and_copies(engine.optimizer)
+        self._masters = [_probe(flat) for flat in masters]
+        self._before = [probe.clone() for probe in self._masters]
+        self._copies = [_probe(flat) for flat in copies]
+        device = self._masters[0].device
+        self._unmoved = torch.zeros((), dtype=torch.int64, device=device)
+        self._stale = torch.zeros((), dtype=torch.int64, device=device)
+        self._left = 0  # parameters with a gradient after an update
 
     def after_update(self, lr: float) -> None:
-        """Raises Fault for what can be seen without the device."""
         applied = self._engine.was_step_applied()  # not so where fp16 has overflown
         self.updates += applied
-        if applied and lr > 0:
-            pairs = zip(self._probes, self._before, strict=True)
+        if applied and lr >= LEAST_LR_THAT_MOVES:
+            pairs = zip(self._masters, self._before, strict=True)
             self._unmoved += ~torch.stack([(now != before).any() for now, before in pairs]).any()
-        torch._foreach_copy_(self._before, self._probes)
-        left = sum(p.grad is not None for p in self._engine.module.parameters())
-        if left:
-            raise Fault(
-                f"after update {self.updates} the gradients of {left} parameters are still there and would be added to "
-                f"the next ones; {_REPORT}"
-            )
+        torch._foreach_copy_(self._before, self._masters)
+        for master, copy in zip(self._masters, self._copies, strict=True):
+            if master.device == copy.device:  # else it is offloaded
+                differs = (master.to(copy.dtype) != copy) & ~master.isnan()
+                self._stale += differs.any()
+        self._left = max(
+            self._left, sum(p.grad is not None for p in self._engine.module.parameters())
+        )
 
-    def check(self) -> None:
-        """Reads the device. Raises Fault."""
-        if unmoved := int(self._unmoved):
-            raise Fault(
-                f"{unmoved} of {self.updates} updates have not moved the weights; {_REPORT}"
+    def violation(self) -> str | None:
+        """Reads the device."""
+        if self._left:
+            return (
+                f"the gradients of {self._left} parameters are still there after an update and would be added to the "
+                "next ones"
             )
+        if unmoved := int(self._unmoved):
+            return f"{unmoved} of {self.updates} updates have not moved the weights"
+        if stale := int(self._stale):
+            return f"after {stale} of {self.updates} updates the weights to compute with were not the masters'"
         counted = adam_steps(self._engine)
         if self.updates and counted != {self.updates}:
-            raise Fault(
-                f"there were {self.updates} updates, but the optimizer has counted {sorted(counted)}; {_REPORT}"
-            )
+            return f"there were {self.updates} updates, but the optimizer has counted {sorted(counted)}"
+        return None
+
+
+def _masters_and_copies(zero: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's flat weights in fp32, and what is computed with."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        return zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
+    rank = dist.get_rank()
+    copies = [partitions[rank] for partitions in zero.parallel_partitioned_bit16_groups]
+    return zero.single_partition_of_fp32_groups, copies
+
+
+def _probe(flat: Tensor) -> Tensor:
+    return flat.detach()[:: max(1, flat.numel() // PROBED_WEIGHTS)]
 
 
 def adam_steps(engine: Any) -> set[int]:
@@ -336,7 +356,8 @@ class Engine:
         *,
         compiles: bool = False,
     ) -> None:
-        if compiles and settings["zero_optimization"]["stage"] < 3:
+        self._compiled = compiles and settings["zero_optimization"]["stage"] < 3
+        if self._compiled:
             model.compile_layers()
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         weights = {name: parameter.detach().clone() for parameter, name in self._names.items()}
@@ -362,10 +383,14 @@ class Engine:
         clip_norm = self.settings["gradient_clipping"]
         self._flat = FlatGradients(self._engine, clip_norm=clip_norm) if flat else None
         self._invariants = Invariants(self._engine)
+        self._norm: Tensor | float | None = None
 
     def __call__(self, batch: MaskedBatch) -> Tensor:
         """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
-        losses: Tensor = self._engine(batch)
+        # Validation has batches of many shapes, and torch compiles a layer for no more than eight.
+        as_written = self._compiled and not self._engine.module.training
+        with torch.compiler.set_stance("force_eager") if as_written else contextlib.nullcontext():
+            losses: Tensor = self._engine(batch)
         return losses
 
     def train(self, mode: bool = True) -> None:
@@ -385,15 +410,23 @@ class Engine:
         self._engine.step()
         if ends_update:
             self._invariants.after_update(lr)
+            if self._engine.was_step_applied():
+                norm = self._flat.norm if self._flat else self._engine.get_global_grad_norm()
+                self._norm = norm
 
     def check(self) -> None:
-        """Reads the device. Raises Fault if an update since the start was not what it is counted as."""
-        self._invariants.check()
+        """Reads the device. Raises Fault, on all ranks, if an update since the start was not what it is counted as."""
+        violation = self._invariants.violation()
+        if self.ranks.any(violation is not None):
+            raise Fault(f"{violation or 'see the message of another rank'}; {_REPORT}")
 
     def gradient_norm(self) -> float:
         """L2 norm of the last applied gradient before clipping. Reads the device: for log lines only."""
-        norm = self._flat.norm if self._flat else self._engine.get_global_grad_norm()
-        return float(norm or 0.0)
+        return float(self._norm or 0.0)
+
+    def skipped_updates(self) -> int:
+        """Those of this process's run that fp16 has skipped for an overflow."""
+        return int(self._engine.skipped_steps)
 
     def write_events(self, figures: Mapping[str, float]) -> None:
         """Hands figures to the monitors that the JSON enables. Their steps are samples, as those of DeepSpeed's own."""

@@ -8,7 +8,8 @@ and one for softmax - onehot. On CUDA both are a Triton kernel, a program per ro
 a time. Sums are in fp32: near a log-probability of -10, bf16 steps are 1/16 wide.
 
 With Z = H W' + b and P = softmax(Z), dL_i/dZ_i = P_i - onehot(t_i). The incoming gradient g (N,) is multiplied into the
-small sides of the products and never into the (N, V): dH = g (dZ W), dW = dZ' (g H), db = dZ' g.
+small sides of the products and never into the (N, V): dH = g (dZ W), dW = dZ' (g H), db = dZ' g. In fp16, where g
+has the loss scale and dZ has not, dZ is kept multiplied by a constant, or a probability of 1e-5 would have two digits.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from torch import Tensor
 
 TILE = 128  # columns; a row of logits begins at a multiple of it, which matrix units want at any size of vocabulary
 CHUNK_ELEMENTS = 1 << 22  # of logits in fp32 at a time, without the kernel: 16 MB
+GRADIENT_SCALE_FP16 = 2.0**10
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's CPU builds come without
 
 
@@ -30,7 +32,10 @@ def linear_cross_entropy(
 
     `hidden` (N, d) and `weight` (V, d) have one dtype; `bias` (V,).
     """
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index)  # type: ignore[no-untyped-call]
+    # Inside of an autograd function gradients are always off.
+    losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, ignore_index, torch.is_grad_enabled()
+    )
     return losses
 
 
@@ -43,27 +48,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         ignore_index: int,
+        grad_enabled: bool,
     ) -> Tensor:
-        wants_gradient = any(ctx.needs_input_grad)
+        wants_gradient = grad_enabled and any(ctx.needs_input_grad)
+        ctx.gradient_scale = GRADIENT_SCALE_FP16 if hidden.dtype == torch.float16 else 1.0
         logits = _empty_logits(len(hidden), len(weight), hidden)
         torch.mm(hidden, weight.t(), out=logits)
         losses = _cross_entropy_(
-            logits, bias, targets, ignore_index=ignore_index, writes_gradient=wants_gradient
+            logits,
+            bias,
+            targets,
+            ignore_index=ignore_index,
+            gradient_scale=ctx.gradient_scale if wants_gradient else None,
         )
         if wants_gradient:
             ctx.save_for_backward(hidden, weight, logits)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, gradient = ctx.saved_tensors
-        scale = grad_losses.to(hidden.dtype)
-        grad_hidden = (gradient @ weight) * scale[:, None]
-        grad_weight = gradient.t() @ (hidden * scale[:, None])
-        grad_bias = (scale[None] @ gradient)[
-            0
-        ]  # bf16's gradient.t() @ scale is ten times slower on a CPU
-        return grad_hidden, grad_weight, grad_bias, None, None
+        dtype = hidden.dtype
+        scale = (grad_losses / ctx.gradient_scale)[
+            :, None
+        ]  # in fp32: bf16 would round all rows alike
+        grad_hidden = ((gradient @ weight) * scale).to(dtype)
+        grad_weight = gradient.t() @ (hidden * scale).to(dtype)
+        # bf16's gradient.t() @ scale is ten times slower on a CPU. The largest is 1, so that equal ones are exact.
+        largest = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        grad_bias = (((scale / largest).to(dtype).t() @ gradient)[0] * largest).to(dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _empty_logits(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -80,7 +94,12 @@ def _cross_entropy_(logits: Tensor, *arguments: Any, **options: Any) -> Tensor:
 
 
 def cross_entropy_(
-    logits: Tensor, bias: Tensor, targets: Tensor, *, ignore_index: int, writes_gradient: bool
+    logits: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    gradient_scale: float | None,
 ) -> Tensor:
     """What cross_entropy_kernel.cross_entropy_ does, by torch, on any device."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
@@ -89,8 +108,8 @@ def cross_entropy_(
         rows = slice(begin, begin + rows_at_a_time)
         log_p = torch.log_softmax(logits[rows].float() + bias.float(), dim=1)
         losses[rows] = F.nll_loss(log_p, targets[rows], ignore_index=ignore_index, reduction="none")
-        if writes_gradient:
-            counts = (targets[rows] != ignore_index).float()[:, None]
+        if gradient_scale is not None:
+            counts = (targets[rows] != ignore_index).float()[:, None] * gradient_scale
             gradient = log_p.exp_().mul_(counts)
             gradient.scatter_add_(1, targets[rows, None], -counts)
             logits[rows] = gradient

@@ -167,8 +167,9 @@ def add_rows_(table: Tensor, rows: Tensor, values: Tensor) -> None:
         0, order, is_first.cumsum(0) - 1
     )  # 0, 1, … by distinct row
     sums = torch.ops.aten.embedding_dense_backward(values.float(), place, len(rows), -1, False)
-    # Places beyond the last distinct row have sums of 0, which row 0 takes.
-    table.index_add_(0, torch.zeros_like(rows).scatter_(0, place, rows), sums.to(table.dtype))
+    # Places beyond the last distinct row have sums of 0, for any row; one for all would be a queue on CUDA.
+    anywhere = torch.arange(len(rows), device=rows.device) % len(table)
+    table.index_add_(0, anywhere.scatter_(0, place, rows), sums.to(table.dtype))
 
 
 class XlmEncoder(nn.Module):

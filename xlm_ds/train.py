@@ -168,6 +168,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 figures = loss_figures(sums, corpus.languages, unigram.train)
                 figures |= {"lr": lr, "gradient_norm": engine.gradient_norm()}
                 check_finite(figures["loss"] + figures["gradient_norm"], progress, run)
+                if skipped := engine.skipped_updates():
+                    figures["skipped_updates"] = skipped
                 figures |= {"epoch": progress.samples / epoch_samples, **stopwatch.take()}
                 figures |= time_left(optimization, progress)
                 log.write("train", progress.update, figures)
