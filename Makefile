@@ -73,7 +73,7 @@ fuzz: build/asan-core/core_tests
 	  xargs -P "$$(nproc)" -I{} sh -c "{} --runs $(RUNS) --seed $(SEED)" >> ../fuzz.log 2>&1; status=$$?; cat ../fuzz.log; exit $$status
 	cp build/fuzz.log $(FUZZ_LOG)
 
-# About three quarters of an hour on two quiet cores, two thirds of it the step; benchmarks/README.md says how to install
+# More than an hour on two quiet cores, fifty minutes of it the step; benchmarks/README.md says how to install
 # what it compares with. step_gpu.py is not in it: it needs a GPU.
 bench: setup
 	$(BIN)/python benchmarks/binarize.py
