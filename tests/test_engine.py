@@ -427,6 +427,10 @@ def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected
         ('{"scheduler": {"type": "WarmupLR"}}', "--lr-scheduler"),
         ('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}}', "needs a GPU"),
         ('{"zero_optimization": {"stage": 1}, "data_types": {}}', "data_types is not supported"),
+        (
+            '{"zero_optimizaton": {"stage": 1}}',
+            "no zero_optimizaton .*did you mean zero_optimization",
+        ),
         ("{", "not a JSON file"),
         ("[]", "is a JSON object"),
         ("{}", '"stage": 1, 2 or 3'),

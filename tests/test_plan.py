@@ -270,6 +270,7 @@ def test_an_update_large_enough_is_not(capsys: pytest.CaptureFixture[str]) -> No
         (("--update-freq=8", "--gpu=h200"), "--max-tokens 16384 --update-freq 1 is the same update"),
         (("--gpu=h200", "--max-tokens=16384", shipped("zero1_fp32")), "zero1_bf16.json is"),
         (("--gpu=h200", "--gpus=16", "--max-tokens=8192"), "communication takes"),
+        (("--gpu=h200", "--gpus=16", "--bandwidth=5"), "no larger update that fits mends it; a faster network"),
         (("--gpu=h200", "--global-batch-tokens=2048"), "--global-batch-tokens 8192 with --max-tokens 8192"),
         (("--gpu=h200", "--encoder-embed-dim=64", "--encoder-ffn-embed-dim=128", "--vocab-size=1000"), "launches"),
     ],

@@ -420,14 +420,32 @@ def test_a_trace_is_written_and_named(
 ) -> None:
     with caplog.at_level("INFO", logger="xlm_ds"):
         run("a", "--max-update=8", "--profile=2")
-        run("b", "--max-update=2", "--profile=2")
+        run("b", "--max-update=4", "--profile=2")
+        run("c", "--max-update=6", "--profile=100")
     trace = json.loads((tmp_path / "a" / "trace.json").read_text(encoding="utf-8"))
     steps = {e["name"] for e in trace["traceEvents"] if "ProfilerStep" in str(e.get("name"))}
     assert len(steps) == 2
     assert any("addmm" in str(e.get("name")) for e in trace["traceEvents"])
     assert f"wrote {tmp_path / 'a' / 'trace.json'}" in caplog.text
     assert "ui.perfetto.dev" in caplog.text
-    assert "no trace: there were no updates after the first 4" in caplog.text
+    assert caplog.text.count("no trace: there were no updates after the first 4") == 1
+    assert not (tmp_path / "b" / "trace.json").exists()
+    assert "a trace of 2 updates" in caplog.text.split(f"wrote {tmp_path / 'c'}")[1]
+    (tmp_path / "d" / "trace.json").mkdir(parents=True)
+    with pytest.raises(InputError, match="is a folder"):
+        run("d", "--max-update=8", "--profile=2")
+
+
+def test_a_full_disk_under_the_figures_ends_no_run(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setitem(globals(), "losses_in", lambda _: {})  # there are none
+    with caplog.at_level("WARNING", logger="xlm_ds"):
+        run("a", "--max-update=3", "--log-interval=1")
+    assert caplog.text.count("No space left on device; going on without") == 1
+    assert (tmp_path / "a" / "checkpoint_last").exists()
 
 
 WANDB = """
@@ -447,7 +465,7 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path / "packages")
     template = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
     template["wandb"] = {"enabled": True, "project": "xlm"}
-    template["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    template["csv_monitor"] = {"enabled": True}
     (tmp_path / "wandb.json").write_text(json.dumps(template), encoding="utf-8")
     yield tmp_path / "wandb.json"
     sys.modules.pop("wandb", None)
@@ -464,7 +482,11 @@ def test_deepspeeds_monitors_get_all_figures(run: Any, tmp_path: Path, wandb: Pa
     for name in ("train/seconds/data", "train/below_unigram", "valid/loss_per_language/ar"):
         assert (name, 12) in by_name
     assert [step for n, step in by_name if n == "valid/perplexity"] == [8, 12]
-    losses = (tmp_path / "csv" / "train_loss.csv").read_text(encoding="utf-8").splitlines()
+    losses = (
+        (tmp_path / "a" / "monitors" / "csv_monitor" / "train_loss.csv")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     assert float(losses[1].split(",")[1]) == losses_in(tmp_path / "a")[1]
 
 

@@ -3,6 +3,7 @@
 settings = resolve_deepspeed_config(read_deepspeed_config(path, "cuda"), optimization, rows=8, accumulation=1)
 """
 
+import difflib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -25,6 +26,14 @@ ONLY_DEEPSPEEDS = {
     "prescale_gradients",
     "torch_autocast",
 }
+# The keys of DeepSpeed 0.19.8's configuration that mean something to a run.
+KEYS = ONLY_DEEPSPEEDS | {
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping",
+    "optimizer", "scheduler", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "bf16", "fp16", "data_types", "aio", "tensorboard", "wandb", "comet", "csv_monitor", "timers", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state", "disable_python_gc",
+}  # fmt: skip
+WRITING_MONITORS = ("tensorboard", "csv_monitor")
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -41,11 +50,24 @@ def read_deepspeed_config(path: Path, device: str) -> dict[str, Any]:
         raise InputError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: a DeepSpeed configuration is a JSON object")
+    for key in content:
+        if key not in KEYS:  # DeepSpeed would not say a word
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KEYS))}"
+            raise InputError(f"{path}: a run takes no {key} from a DeepSpeed configuration; {hint}")
     if "scheduler" in content:
         raise InputError(
             f"{path}: a scheduler block is not supported; --lr-scheduler owns the schedule"
         )
-    for section in ("zero_optimization", "optimizer", "bf16", "fp16", "timers", *MONITOR_PACKAGES):
+    for section in (
+        "zero_optimization",
+        "optimizer",
+        "bf16",
+        "fp16",
+        "timers",
+        "csv_monitor",
+        *MONITOR_PACKAGES,
+    ):
         if not isinstance(content.get(section, {}), dict):
             raise InputError(f"{path}: {section} must be a JSON object")
     if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
@@ -124,6 +146,16 @@ def check_monitors(settings: Mapping[str, Any]) -> None:
                 f'the DeepSpeed configuration enables "{block}", but {package} is not installed; pip install '
                 f'{package}, or write "enabled": false there'
             )
+
+
+def with_monitor_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`settings` whose monitors that write files do it in `folder`, unless they say where."""
+    changed = {
+        name: {"output_path": str(folder), "job_name": name, **settings[name]}
+        for name in WRITING_MONITORS
+        if name in settings
+    }
+    return {**settings, **changed}
 
 
 def suits_flat_gradients(settings: Mapping[str, Any]) -> bool:

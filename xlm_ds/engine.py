@@ -342,6 +342,13 @@ def adam_steps(engine: Any) -> set[int]:
     return {int(count) for count in counts}
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return "; ".join(found)
+    return " ".join(str(error).split())
+
+
 class Engine:
     """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage.
 
@@ -355,6 +362,7 @@ class Engine:
         ranks: Ranks,
         *,
         compiles: bool = False,
+        where: str = "this configuration",
     ) -> None:
         self._compiled = compiles and settings["zero_optimization"]["stage"] < 3
         if self._compiled:
@@ -376,8 +384,7 @@ class Engine:
                     model=model, model_parameters=list(model.parameters()), config=dict(settings)
                 )
         except CONFIG_ERRORS as error:
-            sentence = " ".join(str(error).split())
-            raise InputError(f"DeepSpeed does not take this configuration: {sentence}") from error
+            raise InputError(f"DeepSpeed does not take {where}: {_sentence(error)}") from error
         for parameter, name in self._names.items():
             self._set(parameter, "weight", weights[name])  # DeepSpeed's are rounded to bf16
         clip_norm = self.settings["gradient_clipping"]

@@ -337,7 +337,7 @@ def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
 def _check(item: _Knob, value: Any) -> None:
     choices = item.meta["choices"]
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
             f"{item.shown} {value} is not supported; there is {', '.join(choices)}{hint}"

@@ -5,6 +5,7 @@ token, below_unigram in percent of perplexity; tokens_per_second, tflops and mfu
 alone, in all seconds of the interval but those of validation and checkpoint.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from xlm_ds.config import OptimizationConfig
 from xlm_ds.dataset import TokenDataset
 from xlm_ds.devices import this_gpu
 from xlm_ds.dictionary import PAD
-from xlm_ds.log import logger
+from xlm_ds.log import InputError, logger
 from xlm_ds.model import unigram_log_probabilities
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -148,7 +149,7 @@ class UnigramWatch:
             f"after {update} updates the training perplexity is {side} what the frequencies of words alone give: the "
             "model does not use the words around a mask yet. What usually mends it: a larger batch (now "
             f"{self._batch_tokens} tokens an update: --update-freq, --max-tokens), a warm-up (--warmup-updates, now "
-            f"{self._optimization.warmup_updates}), a lower --lr (now {self._optimization.lr:g}), or more updates"
+            f"{self._optimization.warmup_updates}), another --lr (now {self._optimization.lr:g}), or more updates"
         )
 
 
@@ -304,13 +305,17 @@ class RunLog:
         self._active = active
         if not active:
             return
+        trace = save_dir / "trace.json"
+        if profile and trace.is_dir():
+            raise InputError(f"{trace} is a folder, where --profile writes its trace; move it away")
         self._file = (save_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
         self._bar = tqdm(
             total=updates or None, initial=start, unit="update", disable=not sys.stderr.isatty()
         )
         self._monitor = monitor
-        self._profiler = _profiler(save_dir / "trace.json", profile) if profile else None
+        self._is_full = False  # the disk
+        self._profiler = _profiler(trace, profile) if profile else None
 
     def advance(self) -> None:
         """After each update."""
@@ -323,22 +328,33 @@ class RunLog:
         if not self._active:
             return
         line = {"kind": kind, "update": update, **figures}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
         logger.info(_text(line))
         scalars = {f"{kind}/{name}": value for name, value in _scalars(figures)}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, update)
+        if not self._is_full:
+            try:
+                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._file.flush()
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, update)
+            except OSError as error:
+                self._is_full = True
+                logger.warning(
+                    f"cannot write {self._file.name}: {error.strerror}; going on without"
+                )
         self._monitor(scalars)
 
     def close(self) -> None:
         if self._active:
-            self._file.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # said by `write`
+                self._file.close()
+                self._board.close()
             self._bar.close()
             if self._profiler:
+                is_empty = self._profiler.step_num <= self.TRACE_AFTER
+                if is_empty:
+                    self._profiler.on_trace_ready = None
                 self._profiler.stop()
-                if self._profiler.step_num <= self.TRACE_AFTER:
+                if is_empty:
                     logger.info(
                         f"no trace: there were no updates after the first {self.TRACE_AFTER}"
                     )
@@ -349,8 +365,9 @@ def _profiler(path: Path, updates: int) -> torch.profiler.profile:
 
     def write(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(path))
+        traced = profiler.step_num - RunLog.TRACE_AFTER
         logger.info(
-            f"wrote {path}, a trace: open it at https://ui.perfetto.dev or chrome://tracing"
+            f"wrote {path}, a trace of {traced} updates: open it at https://ui.perfetto.dev or chrome://tracing"
         )
 
     profiler = torch.profiler.profile(

@@ -324,6 +324,13 @@ def _smaller_batch(job: Job, rows: int, optimization: OptimizationConfig) -> str
 # -------------------------------------------------------------------------------------------- slow
 
 
+OTHER_MENDS = {
+    "optimizer": "more GPUs to divide it among, or one that is not offloaded, may",
+    "communication": "a faster network, fewer GPUs or a lower ZeRO stage may",
+    "waiting for kernel launches": "a wider model would use such a GPU better",
+}
+
+
 def slownesses(job: Job, optimization: OptimizationConfig) -> Iterator[str]:
     """What makes it slower than it need be, each with the flag that mends it."""
     parts = seconds(job)
@@ -337,7 +344,11 @@ def slownesses(job: Job, optimization: OptimizationConfig) -> Iterator[str]:
         ("waiting for kernel launches", "takes {share:.0%}, for micro-batches are small"),
     ):
         share = parts.get(part, 0.0) / total
-        if share > LARGE_SHARE and (mend := _larger_update(job, optimization, part)):
+        if share > LARGE_SHARE:
+            mend = (
+                _larger_update(job, optimization, part)
+                or f"no larger update that fits mends it; {OTHER_MENDS[part]}"
+            )
             yield f"{part} {why.format(share=share)}; {mend}"
     if not job.device.is_cpu and job.dtype == "fp32" and job.device.has_bf16:
         other, path = with_settings(job, "zero1_bf16")

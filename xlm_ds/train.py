@@ -62,6 +62,7 @@ from xlm_ds.deepspeed_config import (
     precision_of,
     read_deepspeed_config,
     resolve_deepspeed_config,
+    with_monitor_folder,
 )
 from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.dictionary import PAD
@@ -293,6 +294,7 @@ def build_engine(
         accumulation=geometry.accumulation,
         where=str(path),
     )
+    settings = with_monitor_folder(settings, config.run.save_dir / "monitors")
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
     model = build_model(shape, seed=config.data.seed)
     compiles = ranks.device.type == "cuda" and not config.run.no_compile
@@ -305,14 +307,14 @@ def build_engine(
             init_output_bias(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
-        return Engine(model, settings, ranks, compiles=compiles), Progress(
+        return Engine(model, settings, ranks, compiles=compiles, where=str(path)), Progress(
             batch_at_start=geometry.batch
         )
     manifest = checkpoint.read_manifest(found)
     check_same_data(config, corpus, geometry, manifest, found)
     state = checkpoint.load_state(found, manifest)
     checkpoint.copy_weights(model, {name: kinds["weight"] for name, kinds in state.items()}, found)
-    engine = Engine(model, settings, ranks, compiles=compiles)
+    engine = Engine(model, settings, ranks, compiles=compiles, where=str(path))
     progress = checkpoint.read_progress(manifest)
     engine.load_state(
         state,
