@@ -131,7 +131,7 @@ def one_of_eight_ranks(job: Job) -> Figures:
         corpus = open_corpus(job)
         for first in itertools.count(0, RANKS * RANK_ROWS):
             update_targets(corpus, geometry, first=first)
-            yield micro_batch(corpus, geometry, first=first, micro=0, rank=3)
+            yield micro_batch(corpus, geometry, first=geometry.first_sample(first, 0, rank=3))
 
     return load(batches_of(job, ROWS / (RANKS * RANK_ROWS)), batches, rows=RANK_ROWS)
 

@@ -292,7 +292,7 @@ def test_a_samples_masks_do_not_depend_on_the_batch_a_new_ratio_falls_in(
     for first in range(0, 48, 2 * rows):
         geometry = Geometry(rows, 2, 1)
         for micro in range(2):
-            batch = micro_batch(corpus, geometry, first=first, micro=micro, rank=0)
+            batch = micro_batch(corpus, geometry, first=geometry.first_sample(first, micro, rank=0))
             assert len(batch.targets) == len(batch.masked_positions)
             found += row_sets(batch)
         targets += update_targets(corpus, geometry, first=first)

@@ -21,10 +21,11 @@ from xlm_ds import checkpoint, train
 from xlm_ds.config import DataConfig, OptimizationConfig, RunConfig, TrainConfig
 from xlm_ds.corpus import open_corpus
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
-from xlm_ds.engine import Ranks
+from xlm_ds.engine import Engine, Ranks
 from xlm_ds.flags import parse
 from xlm_ds.geometry import Geometry, batch_geometry
 from xlm_ds.log import InputError
+from xlm_ds.metrics import LossMeter
 from xlm_ds.schedule import lr_at
 from xlm_ds.train import what_is_due
 
@@ -173,6 +174,66 @@ def test_a_finished_run_started_again_does_nothing(run: Any, tmp_path: Path) -> 
     before = (folder / "manifest.json").stat().st_mtime_ns
     assert run("a", "--max-update=2") == first
     assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the loss of a sample NaN (None: only the gradient), in some updates."""
+
+    def start(updates: set[int], sample: int | None) -> None:
+        backward, add = Engine.backward, LossMeter.add
+        update = -1
+
+        def poisoned(self: Engine, loss: torch.Tensor) -> None:
+            nonlocal update
+            update += 1
+            backward(self, loss * float("nan") if update in updates else loss)
+
+        def noted(self: LossMeter, batch: Any, losses: torch.Tensor, first: int) -> None:
+            if sample is not None and first <= sample < first + batch.languages.numel():
+                losses = losses.clone()
+                losses.view(batch.languages.numel(), -1)[sample - first, 0] = math.nan
+            add(self, batch, losses, first)
+
+        monkeypatch.setattr(Engine, "backward", poisoned)
+        monkeypatch.setattr(LossMeter, "add", noted)
+
+    return start
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_said(
+    run: Any, tmp_path: Path, poison: Any
+) -> None:
+    poison({1, 3, 4}, None)
+    losses = run("a", "--max-update=7", "--max-skipped-updates=3")
+    lines = [r for r in records_in(tmp_path / "a") if r["kind"] == "train"]
+    assert [r.get("skipped_updates", 0) for r in lines] == [0, 1, 1, 2, 3, 3, 3]
+    assert all(math.isfinite(loss) for loss in losses.values())
+    manifest = checkpoint.read_manifest(tmp_path / "a" / checkpoint.LAST)
+    assert checkpoint.read_progress(manifest).skipped_updates == 3
+
+
+def test_resuming_after_a_skipped_update_is_bit_equal(run: Any, poison: Any) -> None:
+    poison({2, 6 + 2}, None)
+    whole = run("whole", "--max-update=6", "--warmup-updates=4")
+    run("parts", "--max-update=4", "--warmup-updates=4")
+    assert run("parts", "--max-update=6", "--warmup-updates=4") == whole
+
+
+@pytest.mark.parametrize("sample", [None, 9])
+def test_too_many_skipped_updates_name_their_samples(
+    run: Any, tmp_path: Path, poison: Any, sample: int | None
+) -> None:
+    """Updates of four samples: the third begins with sample 8."""
+    poison({2, 3, 4}, sample)
+    with pytest.raises(InputError) as caught:
+        run("a", "--max-update=9", "--log-interval=5", "--max-skipped-updates=3")
+    assert (
+        "3 updates in a row were skipped, as their gradient was not finite: the first is update 3, of the samples "
+        "8 to 11" in str(caught.value)
+    )
+    assert ("the loss of sample 9 (block " in str(caught.value)) == (sample is not None)
+    assert not (tmp_path / "a" / checkpoint.LAST).exists()
 
 
 def test_stages_give_the_same_fp32_losses(run: Any, tmp_path: Path) -> None:

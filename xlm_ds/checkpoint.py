@@ -55,6 +55,7 @@ class Progress:
     plateau: PlateauState = dataclasses.field(default_factory=PlateauState)
     validation_due: bool = False  # the run was stopped before a validation that was its turn
     seconds: float = 0.0
+    skipped_updates: int = 0  # of all updates, those whose gradient was not finite
     batch_at_start: int = 0  # samples of an update when the run began (0: not recorded)
 
 

@@ -424,6 +424,11 @@ class RunConfig:
     tensorboard_logdir: Path | None = knob(
         "TensorBoard's folder (default: SAVE_DIR/tensorboard)", default=None
     )
+    max_skipped_updates: int = knob(
+        "stop when N updates in a row were skipped because the gradient was not finite; in fp16 the loss scale decides",
+        default=10,
+        bounds="[1, inf)",
+    )
     profile: int = knob(
         "trace N updates, the fifth and after, to SAVE_DIR/trace.json (0: none)",
         default=0,

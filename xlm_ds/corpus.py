@@ -2,7 +2,7 @@
 
 geometry = batch_geometry(config.optimization, config.data.tokens_per_sample, world_size=2)
 corpus = open_corpus(with_sample_numbers(config.data, geometry.batch))
-batch = micro_batch(corpus, geometry, first=0, micro=0, rank=1)      # on the CPU
+batch = micro_batch(corpus, geometry, first=geometry.first_sample(0, micro=0, rank=1))      # on the CPU
 """
 
 import dataclasses
@@ -98,10 +98,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     return Corpus(dictionary, train, valid, order, masking, config.mask_ratio)
 
 
-def micro_batch(
-    corpus: Corpus, geometry: Geometry, *, first: int, micro: int, rank: int
-) -> MaskedBatch:
-    """A micro-batch of a rank's part, a contiguous slice of the update that begins at sample `first`.
+def micro_batch(corpus: Corpus, geometry: Geometry, *, first: int) -> MaskedBatch:
+    """The micro-batch that begins at sample `first` (Geometry.first_sample).
 
     It is filled when it is needed, without loader processes or threads. One of eight ranks with 64 x 256 tokens spends
     50 microseconds on it and 47 on `update_targets` of all 512 rows (benchmarks/loader.py). xlm_base with 95,000
@@ -109,10 +107,8 @@ def micro_batch(
     2,496 masked tokens in the output. That is 22 ms on an H100 at 400e12 a second, 40 % of its peak (assumed, not
     measured): 0.44 % of a step, if nothing of it overlaps with the GPU's work.
     """
-    per_rank = geometry.rows * geometry.accumulation
-    start = first + rank * per_rank + micro * geometry.rows
     parts = []
-    for part, ratio in _parts(corpus.mask_ratio, start, geometry.rows):
+    for part, ratio in _parts(corpus.mask_ratio, first, geometry.rows):
         samples = corpus.order.samples(part.start, len(part))
         masking = dataclasses.replace(corpus.masking, mask_ratio=ratio)
         parts.append(build_batch(corpus.train, samples, masking))

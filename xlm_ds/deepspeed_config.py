@@ -109,7 +109,9 @@ def resolve_deepspeed_config(
         "eps": (optimization.adam_eps, "--adam-eps"),
         "weight_decay": (optimization.weight_decay, "--weight-decay"),
     }
-    optimizer = dict(template.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}}))
+    optimizer = dict(
+        template.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
+    )
     optimizer["params"] = _filled(optimizer.get("params", {}), adam, where, "optimizer.params.")
     return {**_filled(template, owned, where, ""), "optimizer": optimizer}
 
@@ -158,13 +160,20 @@ def with_monitor_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, 
     return {**settings, **changed}
 
 
+def has_fused_adam(settings: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is torch's fused Adam, which can skip an update without the host's knowledge."""
+    params = settings["optimizer"]["params"]
+    on_device = "offload_optimizer" not in settings["zero_optimization"]
+    return bool(params.get("torch_adam") and params.get("fused") and on_device)
+
+
 def suits_flat_gradients(settings: Mapping[str, Any]) -> bool:
     """Whether engine.FlatGradients can take the place of ZeRO's buckets."""
     zero = settings["zero_optimization"]
     return (
         zero["stage"] == 1
-        and "offload_optimizer" not in zero
         # fp16 has a loss scale, and updates that are skipped
         and precision_of(settings) != "fp16"
+        and has_fused_adam(settings)
         and not settings.keys() & ONLY_DEEPSPEEDS
     )

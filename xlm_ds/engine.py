@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
-from xlm_ds.deepspeed_config import check_monitors, suits_flat_gradients
+from xlm_ds.deepspeed_config import check_monitors, has_fused_adam, suits_flat_gradients
 from xlm_ds.log import EXIT_BAD_INPUT, Fault, InputError
 from xlm_ds.model import XlmEncoder
 
@@ -185,8 +185,12 @@ def takes_flat_gradients(settings: Mapping[str, Any]) -> bool:
 
 
 def without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With what FlatGradients does itself left out: the norm, clipping by it, and skipping where it is not finite."""
     zero = {**settings["zero_optimization"], "compute_grad_norm": False}
-    return {**settings, "zero_optimization": zero, "gradient_clipping": 0.0}
+    changed: dict[str, Any] = {"zero_optimization": zero, "gradient_clipping": 0.0}
+    if "bf16" in settings:
+        changed["bf16"] = {**settings["bf16"], "check_grad_overflow": False}
+    return {**settings, **changed}
 
 
 class FlatGradients:
@@ -222,7 +226,7 @@ class FlatGradients:
                 self._views[parameter] = view.view_as(parameter)
                 parameter.register_post_accumulate_grad_hook(self._take)
         self._fresh = set(self._views)  # parameters without a gradient in this update
-        self.norm: Tensor | None = None
+        self.norm = torch.zeros(())
 
     def _take(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -246,10 +250,12 @@ class FlatGradients:
         self.norm = squares.sqrt()
         if self._clip_norm > 0:
             factor = (self._clip_norm / (self.norm + 1e-6)).clamp(max=1.0)
+            factor = factor.nan_to_num(1.0)  # else what lies between parameters is no zero again
             for part in parts:
                 part.mul_(factor)
         for i, part in enumerate(parts):
             self._zero.averaged_gradients[i] = _FlatPart(part)
+        skip_unless_finite(self._zero.optimizer, self.norm)
 
     def _reduced(self, group: int, buffer: Tensor) -> Tensor:
         ranks = self._zero.real_dp_process_group[group]
@@ -259,6 +265,48 @@ class FlatGradients:
         part = torch.empty_like(buffer[: buffer.numel() // world])
         dist.reduce_scatter_tensor(part, buffer, group=ranks)
         return part.float().div_(world)
+
+
+def skip_unless_finite(adam: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Where `found_inf` is 1 torch's fused Adam changes nothing and counts no step, and the host need not know."""
+    adam.found_inf = (~(norm.isfinite() & (norm >= 0))).float()  # type: ignore[attr-defined]
+
+
+def skip_by_norm(zero: Any) -> None:
+    """The same in DeepSpeed's own path of stages 1 and 2, whose norm is -1 where a gradient is not finite.
+
+    Its `check_grad_overflow` reads every gradient once more, and the host in each update.
+    """
+    norm_of = zero.scaled_global_norm
+
+    def scaled_global_norm(*arguments: Any, **options: Any) -> Any:
+        norm = norm_of(*arguments, **options)
+        skip_unless_finite(zero.optimizer, torch.as_tensor(norm))
+        return norm
+
+    zero.scaled_global_norm = scaled_global_norm
+
+
+class Skips:
+    """Updates that were left out because their gradient was not finite, counted where the gradient lies."""
+
+    def __init__(self, device: torch.device, count: int = 0) -> None:
+        self.count = torch.tensor(count, device=device)
+        self._in_row = torch.zeros_like(self.count)
+        self._longest = torch.zeros_like(self.count)
+        self._begin = torch.zeros_like(self.count)
+
+    def after_update(self, skipped: Tensor, update: int) -> None:
+        """`skipped` (): whether `update` (from 0) was."""
+        self.count += skipped
+        self._in_row = (self._in_row + 1) * skipped
+        longer = self._in_row > self._longest
+        self._longest = torch.where(longer, self._in_row, self._longest)
+        self._begin = torch.where(longer, update + 1 - self._in_row, self._begin)
+
+    def longest_row(self) -> tuple[int, int]:
+        """(updates, the first of them, from 0). Reads the device."""
+        return int(self._longest), int(self._begin)
 
 
 class _FlatPart(list[Tensor]):
@@ -277,8 +325,9 @@ class Invariants:
     there, a few thousand weights an update, and read in `violation`.
     """
 
-    def __init__(self, engine: Any, updates: int = 0) -> None:
+    def __init__(self, engine: Any, skips: Skips, updates: int = 0) -> None:
         self._engine = engine
+        self._skips = skips
         self.updates = updates
         masters, copies = _masters_and_copies(engine.optimizer)
         self._masters = [_probe(flat) for flat in masters]
@@ -289,12 +338,12 @@ class Invariants:
         self._stale = torch.zeros((), dtype=torch.int64, device=device)
         self._left = 0  # parameters with a gradient after an update
 
-    def after_update(self, lr: float) -> None:
-        applied = self._engine.was_step_applied()  # not so where fp16 has overflown
-        self.updates += applied
-        if applied and lr >= LEAST_LR_THAT_MOVES:
+    def after_update(self, lr: float, skipped: Tensor) -> None:
+        self.updates += 1
+        if lr >= LEAST_LR_THAT_MOVES:
             pairs = zip(self._masters, self._before, strict=True)
-            self._unmoved += ~torch.stack([(now != before).any() for now, before in pairs]).any()
+            moved = torch.stack([(now != before).any() for now, before in pairs]).any()
+            self._unmoved += ~(moved | skipped.to(moved.device))
         torch._foreach_copy_(self._before, self._masters)
         for master, copy in zip(self._masters, self._copies, strict=True):
             if master.device == copy.device:  # else it is offloaded
@@ -315,9 +364,9 @@ class Invariants:
             return f"{unmoved} of {self.updates} updates have not moved the weights"
         if stale := int(self._stale):
             return f"after {stale} of {self.updates} updates the weights to compute with were not the masters'"
-        counted = adam_steps(self._engine)
-        if self.updates and counted != {self.updates}:
-            return f"there were {self.updates} updates, but the optimizer has counted {sorted(counted)}"
+        counted, applied = adam_steps(self._engine), self.updates - int(self._skips.count)
+        if applied and counted != {applied}:
+            return f"there were {applied} updates, but the optimizer has counted {sorted(counted)}"
         return None
 
 
@@ -389,8 +438,16 @@ class Engine:
             self._set(parameter, "weight", weights[name])  # DeepSpeed's are rounded to bf16
         clip_norm = self.settings["gradient_clipping"]
         self._flat = FlatGradients(self._engine, clip_norm=clip_norm) if flat else None
-        self._invariants = Invariants(self._engine)
-        self._norm: Tensor | float | None = None
+        if (
+            not flat
+            and has_fused_adam(settings)
+            and hasattr(self._engine.optimizer, "scaled_global_norm")
+        ):
+            skip_by_norm(self._engine.optimizer)
+        self._skips = Skips(ranks.device)
+        self._invariants = Invariants(self._engine, self._skips)
+        self._norm = torch.zeros((), device=ranks.device)
+        self._updates = 0
 
     def __call__(self, batch: MaskedBatch) -> Tensor:
         """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
@@ -415,11 +472,15 @@ class Engine:
         if self._flat and ends_update:
             self._flat.hand_over()
         self._engine.step()
-        if ends_update:
-            self._invariants.after_update(lr)
-            if self._engine.was_step_applied():
-                norm = self._flat.norm if self._flat else self._engine.get_global_grad_norm()
-                self._norm = norm
+        if not ends_update:
+            return
+        found = self._flat.norm if self._flat else self._engine.get_global_grad_norm()
+        norm = torch.as_tensor(found, device=self._norm.device)
+        applied = norm.isfinite() & (norm >= 0) & self._engine.was_step_applied()
+        self._norm = torch.where(applied, norm, self._norm)
+        self._skips.after_update(~applied, self._updates)
+        self._invariants.after_update(lr, ~applied)
+        self._updates += 1
 
     def check(self) -> None:
         """Reads the device. Raises Fault, on all ranks, if an update since the start was not what it is counted as."""
@@ -429,11 +490,15 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """L2 norm of the last applied gradient before clipping. Reads the device: for log lines only."""
-        return float(self._norm or 0.0)
+        return float(self._norm)
 
     def skipped_updates(self) -> int:
-        """Those of this process's run that fp16 has skipped for an overflow."""
-        return int(self._engine.skipped_steps)
+        """Those of the run that were left out as their gradient was not finite. Reads the device."""
+        return int(self._skips.count)
+
+    def skipped_in_a_row(self) -> tuple[int, int]:
+        """(how many, the first update) of the longest such row since this process's start. Reads the device."""
+        return self._skips.longest_row()
 
     def write_events(self, figures: Mapping[str, float]) -> None:
         """Hands figures to the monitors that the JSON enables. Their steps are samples, as those of DeepSpeed's own."""
@@ -454,6 +519,7 @@ class Engine:
         state: Mapping[str, Mapping[str, Tensor]],
         *,
         update: int,
+        skipped: int = 0,
         samples: int,
         warm_up_batch: MaskedBatch,
     ) -> None:
@@ -471,8 +537,10 @@ class Engine:
         for parameter, name in self._names.items():
             for key in ("weight", *MOMENTS):
                 self._set(parameter, key, state[name][key])
-        self._set_adam_step(update)
-        self._invariants = Invariants(self._engine, update)
+        self._set_adam_step(update - skipped)
+        self._skips = Skips(self.ranks.device, skipped)
+        self._invariants = Invariants(self._engine, self._skips, update)
+        self._updates = update
         self._engine.global_samples, monitor.enabled = samples, monitored
 
     def _set(self, parameter: Tensor, key: str, whole: Tensor) -> None:

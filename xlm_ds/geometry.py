@@ -21,6 +21,10 @@ class Geometry(NamedTuple):
     def batch(self) -> int:
         return self.rows * self.accumulation * self.world_size
 
+    def first_sample(self, first: int, micro: int, rank: int) -> int:
+        """Of a rank's micro-batch, in the update that begins at sample `first`; a rank has a contiguous slice of it."""
+        return first + (rank * self.accumulation + micro) * self.rows
+
 
 def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_size: int) -> Geometry:
     """Raises InputError if no sample fits, or if --global-batch-tokens cannot be divided among the ranks."""

@@ -37,24 +37,39 @@ BITS_PER_NAT = 1 / math.log(2)
 # ------------------------------------------------------------------------------------------ losses
 
 
+NO_SAMPLE = torch.iinfo(torch.int64).max
+
+
 class LossMeter:
-    """Sums of losses and counts of targets per language, kept on the device until they are read."""
+    """Sums of losses and counts of targets per language, kept on the device until they are read.
+
+    A loss that is not finite is in neither; the first sample that had one is remembered.
+    """
 
     def __init__(self, languages: int, device: torch.device) -> None:
         self._sums = torch.zeros(2, languages, dtype=torch.float64, device=device)
+        self._bad_sample = torch.tensor(NO_SAMPLE, device=device)
 
-    def add(self, batch: MaskedBatch, losses: Tensor) -> None:
-        """`losses` (B*K,): nats per target."""
-        per_row = losses.numel() // batch.languages.numel()
-        language = batch.languages.repeat_interleave(per_row)
-        self._sums[0].index_add_(0, language, losses.detach().double())
-        self._sums[1].index_add_(0, language, (batch.targets != PAD).double())
+    def add(self, batch: MaskedBatch, losses: Tensor, first: int) -> None:
+        """`losses` (B*K,): nats per target of the samples `first`, `first` + 1, …"""
+        rows = batch.languages.numel()
+        language = batch.languages.repeat_interleave(losses.numel() // rows)
+        finite = losses.detach().isfinite()
+        self._sums[0].index_add_(0, language, losses.detach().where(finite, 0.0).double())
+        self._sums[1].index_add_(0, language, ((batch.targets != PAD) & finite).double())
+        sample = torch.arange(first, first + rows, device=finite.device)
+        bad = sample.where(~finite.view(rows, -1).all(1), NO_SAMPLE).min()
+        self._bad_sample = torch.minimum(self._bad_sample, bad)
 
     def take(self) -> Tensor:
         """(2, L): sums of nats and counts since the last call, on the CPU."""
         taken = self._sums.cpu().clone()
         self._sums.zero_()
         return taken
+
+    def bad_sample(self) -> int:
+        """The first whose loss was not finite, or NO_SAMPLE. Reads the device."""
+        return int(self._bad_sample)
 
 
 def unigram_levels(
@@ -74,11 +89,14 @@ def unigram_levels(
 
 
 def loss_figures(sums: Tensor, languages: Sequence[str], levels: Tensor) -> dict[str, Any]:
-    """Losses in bits and perplexity from (2, L) sums of nats and counts, and from the unigram levels (L,) in nats.
+    """Losses in bits and perplexity from (2, L) sums of nats and counts, and from the unigram levels (L,) in nats;
+    nothing without a count.
 
     The level is the mean over the same targets as the loss: the languages are weighted as they were drawn.
     """
     nats, counts = sums
+    if counts.sum() == 0:  # all updates of the interval were skipped
+        return {}
     loss = float(nats.sum() / counts.sum())
     per_language = {
         name: float(nats[i] / counts[i]) * BITS_PER_NAT

@@ -71,6 +71,7 @@ from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in, make_folder
 from xlm_ds.geometry import Geometry, batch_geometry
 from xlm_ds.metrics import (
+    NO_SAMPLE,
     LossMeter,
     RunLog,
     Stopwatch,
@@ -134,9 +135,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
             targets = update_targets(corpus, geometry, first=progress.samples)
             for micro in range(geometry.accumulation):
                 stopwatch.enter("data")
-                batch = micro_batch(
-                    corpus, geometry, first=progress.samples, micro=micro, rank=ranks.rank
-                )
+                first = geometry.first_sample(progress.samples, micro, ranks.rank)
+                batch = micro_batch(corpus, geometry, first=first)
                 batch = on_device(batch, ranks.device)
                 stopwatch.enter("forward_backward")
                 seed_dropout(data.seed, progress.update, micro, ranks.rank)
@@ -146,7 +146,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 stopwatch.enter("optimizer")
                 engine.step(lr)
                 stopwatch.enter("other")
-                meter.add(batch, losses)
+                meter.add(batch, losses, first)
             stopwatch.count(geometry.batch, corpus.mask_ratio.at(progress.samples))
             epochs_before = progress.samples // epoch_samples
             progress = dataclasses.replace(
@@ -168,9 +168,10 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 sums = ranks.sum(meter.take())
                 figures = loss_figures(sums, corpus.languages, unigram.train)
                 figures |= {"lr": lr, "gradient_norm": engine.gradient_norm()}
-                check_finite(figures["loss"] + figures["gradient_norm"], progress, run)
-                if skipped := engine.skipped_updates():
-                    figures["skipped_updates"] = skipped
+                check_skipped(engine, meter, corpus, geometry, progress, run)
+                progress = dataclasses.replace(progress, skipped_updates=engine.skipped_updates())
+                if progress.skipped_updates:
+                    figures["skipped_updates"] = progress.skipped_updates
                 figures |= {"epoch": progress.samples / epoch_samples, **stopwatch.take()}
                 figures |= time_left(optimization, progress)
                 log.write("train", progress.update, figures)
@@ -319,10 +320,9 @@ def build_engine(
     engine.load_state(
         state,
         update=progress.update,
+        skipped=progress.skipped_updates,
         samples=progress.samples,
-        warm_up_batch=on_device(
-            micro_batch(corpus, geometry, first=0, micro=0, rank=ranks.rank), ranks.device
-        ),
+        warm_up_batch=on_device(micro_batch(corpus, geometry, first=0), ranks.device),
     )
     logger.info(f"going on from {found}: update {progress.update}, {progress.samples} samples")
     return engine, progress
@@ -413,11 +413,44 @@ def seed_dropout(seed: int, update: int, micro: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(key, "little"))
 
 
-def check_finite(figure: float, progress: Progress, run: RunConfig) -> None:
-    if not math.isfinite(figure):
+GO_ON = (
+    "lower --lr or set --clip-norm and start again: the run goes on from its last checkpoint in "
+)
+
+
+def check_skipped(
+    engine: Engine,
+    meter: LossMeter,
+    corpus: Corpus,
+    geometry: Geometry,
+    progress: Progress,
+    run: RunConfig,
+) -> None:
+    """Raises InputError, on all ranks, if too many updates in a row were skipped; says what they were made of."""
+    length, begin = engine.skipped_in_a_row()
+    if length < run.max_skipped_updates or precision_of(engine.settings) == "fp16":
+        return
+    first = progress.samples - (progress.update - begin) * geometry.batch
+    bad = -engine.ranks.any(-meter.bad_sample())
+    culprit = (
+        f"; the loss of {describe_sample(corpus, bad)} is not finite" if bad < NO_SAMPLE else ""
+    )
+    raise InputError(
+        f"{length} updates in a row were skipped, as their gradient was not finite: the first is update {begin + 1}, "
+        f"of the samples {first} to {first + geometry.batch - 1}{culprit}; {GO_ON}{run.save_dir}, if it has made one"
+    )
+
+
+def describe_sample(corpus: Corpus, sample: int) -> str:
+    found = corpus.order.samples(sample, 1)
+    language = corpus.languages[int(found.languages[0])]
+    return f"sample {sample} (block {found.blocks[0]} of train.{language})"
+
+
+def check_finite(loss: float, progress: Progress, run: RunConfig) -> None:
+    if not math.isfinite(loss):
         raise InputError(
-            f"loss or gradient is not finite at update {progress.update}; lower --lr or set --clip-norm and start "
-            f"again: the run goes on from its last checkpoint in {run.save_dir}, if it has made one"
+            f"the validation loss is not finite at update {progress.update}; {GO_ON}{run.save_dir}, if it has made one"
         )
 
 
