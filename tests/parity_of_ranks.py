@@ -14,6 +14,7 @@ from test_engine import (
     small_model,
 )
 from xlm_ds.batches import MaskedBatch
+from xlm_ds.checkpoint import TENSORS
 from xlm_ds.engine import Engine, Ranks, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device
 
@@ -75,7 +76,8 @@ for name in sys.argv[1:]:
             )
     resumed = Engine(small_model(), settings, ranks)
     batch = part_of(random_batch(0), ranks)
-    resumed.load_state(state, update=UPDATES, samples=UPDATES * ROWS, warm_up_batch=batch)
+    by_kind = {kind: {key: e[kind] for key, e in state.items()} for kind in TENSORS}
+    resumed.load_state(by_kind, update=UPDATES, samples=UPDATES * ROWS, warm_up_batch=batch)
     for key, values in resumed.state():
         assert all(torch.equal(values[k].cpu(), state[key][k]) for k in values), f"{name}: {key}"
 stop_ranks()

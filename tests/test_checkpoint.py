@@ -1,15 +1,17 @@
 """A checkpoint is whole or absent, each damage is named, and nothing is deleted that something keeps."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from test_engine import engine_losses, random_batch, settings_of, small_model
+from test_engine import by_kind, engine_losses, random_batch, settings_of, small_model
 from xlm_ds import checkpoint
 from xlm_ds.checkpoint import Progress
 from xlm_ds.engine import Engine, Ranks
+from xlm_ds.files import sync_file
 from xlm_ds.log import InputError
 from xlm_ds.schedule import PlateauState
 
@@ -46,10 +48,10 @@ def test_round_trip(saved: Path, engine: Engine) -> None:
         8,
         PlateauState(shrinks=1),
     )
-    loaded = checkpoint.load_state(saved, manifest)
+    loaded = checkpoint.stored_state(saved, manifest)
     for name, state in engine.state():
         for kind, tensor in state.items():
-            assert torch.equal(loaded[name][kind], tensor), (name, kind)
+            assert torch.equal(loaded[kind][name], tensor), (name, kind)
 
 
 def test_nothing_is_pickled(saved: Path) -> None:
@@ -68,7 +70,85 @@ def test_a_flipped_bit_is_named(saved: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"exp_avg\.safetensors: its SHA-256"):
-        checkpoint.load_state(saved, checkpoint.read_manifest(saved))
+        checkpoint.load_tensors(saved, checkpoint.read_manifest(saved), "exp_avg")
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+        return
+    if how == "truncated":
+        del content[-5:]
+    else:
+        content[len(content) // 2] ^= 1 << 4
+    path.write_bytes(content)
+
+
+DAMAGED = ["weight.safetensors", "exp_avg_sq.safetensors", "dict.txt", "manifest.json"]
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_run_goes_on_from_the_one_before_a_damaged_one(
+    tmp_path: Path, engine: Engine, file: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for update in (2, 4, 6):
+        folder = tmp_path / f"checkpoint_1_{update}"
+        companions = {"dict.txt": b"a 1\n"}
+        checkpoint.save_checkpoint(folder, engine, Progress(update=update), DESCRIPTION, companions)
+        checkpoint.name_checkpoint(
+            folder, [checkpoint.LAST], keep_last_epochs=-1, keep_update=lambda _: True
+        )
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint_1_4", "checkpoint_1_6", checkpoint.LAST, checkpoint.PREVIOUS}
+    found = checkpoint.find_whole(tmp_path, checkpoint.LAST, engine.ranks)
+    assert found is not None
+    assert found[0].name == "checkpoint_1_6"
+    damage(tmp_path / "checkpoint_1_6" / file, how)
+    with caplog.at_level("WARNING", logger="xlm_ds"):
+        found = checkpoint.find_whole(tmp_path, checkpoint.LAST, engine.ranks)
+    assert found is not None
+    assert found[0].name == "checkpoint_1_4"
+    assert checkpoint.read_progress(found[1]).update == 4
+    # Or the next save would keep the damaged one as the one before it.
+    assert (tmp_path / checkpoint.LAST).resolve() == found[0]
+    assert file in caplog.text
+    assert "going on from checkpoint_1_4, the one before" in caplog.text
+    with pytest.raises(InputError, match=file):  # what was asked for is not another
+        checkpoint.find_whole(tmp_path, "checkpoint_1_6", engine.ranks)
+    damage(tmp_path / "checkpoint_1_4" / file, how)
+    with pytest.raises(InputError, match=rf"checkpoint_1_4/?.*{file}"):
+        checkpoint.find_whole(tmp_path, checkpoint.LAST, engine.ranks)
+    checkpoint.point(tmp_path / checkpoint.LAST, tmp_path / "checkpoint_1_6")
+    with pytest.raises(InputError, match=rf"checkpoint_1_6/?.*{file}.*checkpoint_1_4/?.*{file}"):
+        checkpoint.find_whole(tmp_path, checkpoint.LAST, engine.ranks)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the checkpoint is of the moment it was begun at."""
+    may_write = threading.Event()
+
+    def slow(path: Path) -> None:
+        may_write.wait(30)
+        sync_file(path)
+
+    monkeypatch.setattr("xlm_ds.checkpoint.sync_file", slow)
+    before = by_kind(engine)
+    folder, saver = tmp_path / "checkpoint_1_2", checkpoint.Saver(engine.ranks)
+    saver.begin(folder, engine, Progress(update=2), DESCRIPTION)
+    engine_losses(engine, range(7, 9))
+    assert (saver.is_writing(), folder.exists()) == (True, False)
+    may_write.set()
+    saver.finish()
+    assert not saver.is_writing()
+    stored = checkpoint.stored_state(folder, checkpoint.read_manifest(folder))
+    for kind, tensors in before.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(stored[kind][name], tensor)
+    assert not torch.equal(stored["weight"][name], by_kind(engine)["weight"][name])
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:
@@ -132,12 +212,11 @@ def test_saving_the_same_update_again_replaces_it(saved: Path, engine: Engine) -
 
 
 def test_a_save_killed_while_replacing_loses_nothing(saved: Path, engine: Engine) -> None:
-    del engine
     saved.rename(saved.with_name(f".{saved.name}.old"))
     (saved.parent / ".checkpoint_1_4.tmp").mkdir()
     checkpoint.discard_leftovers(saved.parent)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-    checkpoint.load_state(saved, checkpoint.read_manifest(saved))
+    assert checkpoint.find_whole(saved.parent, saved.name, engine.ranks) is not None
 
 
 def make_folders(save_dir: Path, *updates: int, interval_save: bool = False) -> None:
@@ -170,12 +249,17 @@ def test_names_move_and_what_lost_its_last_name_goes(tmp_path: Path) -> None:
     # 99 never had a name: somebody put it there, and it is not ours to delete.
     assert left == {
         "checkpoint_1_10",
+        "checkpoint_1_20",
         "checkpoint_1_30",
         "checkpoint_1_99",
         checkpoint.LAST,
+        checkpoint.PREVIOUS,
         checkpoint.BEST,
     }
     assert (tmp_path / checkpoint.LAST).resolve().name == "checkpoint_1_30"
+    assert (tmp_path / checkpoint.PREVIOUS).resolve().name == "checkpoint_1_20"
+    make_folders(tmp_path, 40)
+    assert "checkpoint_1_20" not in name(tmp_path, 40, checkpoint.LAST)
 
 
 def test_keep_last_epochs(tmp_path: Path) -> None:
@@ -193,8 +277,8 @@ def test_interval_checkpoints_stay_unless_they_are_too_many(tmp_path: Path) -> N
     assert {"checkpoint_1_2", "checkpoint_1_4", "checkpoint_1_6"} <= name(
         tmp_path, 7, checkpoint.LAST
     )
-    left = name(tmp_path, 7, checkpoint.LAST, keep_from=5)
-    assert left == {"checkpoint_1_6", "checkpoint_1_7", checkpoint.LAST}
+    left = name(tmp_path, 7, checkpoint.LAST, keep_from=7)
+    assert left == {"checkpoint_1_6", "checkpoint_1_7", checkpoint.LAST, checkpoint.PREVIOUS}
 
 
 def test_restore_file(tmp_path: Path) -> None:

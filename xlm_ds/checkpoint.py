@@ -2,9 +2,11 @@
 
     SAVE_DIR/checkpoint_2_300/            epoch 2, update 300
         weight.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors     fp32, whole parameters
-        manifest.json       progress, configuration, languages, SHA-256 of the files
+                            (of N ranks: weight-00001-of-0000N.safetensors …, each parameter in one of them)
+        manifest.json       progress, configuration, languages, SHA-256 of the files and of itself
         dict.txt  codes …   what text needs to become ids
     SAVE_DIR/checkpoint_last -> checkpoint_2_300      names are links, moved atomically
+    SAVE_DIR/checkpoint_previous -> checkpoint_2_200  the one before it, should that be damaged
     SAVE_DIR/checkpoint_best -> checkpoint_1_150
 
 A folder is written under a temporary name, synced and renamed, so that a killed save leaves no half checkpoint.
@@ -12,26 +14,29 @@ Nothing is pickled.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from xlm_ds import __version__
 from xlm_ds.config import TrainConfig
-from xlm_ds.engine import MOMENTS, Engine
-from xlm_ds.files import file_sha256, sync_file
+from xlm_ds.engine import MOMENTS, Engine, Ranks
+from xlm_ds.files import file_sha256, naming, sync_file
 from xlm_ds.flags import from_dict
-from xlm_ds.log import InputError
+from xlm_ds.log import InputError, logger, sentence_of
 from xlm_ds.schedule import PlateauState
 
 FORMAT = 1
@@ -40,7 +45,7 @@ REQUIRED = (
     *("configuration", "languages", "dictionary_sha256", "blocks", "batch_samples"),
     *("progress", "environment", "sha256"),
 )
-LAST, BEST = "checkpoint_last", "checkpoint_best"
+LAST, PREVIOUS, BEST = "checkpoint_last", "checkpoint_previous", "checkpoint_best"
 _FOLDER = re.compile(r"checkpoint_(\d+)_(\d+)")
 _EPOCH_NAME = re.compile(r"checkpoint(\d+)")
 
@@ -62,6 +67,112 @@ class Progress:
 # ------------------------------------------------------------------------------------------ write
 
 
+class Saver:
+    """Writes checkpoints while training goes on: each rank its share of the parameters, on a thread of its own.
+
+        saver.begin(folder, engine, progress, description, companions, put)     # training waits for the copy
+        …                                                                       # and goes on
+        saver.finish()                                                          # when no rank is writing any more
+
+    All ranks must call both. Only one save is under way: `begin` waits for the last one.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._save: _Save | None = None
+        self._thread: Future[dict[str, str]] | None = None
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def is_writing(self) -> bool:
+        """Whether this rank's files are not all on the disk yet."""
+        return self._thread is not None and not self._thread.done()
+
+    def has_begun(self) -> bool:
+        """Whether a save is to be finished; the same on all ranks."""
+        return self._thread is not None
+
+    def begin(
+        self,
+        folder: Path,
+        engine: Engine,
+        progress: Progress,
+        description: Mapping[str, Any],
+        companions: Mapping[str, bytes] | None = None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copies the state of a run that is to be in `folder`, in place of one that may be there.
+
+        `description` goes into the manifest; `companions` are more files of the folder (dictionary, codes); `after` is
+        what rank 0 does when the folder is whole. Raises InputError, on all ranks and before anything is written, if
+        a weight is not finite; what the last save met.
+        """
+        self.finish()
+        tensors = _own_share(engine, folder)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+
+        def make() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+        self._ranks.on_first(make)
+        manifest = {
+            "format": FORMAT,
+            **description,
+            "progress": dataclasses.asdict(progress),
+            "environment": environment(),
+        }
+        self._save = _Save(folder, temporary, manifest, after)
+        files = companions or {} if self._ranks.rank == 0 else {}
+        part = (self._ranks.rank, self._ranks.world_size)
+        self._thread = self._threads.submit(_write_share, temporary, tensors, files, part)
+
+    def finish(self) -> None:
+        """Waits until all ranks have written, and makes it a checkpoint. Raises what any rank has met."""
+        if self._thread is None or self._save is None:
+            return
+        save, thread = self._save, self._thread
+        self._save = self._thread = None
+        failure: InputError | OSError | None = None
+        sha256: dict[str, str] = {}
+        try:
+            sha256 = thread.result()
+        except (InputError, OSError) as error:
+            failure = error
+        shares = self._ranks.gathered(sha256 if failure is None else None)
+        if failure is None and None not in shares:
+            all_files = {name: value for share in shares for name, value in sorted(share.items())}
+            self._ranks.on_first(lambda: save.complete(all_files))
+            return
+        if self._ranks.rank == 0:
+            shutil.rmtree(save.temporary, ignore_errors=True)
+        self._ranks.raise_on_all(failure)
+
+
+class _Save(NamedTuple):
+    folder: Path
+    temporary: Path
+    manifest: dict[str, Any]
+    after: Callable[[], None]
+
+    def complete(self, sha256: Mapping[str, str]) -> None:
+        """Adds the manifest to a folder that has all else, and gives it its name."""
+        try:
+            manifest = {**self.manifest, "sha256": dict(sorted(sha256.items()))}
+            manifest["manifest_sha256"] = _manifest_sha256(manifest)
+            path = self.temporary / "manifest.json"
+            with naming(path):
+                path.write_text(
+                    json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
+                )
+            sync_file(path)
+            sync_file(self.temporary)
+            _put_in_place(self.temporary, self.folder)
+        except BaseException:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+        self.after()
+
+
 def save_checkpoint(
     folder: Path,
     engine: Engine,
@@ -69,58 +180,65 @@ def save_checkpoint(
     description: Mapping[str, Any],
     companions: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes `folder`, in place of one that may be there; all ranks must call it, rank 0 writes.
+    """Writes `folder` and waits for it; arguments and errors are those of Saver.begin and Saver.finish."""
+    saver = Saver(engine.ranks)
+    saver.begin(folder, engine, progress, description, companions)
+    saver.finish()
 
-    `description` goes into the manifest; `companions` are more files of the folder (dictionary, codes).
-    Raises InputError, on all ranks and before anything is written, if a weight is not finite.
-    """
+
+def _own_share(engine: Engine, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """kind -> name -> a copy on the CPU, of the parameters that this rank writes: about as many bytes as any other."""
+    ranks = engine.ranks
     tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
+    numbers = [0] * ranks.world_size
+    bad: str | None = None
     for name, state in engine.state():
-        if not bool(torch.isfinite(state["weight"]).all()):
-            raise InputError(
-                f"{name} is not finite, so nothing was saved; lower --lr or set --clip-norm and start again: "
-                f"the run goes on from the last checkpoint in {folder.parent}"
-            )
-        if engine.ranks.rank == 0:
-            for kind in TENSORS:
-                tensors[kind][name] = state[kind].cpu().clone()
-    engine.ranks.on_first(
-        lambda: _write_folder(folder, tensors, progress, description, companions or {})
+        writer = numbers.index(min(numbers))
+        numbers[writer] += state["weight"].numel()
+        if writer != ranks.rank:
+            continue
+        for kind in TENSORS:
+            tensors[kind][name] = state[kind].to("cpu", copy=True).contiguous()
+        if bad is None and not bool(torch.isfinite(tensors["weight"][name]).all()):
+            bad = name
+    ranks.raise_on_all(
+        InputError(
+            f"{bad} is not finite, so nothing was saved; lower --lr or set --clip-norm and start again: "
+            f"the run goes on from the last checkpoint in {folder.parent}"
+        )
+        if bad is not None
+        else None
     )
+    return tensors
 
 
-def _write_folder(
+def _write_share(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    progress: Progress,
-    description: Mapping[str, Any],
-    companions: Mapping[str, bytes],
-) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for kind in TENSORS:
-            _save_tensors(tensors[kind], temporary / f"{kind}.safetensors")
-        for name, content in companions.items():
-            (temporary / name).write_bytes(content)
-        manifest = {
-            "format": FORMAT,
-            **description,
-            "progress": dataclasses.asdict(progress),
-            "environment": environment(),
-            "sha256": {path.name: file_sha256(path) for path in sorted(temporary.iterdir())},
-        }
-        (temporary / "manifest.json").write_text(
-            json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-        for path in temporary.iterdir():
-            sync_file(path)
-        sync_file(temporary)
-        _put_in_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    files: Mapping[str, bytes],
+    part: tuple[int, int],
+) -> dict[str, str]:
+    """Writes a rank's files and returns when they are on the disk: name -> SHA-256."""
+    rank, ranks = part
+    written = []
+    for kind, share in tensors.items():
+        if share:
+            suffix = f"-{rank + 1:05}-of-{ranks:05}" if ranks > 1 else ""
+            written.append(folder / f"{kind}{suffix}.safetensors")
+            _save_tensors(share, written[-1])
+    for name, content in files.items():
+        written.append(folder / name)
+        with naming(written[-1]):
+            written[-1].write_bytes(content)
+    for path in written:
+        sync_file(path)
+    return {path.name: file_sha256(path) for path in written}
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -181,6 +299,9 @@ def name_checkpoint(
     """
     save_dir = folder.parent
     before = _named(save_dir)
+    last = save_dir / LAST
+    if LAST in names and last.exists() and last.resolve() != folder.resolve():
+        point(save_dir / PREVIOUS, last.resolve())
     for name in names:
         point(save_dir / name, folder)
     epochs = sorted(int(m[1]) for p in save_dir.iterdir() if (m := _EPOCH_NAME.fullmatch(p.name)))
@@ -253,6 +374,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:
         raise InputError(f"{path}: damaged: {missing[0]} is missing")
+    if manifest.get("manifest_sha256", (found := _manifest_sha256(manifest))) != found:
+        raise InputError(f"{path}: damaged: its SHA-256 is not the one it was written with")
     return manifest
 
 
@@ -271,19 +394,56 @@ def read_configuration(folder: Path, manifest: Mapping[str, Any]) -> TrainConfig
         ) from error
 
 
-def load_tensors(folder: Path, manifest: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
-    """One of TENSORS, whole, fp32, on the CPU; checked against the manifest's SHA-256."""
-    path = folder / f"{kind}.safetensors"
-    if not path.exists():
-        raise InputError(f"{path}: missing; the checkpoint is damaged, use another")
-    if file_sha256(path) != manifest["sha256"][path.name]:
-        raise InputError(
-            f"{path}: its SHA-256 is not the one in manifest.json; the checkpoint is damaged, use another"
-        )
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise InputError(f"{path}: damaged: {error}") from error
+def check_files(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises InputError that names the first of these files that is not what the manifest says."""
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            raise InputError(f"{path}: missing; the checkpoint is damaged, use another")
+        with naming(path, "read"):
+            found = file_sha256(path)
+        if found != manifest["sha256"].get(name):
+            raise InputError(
+                f"{path}: its SHA-256 is not the one in manifest.json; the checkpoint is damaged, use another"
+            )
+
+
+def _files_of(manifest: Mapping[str, Any], kind: str) -> list[str]:
+    """Of one of TENSORS: one file, or one for each rank that has written."""
+    pattern = re.compile(rf"{kind}(-\d+-of-\d+)?\.safetensors")
+    return [name for name in sorted(manifest["sha256"]) if pattern.fullmatch(name)]
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """One of TENSORS by a parameter's name: whole, fp32, read from the folder's files when it is asked for."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], kind: str) -> None:
+        """Raises InputError if a file is no safetensors, or there is none."""
+        self._files: dict[str, Any] = {}
+        for name in _files_of(manifest, kind):
+            try:
+                file = safe_open(folder / name, framework="pt")
+            except (SafetensorError, FileNotFoundError) as error:
+                raise InputError(f"{folder / name}: damaged: {error}") from error
+            self._files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
+        if not self._files:
+            raise InputError(f"{folder / 'manifest.json'}: damaged: it has no file of {kind}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def load_tensors(folder: Path, manifest: Mapping[str, Any], kind: str) -> StoredTensors:
+    """One of TENSORS; checked against the manifest's SHA-256."""
+    check_files(folder, manifest, _files_of(manifest, kind))
+    return StoredTensors(folder, manifest, kind)
 
 
 def load_weights(model: torch.nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -309,10 +469,52 @@ def copy_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], folder: 
         raise InputError(f"{folder}: another architecture: it has {unknown}, unknown here")
 
 
-def load_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """name -> {"weight", "exp_avg", "exp_avg_sq"}, for Engine.load_state."""
-    kinds = {kind: load_tensors(folder, manifest, kind) for kind in TENSORS}
-    return {name: {kind: kinds[kind][name] for kind in TENSORS} for name in kinds["weight"]}
+def stored_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, StoredTensors]:
+    """kind -> tensors by name, for Engine.load_state; unchecked (`find_whole` has)."""
+    return {kind: StoredTensors(folder, manifest, kind) for kind in TENSORS}
+
+
+def find_whole(
+    save_dir: Path, restore_file: str, ranks: Ranks
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its manifest, all its files checked: each rank reads some.
+
+    What --restore-file means, or if that is its default and damaged, the latest one before it; what is wrong is said.
+    None if the run is new. Raises InputError, on all ranks, if none is whole.
+    """
+    found = find_checkpoint(save_dir, restore_file)
+    if found is None:
+        return None
+    earlier = [path for _, path in reversed(_folders(save_dir)) if path.resolve() != found]
+    if restore_file != LAST:
+        earlier = []
+    elif (update := _update_of(found)) is not None:
+        earlier = [path for path in earlier if (_update_of(path) or 0) < update]
+    problems: list[str] = []
+    for folder in [found, *earlier]:
+        problem: str | None = None
+        try:
+            manifest = read_manifest(folder)
+            check_files(
+                folder, manifest, sorted(manifest["sha256"])[ranks.rank :: ranks.world_size]
+            )
+        except (InputError, OSError) as error:
+            problem = sentence_of(error)
+        all_problems = sorted({text for text in ranks.gathered(problem) if text is not None})
+        if not all_problems:
+            if problems:
+                ranks.on_first(functools.partial(point, save_dir / LAST, folder))
+                logger.warning(
+                    f"{'; '.join(problems)}; going on from {folder.name}, the one before"
+                )
+            return folder, manifest
+        problems += all_problems
+    raise InputError("; ".join(problems))
+
+
+def _update_of(folder: Path) -> int | None:
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[2]) if match else None
 
 
 def discard_leftovers(save_dir: Path) -> None:

@@ -84,11 +84,23 @@ class Ranks(NamedTuple):
 
     def any(self, flag: int) -> int:
         """The largest `flag` of all ranks, on all ranks."""
+        return self.largest(flag)[0]
+
+    def largest(self, *flags: int) -> list[int]:
+        """The largest of all ranks' of each, on all ranks."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor(flag)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return int(value)
+            return list(flags)
+        values = torch.tensor(flags)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        return values.tolist()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value (small), on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks of a CPU tensor, on all ranks."""
@@ -104,6 +116,10 @@ class Ranks(NamedTuple):
                 action()
             except (InputError, OSError) as caught:
                 error = caught
+        self.raise_on_all(error)
+
+    def raise_on_all(self, error: InputError | OSError | None) -> None:
+        """Raises `error` where there is one; if there is on any rank, the others end."""
         if self.any(int(error is not None)):
             raise error or SystemExit(EXIT_BAD_INPUT)
 
@@ -523,7 +539,8 @@ class Engine:
         samples: int,
         warm_up_batch: MaskedBatch,
     ) -> None:
-        """The inverse of `state`, for any stage and world size; the model must hold the weights already.
+        """Takes up `state`, kind ("weight" or a moment) -> name -> whole tensor, at any stage and world size; the
+        model must hold the weights already.
 
         The moments exist only after a first step, so one is made at learning rate 0, which moves nothing; then
         masters, moments and Adam's step count are set. (Setting the masters alone leaves the bf16 copies stale for
@@ -536,7 +553,7 @@ class Engine:
             self.step(0.0)
         for parameter, name in self._names.items():
             for key in ("weight", *MOMENTS):
-                self._set(parameter, key, state[name][key])
+                self._set(parameter, key, state[key][name])
         self._set_adam_step(update - skipped)
         self._skips = Skips(self.ranks.device, skipped)
         self._invariants = Invariants(self._engine, self._skips, update)

@@ -48,7 +48,7 @@ from torch import Tensor
 from xlm_ds import checkpoint, plan
 from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch
-from xlm_ds.checkpoint import BEST, LAST, Progress
+from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
 from xlm_ds.corpus import (
     Corpus,
     micro_batch,
@@ -114,6 +114,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     )
     dtype = precision_of(engine.settings)
     stopwatch = Stopwatch(shape, data.tokens_per_sample, ranks.device, ranks.world_size, dtype)
+    saver = checkpoint.Saver(ranks)
     started = time.monotonic() - progress.seconds
 
     with (
@@ -126,7 +127,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
             stopwatch.enter("validation")
             progress, best = validated(config, corpus, geometry, engine, unigram, log, progress)
             stopwatch.enter("checkpoint")
-            save(config, corpus, geometry, engine, progress, [LAST, BEST] if best else [LAST])
+            names = [LAST, BEST] if best else [LAST]
+            save(saver, config, corpus, geometry, engine, progress, names)
 
         while not finished(optimization, progress, epoch_samples):
             stopwatch.enter("data")
@@ -156,7 +158,9 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 seconds=time.monotonic() - started,
             )
             log.advance()
-            stopping = ranks.any(stop.requested)
+            stopping, writing = ranks.largest(stop.requested, saver.is_writing())
+            if not writing:
+                saver.finish()
             epochs = progress.samples // epoch_samples
             last = finished(optimization, progress, epoch_samples)
             due = what_is_due(
@@ -185,9 +189,11 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 progress = dataclasses.replace(progress, validation_due=True)
             if due.save:
                 stopwatch.enter("checkpoint")
-                save(config, corpus, geometry, engine, progress, names)
+                save(saver, config, corpus, geometry, engine, progress, names)
             if stopping:
+                saver.finish()
                 return stopped(stopping, run, progress)
+        saver.finish()
 
     logger.info(f"done: {progress.update} updates, {progress.samples} samples, in {run.save_dir}")
     logger.info(stopwatch.shares())
@@ -300,7 +306,7 @@ def build_engine(
     model = build_model(shape, seed=config.data.seed)
     compiles = ranks.device.type == "cuda" and not config.run.no_compile
     refuse_if_a_name_is_a_folder(config.run.save_dir)
-    found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
+    found = checkpoint.find_whole(config.run.save_dir, config.run.restore_file, ranks)
     if found is None:
         if config.model.init_output_bias == "unigram":
             counts = np.stack([dataset.counts() for dataset in corpus.train])
@@ -311,10 +317,10 @@ def build_engine(
         return Engine(model, settings, ranks, compiles=compiles, where=str(path)), Progress(
             batch_at_start=geometry.batch
         )
-    manifest = checkpoint.read_manifest(found)
-    check_same_data(config, corpus, geometry, manifest, found)
-    state = checkpoint.load_state(found, manifest)
-    checkpoint.copy_weights(model, {name: kinds["weight"] for name, kinds in state.items()}, found)
+    folder, manifest = found
+    check_same_data(config, corpus, geometry, manifest, folder)
+    state = checkpoint.stored_state(folder, manifest)
+    checkpoint.copy_weights(model, state["weight"], folder)
     engine = Engine(model, settings, ranks, compiles=compiles, where=str(path))
     progress = checkpoint.read_progress(manifest)
     engine.load_state(
@@ -324,13 +330,13 @@ def build_engine(
         samples=progress.samples,
         warm_up_batch=on_device(micro_batch(corpus, geometry, first=0), ranks.device),
     )
-    logger.info(f"going on from {found}: update {progress.update}, {progress.samples} samples")
+    logger.info(f"going on from {folder}: update {progress.update}, {progress.samples} samples")
     return engine, progress
 
 
 def refuse_if_a_name_is_a_folder(save_dir: Path) -> None:
     """A run's folder that was copied with its links followed has folders where the links were."""
-    for name in (LAST, BEST):
+    for name in (LAST, PREVIOUS, BEST):
         if (save_dir / name).is_dir() and not (save_dir / name).is_symlink():
             raise InputError(
                 f"{save_dir / name}: is a folder, where a run has a link; go on in a new --save-dir with "
@@ -504,6 +510,7 @@ def validate(engine: Engine, corpus: Corpus, geometry: Geometry) -> Tensor:
 
 
 def save(
+    saver: Saver,
     config: TrainConfig,
     corpus: Corpus,
     geometry: Geometry,
@@ -511,7 +518,10 @@ def save(
     progress: Progress,
     names: Sequence[str],
 ) -> None:
-    """Writes a checkpoint, names it and deletes those that nothing keeps. All ranks must call it."""
+    """Begins to write a checkpoint; once it is whole, names it and deletes those that nothing keeps.
+
+    All ranks must call it.
+    """
     run, epoch_samples = config.run, corpus.order.epoch_samples
     # The epoch that has just ended, or else the one that is under way.
     epoch = max((progress.samples - geometry.batch) // epoch_samples + 1, 1)
@@ -529,19 +539,19 @@ def save(
     for path in (config.data.data / name for name in COMPANIONS):
         if path.exists():
             companions[path.name] = path.read_bytes()
-    checkpoint.save_checkpoint(folder, engine, progress, description, companions)
-
     keep, interval = run.keep_interval_updates, run.save_interval_updates
     first_kept = progress.update - interval * keep + 1 if keep >= 0 and interval else 0
-    engine.ranks.on_first(
-        lambda: checkpoint.name_checkpoint(
+
+    def name() -> None:
+        checkpoint.name_checkpoint(
             folder,
             names,
             keep_last_epochs=run.keep_last_epochs,
             keep_update=lambda update: update >= first_kept,
         )
-    )
-    logger.info(f"saved {folder} as {', '.join(names)}")
+        logger.info(f"saved {folder} as {', '.join(names)}")
+
+    saver.begin(folder, engine, progress, description, companions, name)
 
 
 def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str, int]:
