@@ -23,7 +23,7 @@ from xlm_ds.corpus import open_corpus
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.flags import parse
-from xlm_ds.geometry import Geometry, batch_geometry
+from xlm_ds.geometry import Geometry, batch_geometry, divided
 from xlm_ds.log import InputError
 from xlm_ds.metrics import LossMeter
 from xlm_ds.schedule import lr_at
@@ -567,6 +567,47 @@ def test_deepspeeds_monitors_get_all_figures(run: Any, tmp_path: Path, wandb: Pa
 )
 def test_geometry(flags: dict[str, Any], world: int, expected: Geometry) -> None:
     assert batch_geometry(OptimizationConfig(**flags), 256, world) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "world", "expected"),
+    [
+        (32, 8, 1, Geometry(8, 4, 1)),
+        (32, 8, 4, Geometry(8, 1, 4)),
+        (32, 8, 8, Geometry(4, 1, 8)),
+        (24, 8, 2, Geometry(6, 2, 2)),
+        (14, 8, 2, Geometry(7, 1, 2)),
+        (26, 8, 2, Geometry(1, 13, 2)),
+    ],
+)
+def test_a_batch_is_kept_by_other_numbers_of_ranks(
+    batch: int, rows: int, world: int, expected: Geometry
+) -> None:
+    assert divided(batch, rows, world) == expected
+    assert expected.batch == batch
+
+
+def test_a_batch_that_ranks_cannot_share_names_those_that_can() -> None:
+    with pytest.raises(InputError, match=r"32 samples .* 3 ranks .* with 1, 2, 4, 8, 16, 32 ranks"):
+        divided(32, 8, 3)
+
+
+def test_the_batch_stays_unless_a_flag_changes_it(
+    run: Any, tiny_data: Path, tmp_path: Path
+) -> None:
+    run("a", "--max-update=1", "--update-freq=3")
+    saved = (folder := tmp_path / "a" / checkpoint.LAST), checkpoint.read_manifest(folder)
+
+    def geometry(world: int, *flags: str) -> Geometry:
+        config = parse(TrainConfig, [str(tiny_data), *SHAPE, *flags])
+        return train.run_geometry(config, saved, world)
+
+    assert geometry(1, "--update-freq=3") == Geometry(4, 3, 1)
+    assert geometry(2, "--update-freq=3") == Geometry(3, 2, 2)
+    assert geometry(3, "--update-freq=3") == Geometry(4, 1, 3)
+    assert geometry(2, "--update-freq=2") == Geometry(4, 2, 2)
+    with pytest.raises(InputError, match="5 ranks cannot share evenly"):
+        geometry(5, "--update-freq=3")
 
 
 @pytest.mark.parametrize("tokens", [1000, 256, 768])

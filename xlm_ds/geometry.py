@@ -39,9 +39,22 @@ def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_siz
             f"--global-batch-tokens {config.global_batch_tokens} cannot be divided into samples of "
             f"{tokens_per_sample} tokens for {world_size} ranks; the nearest that can is {nearest}"
         )
-    per_rank = samples // world_size
-    rows = next(r for r in range(min(rows, per_rank), 0, -1) if per_rank % r == 0)
-    return Geometry(rows, per_rank // rows, world_size)
+    return divided(samples, rows, world_size)
+
+
+def divided(batch: int, rows: int, world_size: int) -> Geometry:
+    """A batch of so many samples in micro-batches of at most `rows`. Raises InputError if ranks would have different
+    shares."""
+    share, rest = divmod(batch, world_size)
+    if rest:
+        possible = [n for n in range(1, batch + 1) if batch % n == 0]
+        near = sorted(sorted(possible, key=lambda n: abs(n - world_size))[:6])
+        raise InputError(
+            f"the run has {batch} samples an update, which {world_size} ranks cannot share evenly; start it with "
+            f"{', '.join(map(str, near))} ranks, or give another batch: --global-batch-tokens"
+        )
+    fitting = next(r for r in range(min(rows, share), 0, -1) if share % r == 0)
+    return Geometry(fitting, share // fitting, world_size)
 
 
 def rows_that_fit(max_tokens: int, tokens_per_sample: int) -> int:

@@ -69,7 +69,7 @@ from xlm_ds.dictionary import PAD
 from xlm_ds.engine import Engine, Ranks, collectives_timed, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in, make_folder
-from xlm_ds.geometry import Geometry, batch_geometry
+from xlm_ds.geometry import Geometry, batch_geometry, divided
 from xlm_ds.metrics import (
     NO_SAMPLE,
     LossMeter,
@@ -94,8 +94,10 @@ from xlm_ds.schedule import (
 def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     """Trains until --max-update, --max-epoch, --stop-min-lr or a signal; returns the exit code."""
     optimization, run = config.optimization, config.run
-    geometry = batch_geometry(optimization, config.data.tokens_per_sample, ranks.world_size)
-    data = with_sample_numbers(config.data, batch_at_start(run, geometry))
+    refuse_if_a_name_is_a_folder(run.save_dir)
+    saved = checkpoint.find_whole(run.save_dir, run.restore_file, ranks)
+    geometry = run_geometry(config, saved, ranks.world_size)
+    data = with_sample_numbers(config.data, batch_at_start(saved, geometry))
     corpus = open_corpus(data)
     config = with_languages(dataclasses.replace(config, data=data), corpus.languages)
     if ranks.rank == 0:
@@ -106,7 +108,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
         languages=len(corpus.languages),
         tokens_per_sample=data.tokens_per_sample,
     )
-    engine, progress = build_engine(config, corpus, geometry, shape, ranks)
+    engine, progress = build_engine(config, corpus, geometry, shape, ranks, saved)
     epoch_samples = corpus.order.epoch_samples
     meter = LossMeter(len(corpus.languages), ranks.device)
     unigram = UnigramWatch(
@@ -259,8 +261,10 @@ def dry_run(config: TrainConfig) -> int:
     if os.environ.get("RANK", "0") != "0":
         return EXIT_OK
     check_schedule(config.optimization)
-    geometry = batch_geometry(config.optimization, config.data.tokens_per_sample, world)
-    corpus = open_corpus(with_sample_numbers(config.data, batch_at_start(config.run, geometry)))
+    found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
+    saved = (found, checkpoint.read_manifest(found)) if found else None
+    geometry = run_geometry(config, saved, world)
+    corpus = open_corpus(with_sample_numbers(config.data, batch_at_start(saved, geometry)))
     facts = plan.Facts(len(corpus.dictionary), len(corpus.languages), corpus.order.epoch_samples)
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         properties = torch.cuda.get_device_properties(0)
@@ -270,26 +274,56 @@ def dry_run(config: TrainConfig) -> int:
         device = this_cpu(per_node)
     ground = plan.Ground(device, world, per_node)
     job = plan.build_job(config.data, config.model, config.optimization, config.run, facts, ground)
-    found = checkpoint.find_checkpoint(config.run.save_dir, config.run.restore_file)
-    done = checkpoint.read_progress(checkpoint.read_manifest(found)).update if found else 0
+    done = checkpoint.read_progress(saved[1]).update if saved else 0
     plan.show(job, config.optimization, facts, name=config.model.arch, updates_done=done)
     return EXIT_OK
 
 
-def batch_at_start(run: RunConfig, geometry: Geometry) -> int:
+Saved = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
+
+
+def run_geometry(config: TrainConfig, saved: Saved | None, world_size: int) -> Geometry:
+    """How an update is divided: by the flags, or where they are those of the checkpoint, so that its batch stays.
+
+    Raises InputError if the batch cannot be divided among so many ranks.
+    """
+    by_flags = batch_geometry(config.optimization, config.data.tokens_per_sample, world_size)
+    if saved is None:
+        return by_flags
+    folder, manifest = saved
+    before = checkpoint.read_configuration(folder, manifest)
+    if batch_flags(before) != batch_flags(config):
+        return by_flags
+    return divided(int(manifest["batch_samples"]), by_flags.rows, world_size)
+
+
+def batch_flags(config: TrainConfig) -> tuple[int | None, ...]:
+    """Those that decide the batch of so many ranks."""
+    given = config.optimization
+    return (
+        *(given.max_tokens, given.update_freq, given.global_batch_tokens),
+        config.data.tokens_per_sample,
+    )
+
+
+def batch_at_start(saved: Saved | None, geometry: Geometry) -> int:
     """Samples of an update when the run began: what 100000 in --sampling-alpha 0.7@0,0.5@100000 counts.
 
     A run that goes on with another batch keeps what it was begun with, so that the same flags mean the same samples.
     """
-    found = checkpoint.find_checkpoint(run.save_dir, run.restore_file)
-    if found is None:
+    if saved is None:
         return geometry.batch
-    manifest = checkpoint.read_manifest(found)
+    _, manifest = saved
     return checkpoint.read_progress(manifest).batch_at_start or int(manifest["batch_samples"])
 
 
 def build_engine(
-    config: TrainConfig, corpus: Corpus, geometry: Geometry, shape: ModelShape, ranks: Ranks
+    config: TrainConfig,
+    corpus: Corpus,
+    geometry: Geometry,
+    shape: ModelShape,
+    ranks: Ranks,
+    saved: Saved | None,
 ) -> tuple[Engine, Progress]:
     """The model in its engine, from the start or from the checkpoint that the run goes on from."""
     check_schedule(config.optimization)
@@ -305,9 +339,7 @@ def build_engine(
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
     model = build_model(shape, seed=config.data.seed)
     compiles = ranks.device.type == "cuda" and not config.run.no_compile
-    refuse_if_a_name_is_a_folder(config.run.save_dir)
-    found = checkpoint.find_whole(config.run.save_dir, config.run.restore_file, ranks)
-    if found is None:
+    if saved is None:
         if config.model.init_output_bias == "unigram":
             counts = np.stack([dataset.counts() for dataset in corpus.train])
             probabilities = corpus.order.probabilities(0)
@@ -317,7 +349,7 @@ def build_engine(
         return Engine(model, settings, ranks, compiles=compiles, where=str(path)), Progress(
             batch_at_start=geometry.batch
         )
-    folder, manifest = found
+    folder, manifest = saved
     check_same_data(config, corpus, geometry, manifest, folder)
     state = checkpoint.stored_state(folder, manifest)
     checkpoint.copy_weights(model, state["weight"], folder)
