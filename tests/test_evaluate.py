@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_train import SHAPE
+from test_train import SHAPE, NeverStop
 from xlm_ds import checkpoint, evaluate, train
 from xlm_ds.batches import MaskedBatch, Masking
 from xlm_ds.config import EvaluateConfig, TrainConfig
@@ -19,6 +19,7 @@ from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
 from xlm_ds.flags import parse
+from xlm_ds.lifeline import Ending
 from xlm_ds.log import InputError
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -158,7 +159,7 @@ def test_overall_counts_every_token_the_same() -> None:
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
     argv = [str(tiny_data), f"--save-dir={save_dir}", *SHAPE, "--max-update=2"]
-    train.train(parse(TrainConfig, argv), ranks, SimpleNamespace(requested=0))  # type: ignore[arg-type]
+    assert train.train(parse(TrainConfig, argv), ranks, NeverStop(), Ending(save_dir)) == 0  # type: ignore[arg-type]
     return save_dir / checkpoint.LAST
 
 

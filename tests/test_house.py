@@ -13,7 +13,7 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log"},
-    {"flags", "files", "ranks", "steps", "devices"},
+    {"flags", "files", "ranks", "steps", "devices", "lifeline"},
     {"config", "dictionary"},
     {
         *("tokenisation", "merges", "texts", "pair_record", "prepare_record"),

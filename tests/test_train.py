@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -24,6 +23,7 @@ from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.flags import parse
 from xlm_ds.geometry import Geometry, batch_geometry, divided
+from xlm_ds.lifeline import Ending
 from xlm_ds.log import InputError
 from xlm_ds.metrics import LossMeter
 from xlm_ds.schedule import lr_at
@@ -43,6 +43,10 @@ SHAPE = [
 
 class NeverStop:
     requested = 0
+    why = "a test"
+
+    def watch(self, _: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -53,7 +57,9 @@ def run(tiny_data: Path, tmp_path: Path, ranks: Ranks) -> Any:
         argv = [str(tiny_data), f"--save-dir={tmp_path / name}", *SHAPE, *flags]
         config = parse(TrainConfig, argv)
         config.run.save_dir.mkdir(exist_ok=True)
-        assert train.train(config, ranks, NeverStop()) == 0  # type: ignore[arg-type]
+        ending = Ending(config.run.save_dir)
+        ending.clear()
+        assert train.train(config, ranks, NeverStop(), ending) == 0  # type: ignore[arg-type]
         return losses_in(tmp_path / name)
 
     return start
@@ -159,8 +165,9 @@ def test_a_validation_missed_by_a_stop_is_made_up_for(
     whole = run("whole", *flags)
     argv = [str(tiny_data), f"--save-dir={tmp_path / 'stopped'}", *SHAPE, *flags]
     (tmp_path / "stopped").mkdir()
-    stop = StopAt(4)
-    assert train.train(parse(TrainConfig, argv), ranks, stop) == 75  # type: ignore[arg-type]
+    stop, ending = StopAt(4), Ending(tmp_path / "stopped")
+    ending.clear()
+    assert train.train(parse(TrainConfig, argv), ranks, stop, ending) == 75  # type: ignore[arg-type]
     assert set(losses_in(tmp_path / "stopped", "valid")) == {2}
     assert run("stopped", *flags) == whole
     assert losses_in(tmp_path / "stopped", "valid") == losses_in(tmp_path / "whole", "valid")
@@ -644,23 +651,6 @@ def test_an_update_that_crosses_several_epochs_is_an_epochs_end() -> None:
 def test_a_stop_saves() -> None:
     decided = what_is_due(RunConfig(), 3, 0, 0, last=False, stopping=True)
     assert (decided.save, decided.validate) == (True, False)
-
-
-def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM after SIGINT is the launcher's, not a second wish."""
-    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    ended: list[int] = []
-    monkeypatch.setattr("os._exit", ended.append)
-    try:
-        stop = train.StopSignal()
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (stop.requested, ended) == (signal.SIGINT, [])
-        os.kill(os.getpid(), signal.SIGINT)
-        assert ended == [130]
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 def test_dropout_seeds_differ_wherever_the_run_is() -> None:

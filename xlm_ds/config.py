@@ -424,6 +424,17 @@ class RunConfig:
     tensorboard_logdir: Path | None = knob(
         "TensorBoard's folder (default: SAVE_DIR/tensorboard)", default=None
     )
+    stop_seconds: float = knob(
+        "after Ctrl-C, SIGTERM or the loss of its launcher a rank ends within N seconds, saved or not; SIGUSR1 leaves "
+        "all the time it takes",
+        default=8.0,
+        bounds="(0, inf)",
+    )
+    heartbeat_timeout: float = knob(
+        "end the run when a rank has not answered the others for N seconds",
+        default=600.0,
+        bounds="(0, inf)",
+    )
     max_skipped_updates: int = knob(
         "stop when N updates in a row were skipped because the gradient was not finite; in fp16 the loss scale decides",
         default=10,

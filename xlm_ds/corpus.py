@@ -6,7 +6,6 @@ batch = micro_batch(corpus, geometry, first=geometry.first_sample(0, micro=0, ra
 """
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from xlm_ds.config import DataConfig, check_languages
 from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.geometry import Geometry
-from xlm_ds.log import InputError, logger
+from xlm_ds.log import InputError, is_first_rank, logger
 from xlm_ds.order import Order, build_order
 from xlm_ds.steps import Steps
 
@@ -82,7 +81,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         )
         for split in ("train", "valid")
     )
-    if config.sample_break_mode != "none" and logger.isEnabledFor(logging.INFO):  # on rank 0
+    if config.sample_break_mode != "none" and is_first_rank():
         cut = sum(dataset.count_cut() for dataset in train)
         logger.info(
             f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"

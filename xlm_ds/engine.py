@@ -81,6 +81,7 @@ class Ranks(NamedTuple):
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None
+    timeout: timedelta = timedelta(seconds=600)
 
     def any(self, flag: int) -> int:
         """The largest `flag` of all ranks, on all ranks."""
@@ -124,10 +125,11 @@ class Ranks(NamedTuple):
             raise error or SystemExit(EXIT_BAD_INPUT)
 
 
-def start_ranks() -> Ranks:
+def start_ranks(timeout_seconds: float = 600.0) -> Ranks:
     """Joins the processes that the launcher started; without a launcher, a run of one process.
 
-    DeepSpeed looks for MPI unless all five variables are set (LOCAL_RANK too).
+    A rank that others have waited for longer than `timeout_seconds` ends the run. DeepSpeed looks for MPI unless all
+    five variables are set (LOCAL_RANK too).
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -146,10 +148,18 @@ def start_ranks() -> Ranks:
     else:
         # Else the first start compiles this op (75 s on two cores); only inference's all-reduce uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if cuda else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = dist.get_world_size()
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if world > 1 else None
-    return Ranks(dist.get_rank(), world, device, control)
+    control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+    return Ranks(dist.get_rank(), world, device, control, timeout)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank has ended or does not answer."""
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return of_gloo or isinstance(error, dist.DistError)
 
 
 def stop_ranks() -> None:
@@ -450,6 +460,9 @@ class Engine:
                 )
         except CONFIG_ERRORS as error:
             raise InputError(f"DeepSpeed does not take {where}: {_sentence(error)}") from error
+        # DeepSpeed makes groups of its own, whose collectives wait 30 minutes on gloo (0.19.8, torch 2.13).
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(ranks.timeout, group)
         for parameter, name in self._names.items():
             self._set(parameter, "weight", weights[name])  # DeepSpeed's are rounded to bf16
         clip_norm = self.settings["gradient_clipping"]

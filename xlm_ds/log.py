@@ -30,9 +30,11 @@ __all__ = [
     "Fault",
     "InputError",
     "add_log_file",
+    "is_first_rank",
     "logger",
     "run_stage",
     "sentence_of",
+    "write_to_log_file",
 ]
 
 EXIT_OK = 0
@@ -141,12 +143,25 @@ class _Console(logging.StreamHandler[TextIO]):
 
 
 def _log_to(stream: TextIO) -> None:
-    """One text logger; ranks other than 0 speak only when something is wrong."""
+    """One text logger; ranks other than 0 speak only when something is wrong, and keep the rest for their log file."""
     handler = _Console(stream)
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+    handler.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.addHandler(handler)
     logger.propagate = False
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(logging.INFO)
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_to_log_file(text: str) -> None:
+    """An error that the console is spared, as another rank tells what it comes from."""
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def sentence_of(error: Exception) -> str:

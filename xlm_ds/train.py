@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from xlm_ds.config import (
@@ -29,9 +28,7 @@ from xlm_ds.config import (
 )
 from xlm_ds.flags import before_slow_imports, parse, to_dict, to_toml
 from xlm_ds.log import (
-    EXIT_INTERRUPTED,
     EXIT_OK,
-    EXIT_PREEMPTED,
     InputError,
     add_log_file,
     logger,
@@ -66,10 +63,28 @@ from xlm_ds.deepspeed_config import (
 )
 from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.dictionary import PAD
-from xlm_ds.engine import Engine, Ranks, collectives_timed, start_ranks, stop_ranks
+from xlm_ds.engine import (
+    Engine,
+    Ranks,
+    collectives_timed,
+    is_lost_rank,
+    start_ranks,
+    stop_ranks,
+)
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.files import alone_in, make_folder
 from xlm_ds.geometry import Geometry, batch_geometry, divided
+from xlm_ds.lifeline import (
+    ENDS_WITH,
+    LOGS,
+    Ending,
+    StopSignal,
+    launcher_is_gone,
+    one_report,
+    output_is_lost,
+    place,
+    stop_file,
+)
 from xlm_ds.metrics import (
     NO_SAMPLE,
     LossMeter,
@@ -91,7 +106,7 @@ from xlm_ds.schedule import (
 # ------------------------------------------------------------------------------------- the loop
 
 
-def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
+def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -> int:
     """Trains until --max-update, --max-epoch, --stop-min-lr or a signal; returns the exit code."""
     optimization, run = config.optimization, config.run
     refuse_if_a_name_is_a_folder(run.save_dir)
@@ -100,8 +115,11 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
     data = with_sample_numbers(config.data, batch_at_start(saved, geometry))
     corpus = open_corpus(data)
     config = with_languages(dataclasses.replace(config, data=data), corpus.languages)
+    add_log_file(rank_log(run.save_dir, ranks.rank))
+    ending.hosts = ranks.gathered(place().host)
+    logger.info(f"{place()}, process {os.getpid()}, {ranks.device}, of {ranks.world_size} ranks")
     if ranks.rank == 0:
-        add_log_file(run.save_dir / "train.log")
+        stop.watch(stop_file(run.save_dir))
     shape = shape_from_config(
         config.model,
         vocab_size=len(corpus.dictionary),
@@ -160,6 +178,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 seconds=time.monotonic() - started,
             )
             log.advance()
+            ending.update = progress.update
             stopping, writing = ranks.largest(stop.requested, saver.is_writing())
             if not writing:
                 saver.finish()
@@ -194,7 +213,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: "StopSignal") -> int:
                 save(saver, config, corpus, geometry, engine, progress, names)
             if stopping:
                 saver.finish()
-                return stopped(stopping, run, progress)
+                return stopped(stopping, first_wish(stop, ranks), run, progress)
         saver.finish()
 
     logger.info(f"done: {progress.update} updates, {progress.samples} samples, in {run.save_dir}")
@@ -596,33 +615,28 @@ def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str,
 # ---------------------------------------------------------------------------------------- signals
 
 
-class StopSignal:
-    """Remembers the first SIGINT or SIGTERM; a second SIGINT ends the process at once.
-
-    A launcher that is interrupted sends SIGTERM after the terminal's SIGINT: that is not a second wish.
-    """
-
-    def __init__(self) -> None:
-        self.requested = 0
-        signal.signal(signal.SIGINT, self._remember)
-        signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.requested and number == signal.SIGINT:
-            os._exit(EXIT_INTERRUPTED)
-        self.requested = self.requested or number
+def rank_log(save_dir: Path, rank: int) -> Path:
+    return save_dir / LOGS / f"rank-{rank}.log" if rank else save_dir / "train.log"
 
 
-def stopped(number: int, run: RunConfig, progress: Progress) -> int:
+def first_wish(stop: StopSignal, ranks: Ranks) -> str:
+    """Why the run is to end, as the lowest of the ranks has it that want it to."""
+    wishes: list[str] = ranks.gathered(f"{stop.why} ({place()})" if stop.why else "")
+    return next(wish for wish in wishes if wish)
+
+
+def stopped(number: int, why: str, run: RunConfig, progress: Progress) -> int:
     how = "the same command goes on from it"
     if run.restore_file != LAST:
         how = f"to go on from it, leave out --restore-file {run.restore_file}"
-    logger.info(f"stopped after update {progress.update}, saved {run.save_dir / LAST}; {how}")
-    return EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
+    logger.info(
+        f"stopped by {why} after update {progress.update}, saved {run.save_dir / LAST}; {how}"
+    )
+    return ENDS_WITH[signal.Signals(number)]
 
 
 @contextlib.contextmanager
-def run_folder(save_dir: Path, ranks: Ranks) -> Iterator[None]:
+def run_folder(save_dir: Path, ending: Ending, ranks: Ranks) -> Iterator[None]:
     """The run's folder, made, cleared of what killed saves left, and this run's alone."""
     with contextlib.ExitStack() as held:
 
@@ -630,6 +644,7 @@ def run_folder(save_dir: Path, ranks: Ranks) -> Iterator[None]:
             make_folder(save_dir)
             held.enter_context(alone_in(save_dir, "run"))
             checkpoint.discard_leftovers(save_dir)
+            ending.clear()
 
         ranks.on_first(take)
         yield
@@ -639,10 +654,16 @@ def main(argv: Sequence[str]) -> int:
     config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
     if config.run.dry_run:
         return dry_run(config)
-    stop = StopSignal()
-    ranks = start_ranks()
-    with run_folder(config.run.save_dir, ranks):
-        code = train(config, ranks, stop)
+    stop = StopSignal(config.run.stop_seconds)
+    if "RANK" in os.environ:
+        stop.watch(launcher_is_gone())
+        stop.watch(output_is_lost)
+    ranks = start_ranks(config.run.heartbeat_timeout)
+    ending = Ending(config.run.save_dir)
+    with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
+        code = train(config, ranks, stop, ending)
+        if ranks.rank == 0:
+            ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
     stop_ranks()
     return code
 

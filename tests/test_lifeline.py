@@ -1,0 +1,269 @@
+"""What ends a rank: signals, also while it waits in C; a launcher that is gone; a file. And who tells of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from xlm_ds.lifeline import END_FILE, Ending
+from xlm_ds.log import write_to_log_file
+
+ROOT = Path(__file__).parent.parent
+
+# A rank: it says what it is asked for, and ends with the exit code of that. "stuck" waits as in a collective whose
+# other ranks are gone: in C, where no handler of Python's runs.
+RANK = """
+import ctypes, os, sys, time
+from pathlib import Path
+from xlm_ds import lifeline
+from xlm_ds.lifeline import ENDS_WITH, StopSignal
+from xlm_ds.log import run_stage
+
+def main(argv):
+    what, save_dir, seconds = argv
+    stop = StopSignal(float(seconds))
+    if what == "launched":
+        stop.watch(lifeline.launcher_is_gone())
+        stop.watch(lifeline.output_is_lost)
+    stop.watch(lifeline.stop_file(Path(save_dir)))
+    Path(save_dir, "ready").write_text(str(os.getpid()))
+    if what == "stuck":
+        libc = ctypes.CDLL(None)
+        while True:
+            libc.usleep(500_000)
+    while not stop.requested:
+        time.sleep(0.01)
+    Path(save_dir, "asked").write_text(stop.why)
+    if what == "slow":
+        time.sleep(3)
+    return ENDS_WITH[stop.requested]
+
+sys.exit(run_stage("train", main))
+"""
+
+
+def start(
+    what: str, folder: Path, seconds: float = 8.0, **options: object
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", RANK, what, str(folder), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def pid_of(folder: Path) -> int:
+    wait_until(lambda: (folder / "ready").exists() and bool((folder / "ready").read_text()))
+    return int((folder / "ready").read_text())
+
+
+CODES = [(signal.SIGINT, 130), (signal.SIGHUP, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_asks_for_an_end(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    process = start("willing", tmp_path)
+    os.kill(pid_of(tmp_path), number)
+    assert process.wait(10) == code
+    assert (tmp_path / "asked").read_text() == number.name
+
+
+@pytest.mark.parametrize(("number", "code"), CODES[:3])
+def test_a_rank_that_waits_for_others_ends_when_its_time_is_up(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    process = start("stuck", tmp_path, 1.0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pid = pid_of(tmp_path)
+    time.sleep(0.3)
+    begin = time.monotonic()
+    os.kill(pid, number)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert 0.9 < time.monotonic() - begin < 3
+    assert f"had not saved 1 seconds after {number.name}, and ends without" in output
+
+
+def test_a_schedulers_warning_leaves_all_the_time_that_saving_takes(tmp_path: Path) -> None:
+    process = start("slow", tmp_path, 0.5)
+    os.kill(pid_of(tmp_path), signal.SIGUSR1)
+    assert process.wait(20) == 75
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """SIGTERM after SIGINT is the launcher's, not a second wish."""
+    process = start("stuck", tmp_path, 60.0)
+    pid = pid_of(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+        time.sleep(0.7)
+        assert process.poll() is None
+    os.kill(pid, signal.SIGINT)
+    assert process.wait(5) == 130
+
+
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def test_a_rank_whose_launcher_is_killed_ends_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCHER, RANK, "launched", str(tmp_path), "8"]
+    launcher = subprocess.Popen(command, cwd=ROOT)
+    rank = pid_of(tmp_path)
+    time.sleep(1)
+    assert not (tmp_path / "asked").exists()
+    launcher.kill()
+    launcher.wait()
+    wait_until((tmp_path / "asked").exists, 5)
+    assert (tmp_path / "asked").read_text() == "the end of its launcher"
+    wait_until(lambda: not Path(f"/proc/{rank}").exists(), 5)
+
+
+@pytest.mark.parametrize("what", ["launched", "willing"])
+def test_output_that_nobody_reads_ends_a_launched_rank_only(what: str, tmp_path: Path) -> None:
+    process = start(what, tmp_path, stdout=subprocess.PIPE)
+    pid_of(tmp_path)
+    time.sleep(1)
+    assert process.poll() is None
+    assert process.stdout is not None
+    process.stdout.close()
+    if what == "launched":
+        assert process.wait(10) == 75
+        assert "connection to the launcher" in (tmp_path / "asked").read_text()
+    else:
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("content", "code"), [("", 75), ("USR1\n", 75), ("TERM", 75), ("INT\n", 130)]
+)
+def test_a_file_asks_for_an_end(content: str, code: int, tmp_path: Path) -> None:
+    process = start("willing", tmp_path)
+    pid_of(tmp_path)
+    (tmp_path / "stop").write_text(content, encoding="utf-8")
+    assert process.wait(10) == code
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+# Ranks that fail at once: RANK, WORLD_SIZE in the environment; what: how this one fails.
+FAILING = """
+import os, sys, time
+from pathlib import Path
+from xlm_ds.lifeline import Ending, one_report, place
+from xlm_ds.log import Fault, InputError, add_log_file, run_stage
+
+class Lost(RuntimeError): pass
+
+def main(argv):
+    save_dir = Path(argv[0])
+    how = argv[1:][place().rank]
+    add_log_file(save_dir / "logs" / f"rank-{place().rank}.log")
+    ending = Ending(save_dir)
+    ending.hosts = ["a", "b", "c"]
+    ending.update = 7
+    with one_report(ending, lambda error: isinstance(error, Lost)):
+        if how == "killed": os.kill(os.getpid(), 9)
+        if how == "lost": raise Lost("Connection closed by peer [10.0.0.1]")
+        if how == "input": raise InputError("the text is bad")
+        if how == "fault": raise Fault("a violation")
+        if how == "error": raise ValueError("a bug")
+        if how == "late": time.sleep(0.7); raise Lost("Connection closed by peer [10.0.0.2]")
+    return 0
+
+sys.exit(run_stage("train", main))
+"""
+
+
+def end_of(folder: Path, *how: str) -> tuple[list[int], str, dict[str, object]]:
+    """(exit codes, what all ranks said, ended.json)."""
+    Ending(folder).clear()
+    ranks = []
+    for rank in range(len(how)):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(how))}
+        command = [sys.executable, "-c", FAILING, str(folder), *how]
+        ranks.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = "".join(rank.communicate(timeout=30)[0] for rank in ranks)
+    path = folder / END_FILE
+    ended = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return [rank.returncode for rank in ranks], said, ended
+
+
+def test_what_all_ranks_find_wrong_is_said_once(tmp_path: Path) -> None:
+    codes, said, ended = end_of(tmp_path, "input", "input", "input")
+    assert codes == [2, 2, 2]
+    assert said == "train: error: the text is bad\n"
+    assert (ended["exit_code"], ended["update"], ended["what"]) == (2, 7, "the text is bad")
+
+
+def test_the_traceback_that_matters_is_the_only_one(tmp_path: Path) -> None:
+    codes, said, ended = end_of(tmp_path, "late", "error", "late")
+    assert codes == [1, 1, 1]
+    assert said.count("Traceback") == 1
+    assert "rank 1 on" in said
+    assert "ValueError: a bug" in said
+    assert "Connection closed" not in said
+    assert (ended["rank"], ended["what"]) == (1, "ValueError: a bug")
+    assert "Connection closed" in (tmp_path / "logs" / "rank-2.log").read_text(encoding="utf-8")
+
+
+def test_ranks_that_fail_alike_are_counted(tmp_path: Path) -> None:
+    codes, said, _ = end_of(tmp_path, "error", "error", "error")
+    assert codes == [1, 1, 1]
+    assert said.count("Traceback") == 1
+    assert "and 2 other ranks failed" in said
+
+
+def test_a_rank_that_was_killed_is_named_by_those_who_lost_it(tmp_path: Path) -> None:
+    codes, said, ended = end_of(tmp_path, "lost", "killed", "late")
+    assert codes == [1, -9, 1]
+    assert "Traceback" not in said
+    assert said.count("rank 1 on b has ended without a word") == 1
+    assert "2 noticed, after update 7: Connection closed by peer" in said
+    assert "rank 1 on b" in str(ended["what"])
+
+
+def test_a_network_that_is_cut_is_told_from_a_rank_that_has_ended(tmp_path: Path) -> None:
+    codes, said, _ = end_of(tmp_path, "lost", "lost", "lost")
+    assert codes == [1, 1, 1]
+    assert said.count("the ranks have lost each other, and none has ended") == 1
+
+
+def test_a_fault_that_was_noticed_has_no_traceback(tmp_path: Path) -> None:
+    codes, said, ended = end_of(tmp_path, "fault", "late")
+    assert codes == [1, 1]
+    assert "a violation" in said
+    assert "Traceback" not in said
+    assert ended["exit_code"] == 1
+
+
+def test_the_first_end_is_the_only_one_and_the_next_run_clears_it(tmp_path: Path) -> None:
+    ending = Ending(tmp_path)
+    ending.clear()
+    assert ending.claim(75, "stopped and saved")
+    assert not ending.claim(1, "later")
+    assert json.loads((tmp_path / END_FILE).read_text(encoding="utf-8"))["exit_code"] == 75
+    assert not list(tmp_path.glob(".ended*"))
+    ending.clear()
+    assert not ending.is_claimed()
+    write_to_log_file("nobody listens")  # without a file it says nothing

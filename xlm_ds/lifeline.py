@@ -1,0 +1,306 @@
+"""What ends a run besides its own work, and how each rank's end is told.
+
+    stop = StopSignal(stop_seconds=8)            # signals from here on
+    stop.watch(launcher_is_gone())
+    ending = Ending(save_dir)
+    with one_report(ending, is_lost_rank):
+        …                                        # now and then: stop.requested; ending.update = 12
+
+A signal's handler in Python waits for the main thread, which may itself wait for a rank that is gone. So a thread reads
+the signals from a pipe that the interpreter writes to at once, and ends the process when its time is up.
+
+SAVE_DIR/stop          asks the run to save and end: INT (exit code 130), TERM, or USR1 or nothing (75)
+SAVE_DIR/ended.json    how it has ended: exit_code, update, host, rank, what; the first rank to end writes it
+SAVE_DIR/logs/         rank-N.log of the ranks but 0, which has train.log
+"""
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from xlm_ds.log import (
+    EXIT_BAD_INPUT,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    Fault,
+    InputError,
+    logger,
+    sentence_of,
+    write_to_log_file,
+)
+
+STOP_FILE, END_FILE, LOGS = "stop", "ended.json", "logs"
+TICK_SECONDS = 0.5
+# How long ranks that have lost another look for what ended it, and for each other.
+ROLL_CALL_SECONDS = 3.0
+ENDS_WITH = {
+    signal.SIGINT: EXIT_INTERRUPTED,
+    signal.SIGHUP: EXIT_INTERRUPTED,
+    signal.SIGTERM: EXIT_PREEMPTED,
+    signal.SIGUSR1: EXIT_PREEMPTED,
+}
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """Remembers the first wish that the run should save and end; a second SIGINT ends the process at once.
+
+    A launcher that is interrupted sends SIGTERM after the terminal's SIGINT: that is not a second wish. SIGUSR1 is a
+    scheduler's warning and leaves all the time that saving takes; after any other the process ends within
+    `stop_seconds`, if need be without having saved.
+    """
+
+    def __init__(self, stop_seconds: float) -> None:
+        self.requested = 0
+        self.why = ""
+        self._stop_seconds = stop_seconds
+        self._deadline = float("inf")
+        self._watched: list[Callable[[], tuple[int, str] | None]] = []
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._before = {number: signal.getsignal(number) for number in ENDS_WITH}
+        for number, before in self._before.items():
+            if before != signal.SIG_IGN or number != signal.SIGHUP:  # as nohup leaves it
+                signal.signal(number, lambda *_: None)  # the thread has read it already
+        self._wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._writer = writer
+        self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
+        self._thread.start()
+
+    def watch(self, look: Callable[[], tuple[int, str] | None]) -> None:
+        """Calls `look` twice a second on another thread; it returns a signal and why, if the run should end."""
+        self._watched.append(look)
+
+    def request(self, number: int, why: str) -> None:
+        """As if this signal had come."""
+        if self.requested:
+            return
+        self.requested, self.why = number, why
+        if number != signal.SIGUSR1:
+            self._deadline = time.monotonic() + self._stop_seconds
+
+    def close(self) -> None:
+        """Gives the signals back to who had them."""
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+    def _run(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._reader], [], [], TICK_SECONDS)
+            if ready:
+                numbers = os.read(self._reader, 64)
+                if not numbers:
+                    return
+                for number in numbers:
+                    self._came(number)
+            for look in self._watched:
+                if found := look():
+                    self.request(*found)
+            if time.monotonic() > self._deadline:
+                self._leave_unsaved()
+
+    def _came(self, number: int) -> None:
+        if number not in ENDS_WITH:
+            return
+        if self.requested and number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED)
+        self.request(number, signal.Signals(number).name)
+
+    def _leave_unsaved(self) -> None:
+        logger.error(
+            f"{place()}: had not saved {self._stop_seconds:g} seconds after {self.why}, and ends without; the last "
+            "checkpoint is whole"
+        )
+        _leave(ENDS_WITH[signal.Signals(self.requested)])
+
+
+def launcher_is_gone() -> Callable[[], tuple[int, str] | None]:
+    """For `StopSignal.watch`: whether the process that started this one has ended since."""
+    parent = os.getppid()
+
+    def look() -> tuple[int, str] | None:
+        if os.getppid() == parent:
+            return None
+        return signal.SIGTERM, "the end of its launcher"
+
+    return look
+
+
+def output_is_lost() -> tuple[int, str] | None:
+    """For `StopSignal.watch`: whether a pipe that this process writes to has nobody at its other end.
+
+    So ends the ssh connection of a rank's launcher; nothing on its host is told (OpenSSH 9.2, without a terminal).
+    """
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            mode = os.fstat(descriptor).st_mode
+            if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                continue
+            poll = select.poll()
+            poll.register(descriptor, 0)
+            if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+                return signal.SIGTERM, "the loss of its connection to the launcher"
+    return None
+
+
+def stop_file(save_dir: Path) -> Callable[[], tuple[int, str] | None]:
+    """For `StopSignal.watch`: what SAVE_DIR/stop asks for."""
+    path = save_dir / STOP_FILE
+
+    def look() -> tuple[int, str] | None:
+        try:
+            name = path.read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+        number = {"INT": signal.SIGINT, "TERM": signal.SIGTERM}.get(name, signal.SIGUSR1)
+        return number, str(path)
+
+    return look
+
+
+# -------------------------------------------------------------------------------------------- end
+
+
+class Place(NamedTuple):
+    """Which of the run's processes this is."""
+
+    rank: int
+    ranks: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}" if self.ranks > 1 else self.host
+
+
+def place() -> Place:
+    """By what the launcher has told."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return Place(rank, ranks, socket.gethostname())
+
+
+class Ending:
+    """What the ranks know of each other's ends, by files in the run's folder."""
+
+    def __init__(self, save_dir: Path) -> None:
+        self.update = 0
+        self.hosts: list[str] = []  # of each rank, once they are known
+        self._save_dir = save_dir
+
+    def clear(self) -> None:
+        """Removes what an earlier run has left. Raises OSError."""
+        (self._save_dir / LOGS).mkdir(exist_ok=True)
+        for path in (self._save_dir / STOP_FILE, self._save_dir / END_FILE, *self._marks()):
+            path.unlink(missing_ok=True)
+
+    def claim(self, code: int, what: str) -> bool:
+        """Writes ended.json; False if another rank has."""
+        here = place()
+        content = {"exit_code": code, "update": self.update, "host": here.host, "rank": here.rank}
+        text = json.dumps({**content, "what": what}, ensure_ascii=False)
+        mine = self._save_dir / f".{END_FILE}.{here.rank}"
+        try:
+            mine.write_text(text + "\n", encoding="utf-8")
+            os.link(mine, self._save_dir / END_FILE)  # whole, and only once
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # the folder is gone or full: better told by all than by none
+        finally:
+            with contextlib.suppress(OSError):
+                mine.unlink()
+        return True
+
+    def is_claimed(self) -> bool:
+        return (self._save_dir / END_FILE).exists()
+
+    def mark(self) -> None:
+        """For `marked`: this rank has failed."""
+        with contextlib.suppress(OSError):
+            (self._save_dir / LOGS / f"{place().rank}.failed").write_text("", encoding="utf-8")
+
+    def marked(self, seconds: float, until: Callable[[], bool] = lambda: False) -> set[int]:
+        """The ranks that have failed, when all have, or `until` is true, or so many seconds have passed."""
+        end = time.monotonic() + seconds
+        while True:
+            there = {int(path.stem) for path in self._marks()}
+            if len(there) == place().ranks or until() or time.monotonic() > end:
+                return there
+            time.sleep(0.1)
+
+    def _marks(self) -> list[Path]:
+        return list((self._save_dir / LOGS).glob("*.failed"))
+
+    def lost(self, error: BaseException) -> str | None:
+        """What a rank that has lost another knows of it; None if another rank has told what ended the run."""
+        there = self.marked(ROLL_CALL_SECONDS, self.is_claimed)
+        if self.is_claimed():
+            return None
+        absent = [rank for rank in range(place().ranks) if rank not in there]
+        names = [
+            f"rank {rank}" + (f" on {self.hosts[rank]}" if self.hosts else "") for rank in absent
+        ]
+        if absent:
+            what = (
+                f"{', '.join(names)} {'has' if len(absent) == 1 else 'have'} ended without a word (killed, or out of "
+                f"memory), or cannot be reached; {len(there)} noticed"
+            )
+        else:
+            what = "the ranks have lost each other, and none has ended: the network is cut off or too slow"
+        return f"{what}, after update {self.update}: {str(error).splitlines()[0]}"
+
+
+@contextlib.contextmanager
+def one_report(ending: Ending, is_lost_rank: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Tells the first failure of all ranks once, with its host, rank and traceback; the others end without a word.
+
+    `is_lost_rank` says of an exception whether all it tells is another rank's end.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        ending.mark()
+        if not ending.claim(EXIT_BAD_INPUT, sentence_of(error)):
+            raise SystemExit(EXIT_BAD_INPUT) from error
+        raise
+    except Exception as error:
+        ending.mark()
+        write_to_log_file(f"after update {ending.update}:\n{traceback.format_exc()}")
+        if is_lost_rank(error):
+            report = what = ending.lost(error)
+        else:
+            what = f"{type(error).__name__}: {error}"
+            report = str(error) if isinstance(error, Fault) else traceback.format_exc()
+        if what is not None and ending.claim(EXIT_FAULT, what):
+            others = len(ending.marked(1.0)) - 1 if not is_lost_rank(error) else 0
+            logger.error(
+                f"{place()}, after update {ending.update}: {report}"
+                + (f"\nand {others} other ranks failed" if others else "")
+            )
+        _leave(EXIT_FAULT)
+
+
+def _leave(code: int) -> None:
+    """Ends this process at once: threads of a backend that has lost a rank may wait for it for ever."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
