@@ -1,8 +1,14 @@
 """A checkpoint is whole or absent, each damage is named, and nothing is deleted that something keeps."""
 
+import dataclasses
+import functools
+import itertools
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +155,89 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         for name, tensor in tensors.items():
             assert torch.equal(stored[kind][name], tensor)
     assert not torch.equal(stored["weight"][name], by_kind(engine)["weight"][name])
+
+
+def killed_at(event: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on the process ends, as by kill -9, before the so-many-th thing it does to a file; gives those done."""
+    done: list[str] = []
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            if len(done) == event:
+                os._exit(9)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in (
+        *(
+            (os, name)
+            for name in ("fsync", "rename", "replace", "symlink", "unlink", "rmdir", "mkdir")
+        ),
+        *(
+            (Path, name)
+            for name in ("write_text", "write_bytes", "rename", "replace", "symlink_to")
+        ),
+        (checkpoint, "save_file"),
+    ):
+        counted(owner, name)
+    return done
+
+
+def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same one or the next; and the folder is in order again when the next run has begun."""
+    tensors = by_kind(engine)
+
+    def save(folder: Path, update: int) -> None:
+        """As a Saver does, without its thread: this process is forked, which threads of torch's do not survive."""
+        path = folder / f"checkpoint_1_{update}"
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.mkdir()
+        manifest = {
+            **{"format": 1, **DESCRIPTION, "environment": {}},
+            "progress": dataclasses.asdict(Progress(update=update)),
+        }
+        put = functools.partial(
+            checkpoint.name_checkpoint,
+            *(path, [checkpoint.LAST]),
+            keep_last_epochs=-1,
+            keep_update=lambda _: True,
+        )
+        sha256 = checkpoint._write_share(temporary, tensors, {"dict.txt": b"a 1\n"}, (0, 1))
+        checkpoint._Save(path, temporary, manifest, put).complete(sha256)
+
+    (tmp_path / "before").mkdir()
+    for update in (2, 4):
+        save(tmp_path / "before", update)
+    found = set()
+    for event in itertools.count(1):
+        folder = tmp_path / f"killed_{event}"
+        shutil.copytree(tmp_path / "before", folder, symlinks=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                killed_at(event, monkeypatch)
+                save(folder, 6)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        checkpoint.discard_leftovers(folder)
+        whole = checkpoint.find_whole(folder, checkpoint.LAST, engine.ranks)
+        assert whole is not None
+        found.add(checkpoint.read_progress(whole[1]).update)
+        assert not list(folder.glob(".*"))
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+        assert code == 9
+    assert found == {4, 6}
+    assert event > 20
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:

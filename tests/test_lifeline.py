@@ -239,7 +239,7 @@ def test_a_rank_that_was_killed_is_named_by_those_who_lost_it(tmp_path: Path) ->
     assert codes == [1, -9, 1]
     assert "Traceback" not in said
     assert said.count("rank 1 on b has ended without a word") == 1
-    assert "2 noticed, after update 7: Connection closed by peer" in said
+    assert "2 noticed: Connection closed by peer" in said
     assert "rank 1 on b" in str(ended["what"])
 
 

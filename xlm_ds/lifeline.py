@@ -14,10 +14,12 @@ SAVE_DIR/ended.json    how it has ended: exit_code, update, host, rank, what; th
 SAVE_DIR/logs/         rank-N.log of the ranks but 0, which has train.log
 """
 
+import atexit
 import contextlib
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -28,7 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from xlm_ds.log import (
     EXIT_BAD_INPUT,
@@ -265,7 +267,7 @@ class Ending:
             )
         else:
             what = "the ranks have lost each other, and none has ended: the network is cut off or too slow"
-        return f"{what}, after update {self.update}: {str(error).splitlines()[0]}"
+        return f"{what}: {_first_sentence(error)}"
 
 
 @contextlib.contextmanager
@@ -298,7 +300,19 @@ def one_report(ending: Ending, is_lost_rank: Callable[[BaseException], bool]) ->
         _leave(EXIT_FAULT)
 
 
-def _leave(code: int) -> None:
+def _first_sentence(error: BaseException) -> str:
+    """Of gloo's messages, without the place in its source and its advice."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^\[\S+/gloo/\S+\] ", "", line).partition(". This is typically")[0]
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process in good order but for what Python and torch take apart (3 CPU-seconds, torch 2.13)."""
+    atexit._run_exitfuncs()
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
     """Ends this process at once: threads of a backend that has lost a rank may wait for it for ever."""
     logging.shutdown()
     sys.stdout.flush()

@@ -80,6 +80,7 @@ from xlm_ds.lifeline import (
     Ending,
     StopSignal,
     launcher_is_gone,
+    leave,
     one_report,
     output_is_lost,
     place,
@@ -655,7 +656,7 @@ def main(argv: Sequence[str]) -> int:
     if config.run.dry_run:
         return dry_run(config)
     stop = StopSignal(config.run.stop_seconds)
-    if "RANK" in os.environ:
+    if launched := "RANK" in os.environ:
         stop.watch(launcher_is_gone())
         stop.watch(output_is_lost)
     ranks = start_ranks(config.run.heartbeat_timeout)
@@ -665,6 +666,8 @@ def main(argv: Sequence[str]) -> int:
         if ranks.rank == 0:
             ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
     stop_ranks()
+    if launched:
+        leave(code)
     return code
 
 
