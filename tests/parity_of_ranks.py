@@ -15,6 +15,7 @@ from test_engine import (
 )
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.checkpoint import TENSORS
+from xlm_ds.digests import fragment_digest
 from xlm_ds.engine import Engine, Ranks, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device
 
@@ -33,6 +34,10 @@ def part_of(batch: MaskedBatch, ranks: Ranks) -> MaskedBatch:
         targets=batch.targets[masked],
     )
     return on_device(part, ranks.device)
+
+
+def parts_of(engine: Engine) -> list[tuple[torch.Tensor, int]]:
+    return [(part, offset) for _, offset, part in engine.master_fragments()]
 
 
 torch.set_num_threads(1)
@@ -74,6 +79,9 @@ for name in sys.argv[1:]:
             assert all(torch.equal(values[k].cpu(), state[key][k]) for k in values), (
                 f"{name}: {key}"
             )
+    sums = torch.stack([fragment_digest(*part) for part in parts_of(engine)])
+    whole = torch.stack([fragment_digest(e["weight"].flatten(), 0) for e in state.values()])
+    assert torch.equal(ranks.sum(sums.cpu()), whole), f"{name}: the parts are not the whole"
     resumed = Engine(small_model(), settings, ranks)
     batch = part_of(random_batch(0), ranks)
     by_kind = {kind: {key: e[kind] for key, e in state.items()} for kind in TENSORS}

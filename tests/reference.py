@@ -1,8 +1,10 @@
 """Slow, readable twins of what the product does fast, written from the specification."""
 
+import hashlib
 import itertools
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -365,3 +367,29 @@ def batch_row(
         [1 + p for p in positions] + [0] * missing,
         [tokens[p] for p in positions] + [_PAD] * missing,
     )
+
+
+# --------------------------------------------------------------------------------------- digests
+
+
+def sample_digest(number: int, language: int, ids: Sequence[int], masks: Mapping[int, int]) -> int:
+    """Of a masked row; `masks`: position -> what was there."""
+    words = [language, *ids, *(word for place in sorted(masks) for word in (place, masks[place]))]
+    content = b"".join(word.to_bytes(4, "little") for word in words)
+    salt = number.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=salt).digest(), "big")
+
+
+def parameter_digest(weights: Sequence[float]) -> int:
+    """The sum of what every weight's number (high half) and its bits in fp32 (low half) are mixed to."""
+    bits = (struct.unpack("<I", struct.pack("<f", weight))[0] for weight in weights)
+    return sum(random_at(number << 32 | b, 0) for number, b in enumerate(bits)) % 2**64
+
+
+def chain_of(updates: Sequence[tuple[int, bytes]]) -> bytes:
+    """After these updates: (number, digests)."""
+    chain = bytes(8)
+    for number, digests in updates:
+        content = chain + number.to_bytes(8, "little") + digests
+        chain = hashlib.blake2b(content, digest_size=8).digest()
+    return chain

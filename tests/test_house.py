@@ -23,7 +23,7 @@ FLOORS = [
     {"dataset"},
     {"order"},
     {"batches"},
-    {"corpus"},
+    {"corpus", "digests"},
     {"cross_entropy_kernel", "linear_cross_entropy"},
     {"model", "schedule", "metrics"},
     {"engine"},

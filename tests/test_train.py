@@ -49,17 +49,21 @@ class NeverStop:
         pass
 
 
+def train_here(data: Path, save_dir: Path, ranks: Ranks, *flags: str) -> None:
+    """Trains in this process."""
+    config = parse(TrainConfig, [str(data), f"--save-dir={save_dir}", *SHAPE, *flags])
+    save_dir.mkdir(exist_ok=True)
+    ending = Ending(save_dir)
+    ending.clear()
+    assert train.train(config, ranks, NeverStop(), ending) == 0  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def run(tiny_data: Path, tmp_path: Path, ranks: Ranks) -> Any:
     """Trains in this process; returns the losses written to metrics.jsonl, by update."""
 
     def start(name: str, *flags: str) -> dict[int, float]:
-        argv = [str(tiny_data), f"--save-dir={tmp_path / name}", *SHAPE, *flags]
-        config = parse(TrainConfig, argv)
-        config.run.save_dir.mkdir(exist_ok=True)
-        ending = Ending(config.run.save_dir)
-        ending.clear()
-        assert train.train(config, ranks, NeverStop(), ending) == 0  # type: ignore[arg-type]
+        train_here(tiny_data, tmp_path / name, ranks, *flags)
         return losses_in(tmp_path / name)
 
     return start

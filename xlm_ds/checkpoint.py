@@ -62,6 +62,7 @@ class Progress:
     seconds: float = 0.0
     skipped_updates: int = 0  # of all updates, those whose gradient was not finite
     batch_at_start: int = 0  # samples of an update when the run began (0: not recorded)
+    chains: str = ""  # of digests.py, which continue ("": not recorded)
 
 
 # ------------------------------------------------------------------------------------------ write

@@ -13,6 +13,7 @@ STAGES = {
     "plan": "a configuration -> memory, speed and hours of its training",
     "train": "binarized data -> checkpoints",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
+    "prove": "two runs -> identical to an update, or their first difference",
     "report": "a run's metrics -> a picture of its curves",
 }
 

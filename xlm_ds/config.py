@@ -421,6 +421,11 @@ class RunConfig:
         "also validate every N updates (0: never)", default=0, bounds="[0, inf)"
     )
     log_interval: int = knob("one line every N updates", default=100, bounds="[1, inf)")
+    digest_interval: int = knob(
+        "digest of the parameters for xlm-ds prove every N updates (0: never); that of the samples is every update's",
+        default=1000,
+        bounds="[0, inf)",
+    )
     tensorboard_logdir: Path | None = knob(
         "TensorBoard's folder (default: SAVE_DIR/tensorboard)", default=None
     )
@@ -580,6 +585,17 @@ class ReportConfig:
 
     run: Path = knob("a run's folder (its --save-dir)", positional=True)
     output: Path | None = knob("PNG to write (default: RUN/curves.png)", default=None)
+
+
+# --------------------------------------------------------------------------------------- prove
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProveConfig:
+    """Two runs that should be the same."""
+
+    run_a: Path = knob("a run's folder (its --save-dir)", positional=True)
+    run_b: Path = knob("the folder of another", positional=True)
 
 
 # --------------------------------------------------------------------------------------- languages

@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
+        safe_get_local_fp32_param,
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
         safe_set_local_fp32_param,
@@ -417,6 +418,18 @@ def adam_steps(engine: Any) -> set[int]:
     return {int(count) for count in counts}
 
 
+def _master_fragment(parameter: Any, rank: int) -> tuple[int, Tensor]:
+    """Where this rank's part of a parameter's fp32 weights begins, and the part, flat."""
+    if hasattr(parameter, "ds_tensor"):  # equal parts; what fills up the last is left out
+        part = safe_get_local_fp32_param(parameter).detach()
+        begin = min(part.numel() * rank, parameter.ds_numel)
+        return begin, part[: parameter.ds_numel - begin]
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0, device=parameter.device)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, ValidationError):
         found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -542,6 +555,14 @@ class Engine:
             for key in MOMENTS:
                 tensors[key] = safe_get_full_optimizer_state(parameter, key)
             yield name, {key: value.detach() for key, value in tensors.items()}
+
+    def master_fragments(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Every parameter's name and what this rank has of its fp32 weights: the number of the first, and (n,) of them.
+
+        Without communication. Each weight is one rank's, so n may be 0. Not to be kept.
+        """
+        for parameter, name in self._names.items():
+            yield name, *_master_fragment(parameter, self.ranks.rank)
 
     def load_state(
         self,

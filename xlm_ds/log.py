@@ -23,6 +23,7 @@ from xlm_ds._core import InputError
 __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_CLOSED_PIPE",
+    "EXIT_DIFFERENT",
     "EXIT_FAULT",
     "EXIT_INTERRUPTED",
     "EXIT_OK",
@@ -40,6 +41,7 @@ __all__ = [
 EXIT_OK = 0
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
+EXIT_DIFFERENT = 3  # of two runs that prove compares; diff and cmp say 1, here a fault of ours
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a scheduler should start the run again
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # as a shell says that SIGPIPE has ended a program

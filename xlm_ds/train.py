@@ -63,6 +63,7 @@ from xlm_ds.deepspeed_config import (
 )
 from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.dictionary import PAD
+from xlm_ds.digests import FILE, Digests, begin_file
 from xlm_ds.engine import (
     Engine,
     Ranks,
@@ -128,6 +129,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
         tokens_per_sample=data.tokens_per_sample,
     )
     engine, progress = build_engine(config, corpus, geometry, shape, ranks, saved)
+    digests = start_digests(run, engine, progress)
     epoch_samples = corpus.order.epoch_samples
     meter = LossMeter(len(corpus.languages), ranks.device)
     unigram = UnigramWatch(
@@ -160,6 +162,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
                 stopwatch.enter("data")
                 first = geometry.first_sample(progress.samples, micro, ranks.rank)
                 batch = micro_batch(corpus, geometry, first=first)
+                digests.add(batch, first)
                 batch = on_device(batch, ranks.device)
                 stopwatch.enter("forward_backward")
                 seed_dropout(data.seed, progress.update, micro, ranks.rank)
@@ -171,6 +174,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
                 stopwatch.enter("other")
                 meter.add(batch, losses, first)
             stopwatch.count(geometry.batch, corpus.mask_ratio.at(progress.samples))
+            digests.end_update(progress.update + 1, progress.samples, geometry.batch)
             epochs_before = progress.samples // epoch_samples
             progress = dataclasses.replace(
                 progress,
@@ -190,6 +194,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
             )
 
             if due.log:
+                progress = dataclasses.replace(progress, chains=digests.write())
                 engine.check()
                 sums = ranks.sum(meter.take())
                 figures = loss_figures(sums, corpus.languages, unigram.train)
@@ -423,6 +428,22 @@ def check_same_data(
                 f"{name} was {before[name]} and is now {now[name]}: the samples from here on are others than they "
                 "would have been"
             )
+
+
+def start_digests(run: RunConfig, engine: Engine, progress: Progress) -> Digests:
+    """The run's digests, which go on where the checkpoint's were."""
+    path = run.save_dir / FILE
+    names = [name for name, _, _ in engine.master_fragments()]
+    engine.ranks.on_first(
+        lambda: begin_file(path, names, update=progress.update, chains=progress.chains)
+    )
+    return Digests(
+        path if engine.ranks.rank == 0 else None,
+        progress.chains,
+        interval=run.digest_interval,
+        masters=engine.master_fragments,
+        sum_over_ranks=engine.ranks.sum,
+    )
 
 
 def start_log(
