@@ -225,6 +225,7 @@ def rows_of(
             "messages": round(sum(s.number for s in collectives(job))),
             "predicted_seconds": predicted,
             "measured_seconds": measured,
+            "seconds_without_limit": statistics.median(r[FREE.name]["seconds"] for r in rounds),
             "ratio": predicted / measured,
             "ratio_least_most": [predicted / max(more), predicted / min(more)],
             "communication_of_the_run": statistics.median(own),
