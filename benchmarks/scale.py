@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from harness import RESULTS, ROOT, machine, version_of, versions
 
 from xlm_ds import binarize, plan
@@ -249,6 +250,30 @@ def show(rows: list[dict[str, Any]]) -> None:
     )
 
 
+# --------------------------------------------------------------------------------- gradients in bf16
+
+
+def sum_errors() -> list[dict[str, float]]:
+    """How far a sum of gradients in bf16, rounded at every rank as a ring does, is from their sum: norms' ratio.
+
+    A rank's gradient is noise, of norm 1, and a part that all ranks have, of norm `common`.
+    """
+    torch.manual_seed(0)
+    found = []
+    for common in (0.0, 0.3, 1.0, 3.0):
+        for ranks in (8, 64, 256, 1024):
+            shared = common * torch.randn(50_000)
+            exact = torch.zeros(50_000, dtype=torch.float64)
+            rounded = torch.zeros(50_000, dtype=torch.bfloat16)
+            for _ in range(ranks):
+                gradient = (shared + torch.randn(50_000)).bfloat16()
+                exact += gradient
+                rounded += gradient
+            error = float((rounded - exact).norm() / exact.norm())
+            found.append({"common": common, "ranks": ranks, "error": error})
+    return found
+
+
 def binarized(folder: Path) -> Path:
     text = ROOT / "tests" / "data" / "demo"
     out = folder / "data"
@@ -275,6 +300,8 @@ def main() -> None:
     if os.geteuid() or not all(map(shutil.which, ("ip", "tc"))):
         sys.exit("scale.py needs root, ip and tc (Debian: iproute2), for network namespaces")
     about = machine()
+    torch.set_num_threads(1)
+    sums = sum_errors()
     figures: dict[str, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -305,10 +332,15 @@ def main() -> None:
                 "rounds_done": number + 1,
                 "model": list(MODEL),
                 "rows": rows,
+                "sums_in_bf16": sums,
                 "rounds": figures,
             }
             arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     show(rows)
+    for row in sums:
+        print(
+            f"sum in bf16 of {row['ranks']:4} ranks, {row['common']:3} in common: {row['error']:.1%} off"
+        )
 
 
 if __name__ == "__main__":

@@ -307,14 +307,17 @@ def test_a_higher_stage_sends_more_of_several_micro_batches() -> None:
     assert sent == [3 * weights, 9 * weights, 8 * weights]
 
 
-def test_smaller_buckets_are_more_messages_and_as_many_bytes(tmp_path: Path) -> None:
-    template = json.loads((CONFIG_DIRECTORY / "zero2_bf16.json").read_text(encoding="utf-8"))
-    template["zero_optimization"]["reduce_bucket_size"] = 10_000_000
-    (tmp_path / "small.json").write_text(json.dumps(template), encoding="utf-8")
-    large, small = (
-        job_of("--gpus=64", flag)
-        for flag in (shipped("zero2_bf16"), f"--deepspeed-config={tmp_path / 'small.json'}")
-    )
+def test_gradients_in_fp32_are_twice_the_bytes() -> None:
+    job = job_of("--gpus=8", shipped("zero2_bf16"))
+    asked = dataclasses.replace(job, settings=job.settings | {"communication_data_type": "fp32"})
+    assert communicated(asked)[0] == 2 * communicated(job)[0]
+    assert communicated(asked)[1] == communicated(job)[1]
+
+
+def test_smaller_buckets_are_more_messages_and_as_many_bytes() -> None:
+    large = job_of("--gpus=64", shipped("zero2_bf16"))
+    zero = large.zero | {"reduce_bucket_size": 10_000_000}
+    small = dataclasses.replace(large, settings=large.settings | {"zero_optimization": zero})
     assert [collectives(j)[0].number for j in (large, small)] == [1, 18]  # of 174 million
     assert communicated(large) == pytest.approx(communicated(small), rel=1e-12)
     assert seconds(large)["communication"] < seconds(small)["communication"]

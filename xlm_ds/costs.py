@@ -98,6 +98,12 @@ class Job:
         return 4 if self.flat and adds_up else self.size
 
     @property
+    def sent_gradient_size(self) -> int:
+        """Bytes of a number of the gradients on its way to other ranks."""
+        asked = self.settings.get("communication_data_type")
+        return self.gradient_size if asked is None else 4 if asked == "fp32" else 2
+
+    @property
     def flat(self) -> bool:
         return suits_flat_gradients(self.settings)
 
@@ -325,7 +331,7 @@ def collectives(job: Job) -> list[Collectives]:
     if job.ranks == 1:
         return []
     micro_batches = job.geometry.accumulation
-    gradients = job.gradient_size * job.parameters
+    gradients = job.sent_gradient_size * job.parameters
     scatter = 2 if job.device.is_cpu else 1  # gloo sums on all ranks, and drops the rest
     norm = Collectives("norm", 1, 4, 2)
     if job.stage == 3:
