@@ -304,7 +304,11 @@ def test_a_higher_stage_sends_more_of_several_micro_batches() -> None:
     ]
     # Stage 1 once in fp32; 2 four all-reduces in bf16; both all weights. Stage 3 both halves four times.
     weights = MODEL_GIVEN * job_of().parameters * 7 / 8
-    assert sent == [3 * weights, 9 * weights, 8 * weights]
+    assert sent == pytest.approx([3 * weights, 9 * weights, 8 * weights])
+    # Of one micro-batch as many bytes as stage 1, in more messages.
+    one, three = (job_of(shipped(f"zero{stage}_bf16"), "--gpus=8") for stage in (1, 3))
+    assert sum(communicated(three)) == pytest.approx(sum(communicated(one)))
+    assert seconds(three)["communication"] > seconds(one)["communication"]
 
 
 def test_gradients_in_fp32_are_twice_the_bytes() -> None:
