@@ -1,6 +1,7 @@
 """The benchmarks run to their end: ids compared, the table and the JSON written."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -176,3 +177,15 @@ def test_step_gpu_without_time(tmp_path: Path) -> None:
     assert {"ceilings", "ladder", "other sizes", "attention"} <= set(result["skipped"])
     assert result["contenders"] == []
     assert "skipped  ladder: 0 s were left, and it may take" in printed
+
+
+def test_scale_says_what_it_needs(tmp_path: Path) -> None:
+    """Where there is no ip and no tc."""
+    script = BENCHMARKS / "scale.py"
+    command = [sys.executable, str(script), f"--output={tmp_path / 's.json'}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env={**os.environ, "PATH": ""}
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("scale.py needs root, ip and tc")
+    assert not list(tmp_path.iterdir())

@@ -12,12 +12,19 @@ from typing import Any
 import pytest
 
 from xlm_ds import plan, train
-from xlm_ds.architectures import flops_by_part, parameters_by_part, shape_from_config, useful_flops
+from xlm_ds.architectures import (
+    flops_by_part,
+    parameters_by_part,
+    shape_from_config,
+    tensor_sizes,
+    useful_flops,
+)
 from xlm_ds.config import ModelConfig, PlanConfig
 from xlm_ds.costs import (
     TILE,
     Job,
     activations,
+    collectives,
     communicated,
     fits,
     memory,
@@ -77,6 +84,7 @@ def test_parameters_are_those_of_a_built_model(flags: dict[str, Any]) -> None:
         part = {"token_embedding": "token embedding", "layers": "layers", "head": "head"}
         built[part.get(first, "language and position embeddings")] += parameter.numel()
     assert parameters_by_part(shape) == built
+    assert sorted(tensor_sizes(shape)) == sorted(p.numel() for p in model.parameters())
 
 
 def test_useful_operations_are_three_times_the_products_of_a_forward_pass() -> None:
@@ -176,7 +184,7 @@ def test_a_stage_divides_what_it_says(stage: int) -> None:
     for part in ("activations", "logits of masked tokens"):
         assert many[part] == alone[part]
     parameters = job_of().parameters
-    bucket = 2 * 5e8
+    bucket = 2 * 2e8
     kept = {1: 2 * parameters, 2: bucket + 2 * parameters / 8, 3: bucket + 2 * parameters / 8}
     assert many["gradients"].backward == kept[stage]
     held = {1: 2 * parameters, 2: 2 * parameters, 3: 2 * parameters / 8 + 2 * parameters}
@@ -209,13 +217,146 @@ def test_what_is_sent() -> None:
     assert communicated(job_of("--gpus=8")) == (weights * 7 / 8, weights * 7 / 8)
     assert communicated(job_of("--gpus=8", "--update-freq=4"))[0] == 2 * weights * 7 / 8  # in fp32
     three = communicated(job_of("--gpus=8", "--update-freq=4", shipped("zero3_bf16")))
-    assert three == (4 * weights * 7 / 8, 8 * weights * 7 / 8)
+    assert three == pytest.approx((4 * weights * 7 / 8, 4 * weights * 7 / 8))
 
 
 def test_a_slow_network_is_the_limit_between_nodes_only() -> None:
     for ranks, slower in ((8, False), (16, True)):
         fast, slow = (job_of(f"--gpus={ranks}", f"--bandwidth={b}") for b in (400, 1))
         assert (seconds(slow)["communication"] > seconds(fast)["communication"]) == slower
+
+
+TINY = (
+    "--vocab-size=500", "--tokens-per-sample=16", "--max-tokens=32", "--encoder-layers=4", "--encoder-embed-dim=64",
+    "--encoder-ffn-embed-dim=256", "--encoder-attention-heads=4", "--gpu=cpu",
+)  # fmt: skip
+KEPT = "stage3_param_persistence_threshold"
+
+
+@pytest.mark.slow
+def test_collectives_are_those_that_two_ranks_make() -> None:
+    """How many, of how many bytes: of every stage, with several micro-batches, buckets and tensors kept."""
+    cases = [
+        ("zero1_bf16", 1, {}),
+        ("zero1_bf16", 2, {}),
+        ("zero2_bf16", 2, {}),
+        ("zero2_bf16", 1, {"reduce_bucket_size": 50_000}),
+        ("zero3_bf16", 2, {KEPT: 0}),
+        ("zero3_bf16", 1, {KEPT: 100_000}),
+        ("zero3_bf16", 2, {KEPT: 1000}),
+        ("zero3_bf16", 1, {KEPT: 0, "stage3_prefetch_bucket_size": 50_000, "reduce_bucket_size": 50_000}),
+        ("zero3_bf16", 1, {KEPT: 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}),
+    ]  # fmt: skip
+    told = [
+        json.dumps({"flags": [*TINY, f"--update-freq={freq}", shipped(name)], "zero": zero})
+        for name, freq, zero in cases
+    ]
+    script = Path(__file__).parent / "count_collectives.py"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_PORT")}
+    environment |= {"PYTHONPATH": str(Path(plan.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), *told], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == len(cases)
+    for case, line in zip(cases, lines, strict=True):
+        predicted, counted = line["predicted"], line["counted"]
+        assert [(p[0], p[1], p[3]) for p in predicted] == [(c[0], c[1], c[3]) for c in counted], (
+            case
+        )
+        for said, found in zip(predicted, counted, strict=True):
+            # The norm is of 4 or 8 bytes; ZeRO fills parts up to be equal.
+            assert said[2] == pytest.approx(found[2], rel=0.03, abs=4), case
+
+
+def test_communication_by_hand() -> None:
+    """16 H100 in two machines at 12.5 GB/s: a reduce-scatter and an all-gather of 2 bytes a weight, and a norm."""
+    job = job_of("--gpus=16")
+    ring = 8.4e-6 + 14 * 3.4e-6 + 14e-6 + 2 * job.parameters * 15 / 16 / (0.8 * 12.5e9)
+    norm = 6.6e-6 + 2 * (14 * 1.1e-6 + 2.7e-6) + 2 * 4 * 15 / 16 / (0.25 * 0.8 * 12.5e9)
+    assert seconds(job)["communication"] == pytest.approx(2 * ring + norm, rel=1e-12)
+    assert [(sent.what, sent.number, sent.passes) for sent in collectives(job)] == [
+        ("gradients", 1, 1),
+        ("weights", 1, 1),
+        ("norm", 1, 2),
+    ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_communication_grows_with_ranks_and_falls_with_bandwidth(stage: int) -> None:
+    def waited(gpus: int, bandwidth: float) -> float:
+        job = job_of(shipped(f"zero{stage}_bf16"), f"--gpus={gpus}", f"--bandwidth={bandwidth}")
+        return seconds(job).get("communication", 0.0)
+
+    assert waited(1, 50) == 0
+    by_ranks = [waited(gpus, 50) for gpus in (1, *plan.SCALE)]
+    assert by_ranks == sorted(set(by_ranks))
+    by_bandwidth = [waited(64, bandwidth) for bandwidth in (400, 100, 25, 12.5)]
+    assert by_bandwidth == sorted(set(by_bandwidth))
+
+
+def test_a_higher_stage_sends_more_of_several_micro_batches() -> None:
+    sent = [
+        sum(communicated(job_of(shipped(f"zero{stage}_bf16"), "--gpus=8", "--update-freq=4")))
+        for stage in (1, 2, 3)
+    ]
+    # Stage 1 once in fp32; 2 four all-reduces in bf16; both all weights. Stage 3 both halves four times.
+    weights = MODEL_GIVEN * job_of().parameters * 7 / 8
+    assert sent == pytest.approx([3 * weights, 9 * weights, 8 * weights])
+    # Of one micro-batch as many bytes as stage 1, in more messages.
+    one, three = (job_of(shipped(f"zero{stage}_bf16"), "--gpus=8") for stage in (1, 3))
+    assert sum(communicated(three)) == pytest.approx(sum(communicated(one)))
+    assert seconds(three)["communication"] > seconds(one)["communication"]
+
+
+def test_gradients_in_fp32_are_twice_the_bytes() -> None:
+    job = job_of("--gpus=8", shipped("zero2_bf16"))
+    asked = dataclasses.replace(job, settings=job.settings | {"communication_data_type": "fp32"})
+    assert communicated(asked)[0] == 2 * communicated(job)[0]
+    assert communicated(asked)[1] == communicated(job)[1]
+
+
+def test_smaller_buckets_are_more_messages_and_as_many_bytes() -> None:
+    large = job_of("--gpus=64", shipped("zero2_bf16"))
+    zero = large.zero | {"reduce_bucket_size": 10_000_000}
+    small = dataclasses.replace(large, settings=large.settings | {"zero_optimization": zero})
+    assert [collectives(j)[0].number for j in (large, small)] == [1, 18]  # of 174 million
+    assert communicated(large) == pytest.approx(communicated(small), rel=1e-12)
+    assert seconds(large)["communication"] < seconds(small)["communication"]
+
+
+def test_zero_3_gathers_twice_what_it_cannot_keep_until_the_backward_pass() -> None:
+    """Tensors are kept if they are used again within 1e9 numbers: in a model of half as many, all."""
+    for layers, again in ((6, 0.0), (100, 1.0)):
+        job = job_of("--gpus=8", f"--encoder-layers={layers}", shipped("zero3_bf16"))
+        whole = MODEL_GIVEN * job.parameters * 7 / 8
+        extra = again * MODEL_GIVEN * (job.parameters - 5e8) * 7 / 8
+        assert communicated(job) == pytest.approx((whole, whole + extra), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--gpu=l4",), ("--gpu=b200", "--max-tokens=65536", "--bandwidth=400")]
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_efficiency_is_a_share(stage: int, flags: tuple[str, ...]) -> None:
+    config = parse(PlanConfig, [*RECIPE, *flags])
+    base = plan.at_stage(job_of("--max-tokens=16384", *flags), stage)
+    assert base.stage == stage
+    optimization = dataclasses.replace(
+        config.optimization, max_tokens=base.geometry.rows * base.tokens
+    )
+    for gpus in (1, *plan.SCALE):
+        job = plan.with_same_share(base, gpus)
+        found = plan.reached(job, optimization)
+        assert 0 < found.efficiency < 1
+        assert (found.communication == 0) == (gpus == 1)
+        same = plan.with_same_batch(base, optimization, gpus)
+        assert (same is None) == (gpus > base.geometry.batch)
+        if same is not None:
+            assert same.update_tokens == base.update_tokens
+            assert 0 < plan.reached(same, optimization).efficiency < 1
 
 
 def test_speed_is_what_the_estimate_for_an_h200_was() -> None:
@@ -282,6 +423,31 @@ def test_slowness_names_its_flag(
     assert any(mend in line for line in slow), slow
 
 
+def test_scale_has_a_table_of_each_law(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--max-tokens=16384", "--global-batch-tokens=2097152", "--gpus=64", "--bandwidth=50")
+    assert "GPUs  " not in printed(capsys, *flags)
+    out = printed(capsys, *flags, "--scale")
+    strong, weak = out.split("updates of 2,097,152 tokens")[1].split("32,768 tokens a GPU")
+    for table in (strong, weak):
+        rows = [line.split() for line in table.splitlines() if " GPUs " in line]
+        assert [row[0] for row in rows] == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+        assert all(len(row) == 11 for row in rows)
+    assert "nothing of it is hidden" in out
+    # The row of as many GPUs as the plan is of has its figures.
+    rate = re.search(r"([\d,]+) tokens/s, ", out)
+    assert rate is not None
+    assert all(f"64 GPUs {rate[1]}" in " ".join(table.split()) for table in (strong, weak))
+
+
+def test_scale_says_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """8 samples cannot be divided among 16 GPUs; and at stage 1 there is no room for the model."""
+    out = printed(capsys, "--gpu=h200", "--scale")
+    assert re.search(r"\n16 GPUs( +-){9}\n", out)
+    flags = ("--gpu=l40s", "--gpus=64", "--max-tokens=512", shipped("zero3_bf16"))
+    out = printed(capsys, *BIG, *flags, "--scale")
+    assert re.search(r"\n8 GPUs +- +[\d,]+ +[\d,]+ +- ", out)
+
+
 BIG = ("--encoder-layers=48", "--encoder-embed-dim=4096", "--encoder-ffn-embed-dim=16384")
 TOO_BIG = ("--gpu=l40s", "--gpus=8", *BIG)
 
@@ -324,6 +490,12 @@ def test_what_mends_it_does(flags: tuple[str, ...]) -> None:
         (("--vocab-size=3",), r"must be in \[6, inf\)"),
         (("--vocab-size=95000", "--gpu=h1000"), "did you mean h100"),
         (("--vocab-size=95000", "--max-tokens=100"), "one sample must fit"),
+        (
+            ("--vocab-size=95000", "--scale", "--bandwidth=0"),
+            r"--bandwidth 0.0: must be in \(0, inf\)",
+        ),
+        (("--vocab-size=95000", "--scale=64"), "--scale: takes no value"),
+        (("--vocab-size=95000", "--gpus=8", "--global-batch-tokens=5000"), "cannot be divided"),
     ],
 )
 def test_bad_input(flags: tuple[str, ...], expected: str) -> None:

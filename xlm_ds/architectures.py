@@ -107,6 +107,21 @@ def parameter_count(shape: ModelShape) -> int:
     return sum(parameters_by_part(shape).values())
 
 
+def tensor_sizes(shape: ModelShape) -> list[int]:
+    """Numbers in each of the parameters of a model of this shape, which are sent and kept one by one here and there."""
+    dim, inner = shape.embed_dim, shape.ffn_embed_dim
+    norm = [dim, dim]
+    attention = [3 * dim * dim, 3 * dim, dim * dim, dim]
+    ffn = [dim * inner, inner, inner * dim, dim]
+    tables = [shape.vocab_size * dim, shape.num_segment * dim]
+    if shape.token_positions:
+        tables.append((shape.max_positions + FIRST_POSITION_ROW) * dim)
+    if shape.normalize_embeddings:
+        tables += norm
+    head = [dim * dim, dim, *norm, shape.vocab_size]
+    return tables + shape.layers * (attention + norm + ffn + norm) + head
+
+
 def flops_by_part(shape: ModelShape, *, rows: int, tokens: int, masked: int) -> dict[str, float]:
     """Floating point operations that forward and backward pass of rows of so many tokens, `masked` of them, need: three
     times the forward matrix products (a multiply and an add each) of the layers, attention over the whole row, and the

@@ -549,6 +549,9 @@ class PlanConfig:
         default=12.5,
         bounds="(0, inf)",
     )
+    scale: bool = knob(
+        "also say what 8 to 1,024 GPUs would reach in ZeRO 1, 2 and 3", default=False
+    )
 
 
 # --------------------------------------------------------------------------------------- evaluate

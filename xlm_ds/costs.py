@@ -5,13 +5,15 @@
     seconds(job)                               # {part: seconds of an update}
 
 Sizes follow from the code of model.py and engine.py. Speeds are a model: peaks are the makers', and the shares of them
-that are reached are the constants below, most of them estimates.
+that are reached are the constants below, most of them estimates. docs/decisions/0011-scale.md has what was measured of
+the communication.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from xlm_ds.architectures import ModelShape, flops_by_part, parameter_count
+from xlm_ds.architectures import ModelShape, flops_by_part, parameter_count, tensor_sizes
 from xlm_ds.deepspeed_config import precision_of, suits_flat_gradients
 from xlm_ds.devices import GIB, Device, Speed
 from xlm_ds.geometry import Geometry
@@ -22,13 +24,30 @@ MATRIX_SHARE = 0.7
 HALF_SPEED_ROWS = 900
 ATTENTION_SHARE = 0.3  # of the peak; estimated
 BANDWIDTH_SHARE = 0.9  # a copy on an H200: 4.3 of 4.8 TB/s
-LINK_SHARE = 0.8  # estimated
+LINK_SHARE = 0.8  # of a GPU's link or a node's network, what NCCL's rings carry; estimated
+LINK_SHARE_CPU = 0.95  # of Ethernet: TCP carries 1,448 of 1,514 bytes
 # Numbers read and written per token, layer and width by what is between the products, where layers are compiled:
 # 2 ms for 16,384 tokens of xlm_base, estimated.
 POINTWISE_NUMBERS = 43
 LAUNCH_SECONDS = 4e-4  # that a GPU waits for its host per layer, forward and backward; estimated
 HOST_BANDWIDTH = 20e9  # bytes a second of Adam on the host, each rank; estimated
 HOST_LINK = 20e9  # bytes a second between a GPU and its host; estimated
+
+
+class Ring(NamedTuple):
+    """How a library sends around a ring of all ranks, one node after another."""
+
+    start: float  # seconds, once a collective
+    hop_inside: float  # seconds from rank to rank of a node
+    hop_between: float  # seconds from node to node
+    share: float  # of the bandwidth
+
+
+# What NCCL itself reckons with where it chooses a protocol (hwLat of its src/graph/tuning.cc, with NVLink): Simple for
+# much, LL for little. Its trees, NVLS and PAT are quicker where ranks are many and messages small: not in this model.
+NCCL_RINGS = (Ring(8.4e-6, 3.4e-6, 14e-6, 1.0), Ring(6.6e-6, 1.1e-6, 2.7e-6, 0.25))
+# A single number took 0.2 to 1.2 ms around 2 hosts and 0.3 to 2.4 ms around 3 (namespaces of 2 cores, November 2026).
+GLOO_RINGS = (Ring(2e-4, 5e-4, 5e-4, 1.0),)
 
 # Of a GPU: CUDA's context, kernels and the libraries' workspaces; estimated. Of a CPU: a process of 0.4 GiB that has
 # updated a tiny model, and what else is not counted here. With it the peaks of ten configurations at stages 1 to 3,
@@ -79,6 +98,12 @@ class Job:
         return 4 if self.flat and adds_up else self.size
 
     @property
+    def sent_gradient_size(self) -> int:
+        """Bytes of a number of the gradients on its way to other ranks."""
+        asked = self.settings.get("communication_data_type")
+        return self.gradient_size if asked is None else 4 if asked == "fp32" else 2
+
+    @property
     def flat(self) -> bool:
         return suits_flat_gradients(self.settings)
 
@@ -94,6 +119,10 @@ class Job:
     @property
     def ranks(self) -> int:
         return self.geometry.world_size
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.gpus_per_node)
 
     @property
     def micro_tokens(self) -> int:
@@ -239,7 +268,7 @@ def seconds(job: Job) -> dict[str, float]:
         return {}
     parts = {name: job.geometry.accumulation * s for name, s in _micro(job, speed)}
     parts["optimizer"] = _optimizer(job, speed)
-    parts["communication"] = sum(communicated(job)) / _link(job, speed)
+    parts["communication"] = sum(send_seconds(job, speed, sent) for sent in collectives(job))
     computed = sum(parts[name] for name in ("matrix products", "attention", "between them"))
     if not job.device.is_cpu:
         launches = job.geometry.accumulation * LAUNCH_SECONDS * (job.shape.layers + 1)
@@ -281,18 +310,106 @@ def _optimizer(job: Job, speed: Speed) -> float:
     return on_device + partition * mine / (BANDWIDTH_SHARE * speed.memory)
 
 
+# ------------------------------------------------------------------------------------ communication
+
+
+class Collectives(NamedTuple):
+    """Those of an update that are alike."""
+
+    what: str  # gradients, weights or norm
+    number: float
+    size: float  # bytes of each, all ranks' parts together
+    passes: int  # around the ring: 1 of a reduce-scatter or an all-gather, 2 of an all-reduce
+
+
+def collectives(job: Job) -> list[Collectives]:
+    """What DeepSpeed 0.19.8 and FlatGradients send in an update; none of one rank.
+
+    As tests/count_collectives.py counts them on 2 ranks; the first update of ZeRO 3, which does not know the order of
+    its layers yet, has others.
+    """
+    if job.ranks == 1:
+        return []
+    micro_batches = job.geometry.accumulation
+    gradients = job.sent_gradient_size * job.parameters
+    scatter = 2 if job.device.is_cpu else 1  # gloo sums on all ranks, and drops the rest
+    norm = Collectives("norm", 1, 4, 2)
+    if job.stage == 3:
+        n = micro_batches * _buckets(job)
+        return [
+            Collectives("gradients", n, micro_batches * gradients / n, scatter),
+            *_gathers(job),
+            norm,
+        ]
+    if job.flat:
+        sums = Collectives("gradients", 1, gradients, scatter)
+    else:
+        # DeepSpeed's own path sums on all ranks, at stage 2 for every micro-batch.
+        times = micro_batches if job.stage == 2 else 1
+        n = times * _buckets(job)
+        sums = Collectives("gradients", n, times * gradients / n, 2)
+    # All weights at once: allgather_bucket_size decides nothing where torch has all_gather_into_tensor.
+    return [sums, Collectives("weights", 1, job.size * job.parameters, 1), norm]
+
+
+def _buckets(job: Job) -> int:
+    return math.ceil(job.parameters / job.zero_number("reduce_bucket_size", 5e8))
+
+
+def _gathers(job: Job) -> list[Collectives]:
+    """ZeRO 3's weights: small tensors are kept, and sent one by one after every update; the others for every
+    micro-batch, and again in its backward pass where that is too far away for them to be kept.
+    """
+    threshold = job.zero_number("stage3_param_persistence_threshold", 1e5)
+    kept = [size for size in tensor_sizes(job.shape) if size <= threshold]
+    divided = job.parameters - sum(kept)
+    # A tensor with x numbers before it is used again 2 (P - x) numbers later.
+    reach = job.zero_number("stage3_max_reuse_distance", 1e9) / 2
+    again = max(0.0, divided - reach)
+    micro_batches = job.geometry.accumulation
+    gathers = []
+    if divided:
+        modules = 6 * job.shape.layers + 5
+        ahead = job.zero_number("stage3_prefetch_bucket_size", 5e7)
+        at_once = min(modules, 1 + math.ceil(divided / ahead)) if ahead else modules
+        n = at_once * (1 + again / divided)
+        size = job.size * (divided + again) / n
+        gathers.append(Collectives("weights", micro_batches * n, size, 1))
+    if kept:
+        size = job.size * sum(kept) / len(kept)
+        gathers.append(Collectives("weights", len(kept), size, 1))
+    return gathers
+
+
 def communicated(job: Job) -> tuple[float, float]:
     """Bytes that a rank sends in an update: of gradients, of weights. Each is a ring's (n - 1) / n of the whole."""
-    whole = job.parameters * (job.ranks - 1) / job.ranks
-    micro_batches = job.geometry.accumulation
-    if job.stage == 3:
-        return micro_batches * job.size * whole, micro_batches * 2 * job.size * whole
-    # DeepSpeed's own path sums a bucket on all ranks (twice the bytes), at stage 2 for every micro-batch.
-    times = 1 if job.flat else 2 * (micro_batches if job.stage == 2 else 1)
-    return times * job.gradient_size * whole, job.size * whole
+    of = dict.fromkeys(("gradients", "weights", "norm"), 0.0)
+    for sent in collectives(job):
+        of[sent.what] += sent.number * _sent_by_a_rank(job, sent)
+    return of["gradients"], of["weights"]
+
+
+def _sent_by_a_rank(job: Job, sent: Collectives) -> float:
+    """Bytes of one of them."""
+    return sent.passes * sent.size * (job.ranks - 1) / job.ranks
+
+
+def send_seconds(job: Job, speed: Speed, sent: Collectives) -> float:
+    """Of all of them, one after another: the ring's hops, and its bytes at the rate of its slowest place."""
+    rings = GLOO_RINGS if job.device.is_cpu else NCCL_RINGS
+    link, bytes_sent = _link(job, speed), _sent_by_a_rank(job, sent)
+    between = job.nodes - 1
+    inside = job.ranks - 1 - between
+    return sent.number * min(
+        ring.start
+        + sent.passes * (inside * ring.hop_inside + between * ring.hop_between)
+        + bytes_sent / (ring.share * link)
+        for ring in rings
+    )
 
 
 def _link(job: Job, speed: Speed) -> float:
     """Bytes a second around the ring: its slowest place is between nodes, where there are several."""
-    across = job.bandwidth if job.ranks > job.gpus_per_node else speed.link
-    return LINK_SHARE * min(across, speed.link)
+    share = LINK_SHARE_CPU if job.device.is_cpu else LINK_SHARE
+    across = job.bandwidth if job.nodes > 1 else speed.link
+    return share * min(across, speed.link)

@@ -2,6 +2,7 @@
 
     python -m xlm_ds.plan --vocab-size 95000 --gpu h200 --gpus 8 --max-tokens 16384 --max-update 100000
     python -m xlm_ds.plan OUT --config run.toml
+    python -m xlm_ds.plan OUT --config run.toml --gpu h100 --bandwidth 50 --scale     # 8 to 1,024 GPUs
 
 Takes the flags and files of train. A configuration that cannot fit ends with exit code 2 and the flag that mends it; of
 one that is slower than it need be, that is said. train --dry-run says the same for the machine that it is started on.
@@ -43,12 +44,13 @@ from xlm_ds.deepspeed_config import (
 from xlm_ds.devices import GIB, GPUS, Device, this_cpu
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.flags import parse
-from xlm_ds.geometry import batch_geometry
+from xlm_ds.geometry import batch_geometry, rows_that_fit
 from xlm_ds.log import EXIT_OK, InputError, run_stage
 
 XLM_LANGUAGES = 15
 LARGE_SHARE = 0.2  # of an update, for what is not computing
 WORTH_SAYING = 1.1  # times as fast
+SCALE = tuple(2**k for k in range(3, 11))  # GPUs: 8 to 1,024
 DIVIDED = {
     1: "masters and moments",
     2: "masters, moments and gradients",
@@ -115,13 +117,21 @@ def build_job(
 
 
 def show(
-    job: Job, optimization: OptimizationConfig, facts: Facts, *, name: str, updates_done: int = 0
+    job: Job,
+    optimization: OptimizationConfig,
+    facts: Facts,
+    *,
+    name: str,
+    updates_done: int = 0,
+    scale: bool = False,
 ) -> None:
-    """Prints the plan. Raises InputError if it cannot fit."""
+    """Prints the plan, with `scale` that of other numbers of GPUs too. Raises InputError if it cannot fit."""
     sections = [_model(job, name), _memory(job), _computing(job)]
     if fits(job):
         sections.append(_time(job, optimization, facts, updates_done))
         sections += [f"slow: {sentence}" for sentence in slownesses(job, optimization)]
+    if scale:
+        sections.append(_scale(job, optimization))
     sys.stdout.write("\n\n".join([*sections, HOW]) + "\n")
     sys.stdout.flush()
     if not fits(job):
@@ -411,6 +421,104 @@ def _times(faster: Job, job: Job) -> float:
     return rates[0] / rates[1]
 
 
+# ------------------------------------------------------------------------------------------- scale
+
+
+class Reached(NamedTuple):
+    """What so many GPUs reach."""
+
+    tokens_per_second: float
+    efficiency: float
+    communication: float  # seconds of an update
+
+
+def at_stage(job: Job, stage: int) -> Job:
+    """The same in another stage, with what our JSON of that stage says of ZeRO."""
+    if job.stage == stage:
+        return job
+    other, _ = with_settings(job, f"zero{stage}_bf16")
+    settings = {**job.settings, "zero_optimization": other.zero}
+    return dataclasses.replace(job, settings=settings)
+
+
+def with_same_batch(job: Job, optimization: OptimizationConfig, gpus: int) -> Job | None:
+    """Its update, divided among so many GPUs; nothing if it cannot be."""
+    if job.geometry.batch % gpus:
+        return None
+    fixed = dataclasses.replace(optimization, global_batch_tokens=job.update_tokens)
+    return dataclasses.replace(job, geometry=batch_geometry(fixed, job.tokens, gpus))
+
+
+def with_same_share(job: Job, gpus: int) -> Job:
+    """So many GPUs, each with as many tokens of an update as one has now."""
+    return dataclasses.replace(job, geometry=job.geometry._replace(world_size=gpus))
+
+
+def reached(job: Job, optimization: OptimizationConfig) -> Reached:
+    """Efficiency is the share, in (0, 1], of the tokens/s that as many GPUs had if an update were its forward and
+    backward passes in micro-batches of --max-tokens, and nothing else.
+    """
+    total = sum(seconds(job).values())
+    rows = rows_that_fit(optimization.max_tokens, job.tokens)
+    alone = _passes(divided(job, rows, 1)) / rows
+    samples = job.geometry.rows * job.geometry.accumulation
+    return Reached(
+        tokens_per_second=job.update_tokens / total,
+        efficiency=samples * alone / total,
+        communication=seconds(job).get("communication", 0.0),
+    )
+
+
+def _passes(job: Job) -> float:
+    """Seconds of the forward and backward passes of an update."""
+    return sum(s for part, s in seconds(job).items() if part not in ("optimizer", "communication"))
+
+
+def _scale(job: Job, optimization: OptimizationConfig) -> str:
+    if job.device.speed is None:
+        return (
+            f"Speeds of a {job.device.name} are not known here, nor what more of them would reach."
+        )
+    samples = job.geometry.rows * job.geometry.accumulation
+    per_node = f"{job.gpus_per_node} a machine, {job.bandwidth / 1e9:g} GB/s in and out of each"
+    return "\n\n".join([
+        f"More or fewer GPUs ({job.device.name}, {per_node}). Communication is of an update, and all of it "
+        "waited for. Efficiency is the share of the tokens/s that they would reach if an update were its forward and "
+        "backward passes in micro-batches of --max-tokens, and nothing else. Of -, the update cannot be divided so, or "
+        "does not fit. Assumed: every collective is a ring through all machines, whose slowest link decides, with a "
+        "delay at each GPU; nothing of it is hidden behind computing (docs/decisions/0011-scale.md).",
+        _scale_table(
+            f"updates of {job.update_tokens:,} tokens",
+            optimization,
+            [with_same_batch(job, optimization, gpus) for gpus in SCALE],
+        ),
+        _scale_table(
+            f"{samples * job.tokens:,} tokens a GPU",
+            optimization,
+            [with_same_share(job, gpus) for gpus in SCALE],
+        ),
+    ])  # fmt: skip
+
+
+def _scale_table(title: str, optimization: OptimizationConfig, jobs: Sequence[Job | None]) -> str:
+    heads = [
+        f"{what}ZeRO {stage}" if stage == 1 else f"{stage}"
+        for what in ("tokens/s: ", "efficiency: ", "communication, ms: ")
+        for stage in (1, 2, 3)
+    ]
+    rows = []
+    for gpus, job in zip(SCALE, jobs, strict=True):
+        stages = [at_stage(job, stage) for stage in (1, 2, 3)] if job else []
+        found = [reached(j, optimization) if fits(j) else None for j in stages] or [None] * 3
+        cells = [
+            *(_figures(r.tokens_per_second) if r else "-" for r in found),
+            *(f"{r.efficiency:.1%}" if r else "-" for r in found),
+            *(f"{r.communication * 1e3:.1f}" if r else "-" for r in found),
+        ]
+        rows.append((f"{gpus} GPUs", *cells))
+    return _table(title, heads, rows)
+
+
 # ------------------------------------------------------------------------------------------- stage
 
 
@@ -446,12 +554,14 @@ def read_facts(config: PlanConfig) -> Facts:
 
 def main(argv: Sequence[str]) -> int:
     config = parse(PlanConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
-    per_node = min(config.gpus, config.gpus_per_node)
+    per_node = config.gpus_per_node
+    if config.gpu == "cpu":  # its cores are divided among those that there are
+        per_node = min(config.gpus, per_node)
     device = this_cpu(per_node) if config.gpu == "cpu" else GPUS[config.gpu]
     ground = Ground(device, config.gpus, per_node, config.bandwidth * 1e9)
     facts = read_facts(config)
     job = build_job(config.data, config.model, config.optimization, config.run, facts, ground)
-    show(job, config.optimization, facts, name=config.model.arch)
+    show(job, config.optimization, facts, name=config.model.arch, scale=config.scale)
     return EXIT_OK
 
 
