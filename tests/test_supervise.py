@@ -51,7 +51,7 @@ def hang(*pids):
     for pid in pids:
         note("pids", pid)
     (folder / "ready").touch()
-    time.sleep(600)
+    time.sleep(120)
 
 def wait_for_stop():
     note("pids", os.getpid())
@@ -274,7 +274,7 @@ WELL_BEHAVED = "code = wait_for_stop(); save(5); end(code, leave=1)"
 def test_a_signal_makes_the_run_save_and_end(
     number: int, word: str, code: int, start: Supervise, run: Path
 ) -> None:
-    """It does not reach the launcher (DeepSpeed's kills other runs); the keeper, if a scheduler signals all, goes on."""
+    """It does not reach the launcher (DeepSpeed's kills other runs); a keeper that a scheduler signals goes on."""
     process = start(WELL_BEHAVED, "--first-pause=60")
     wait_for(run / "ready")
     keeper_of(process).send_signal(number)
@@ -299,7 +299,7 @@ def test_a_run_that_does_not_end_is_killed(start: Supervise, run: Path) -> None:
 
 
 def test_a_second_ctrl_c_kills_at_once(start: Supervise, run: Path) -> None:
-    process = start("hang()", "--kill-after=600")
+    process = start("hang()", "--kill-after=60")
     wait_for(run / "ready")
     process.send_signal(signal.SIGINT)
     wait_for(run / "stop")
@@ -336,7 +336,7 @@ def test_a_run_that_is_done_while_it_is_asked_is_done(start: Supervise, run: Pat
 # ----------------------------------------------------------------------------------- nothing is left
 
 # As DeepSpeed's runner: a launcher that dies and leaves what it has started, here in a session of its own.
-SLEEP = "[sys.executable, '-S', '-c', 'import time; time.sleep(600)', 'a rank']"
+SLEEP = "[sys.executable, '-S', '-c', 'import time; time.sleep(120)', 'a rank']"
 ORPHAN = f"child = subprocess.Popen({SLEEP}, start_new_session=True).pid; note('pids', child); "
 
 

@@ -522,9 +522,9 @@ class SuperviseConfig:
         bounds="[0, inf)",
     )
     kill_after: float = knob(
-        "seconds that a run which was asked to stop may take to save and end, before its processes are killed; ended "
-        "is then all within ten. After SIGUSR1 it may take as long as it needs",
-        default=9.5,
+        "seconds that a run which was asked to stop may take to save and end, before its processes are killed; after "
+        "SIGUSR1 it may take as long as it needs",
+        default=9.0,  # and all is ended within ten
         bounds="[0, inf)",
     )
     no_preflight: bool = knob("do not look at the hosts of --hostfile first", default=False)
