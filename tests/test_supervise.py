@@ -67,6 +67,7 @@ start = len((folder / "starts").read_text().splitlines())
 """
 
 Supervise = Callable[..., subprocess.Popen[str]]
+BRIEF = ("--stop-seconds=0.1",)  # of a run that is to be killed
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def start(tmp_path: Path, run: Path) -> Iterator[Supervise]:
     with contextlib.ExitStack() as started:
 
         def begin(body: str, *flags: str, words: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-            own = ["--first-pause=0.1", "--kill-after=5", *flags]
+            own = ["--first-pause=0.1", *flags]
             command = fake_command(tmp_path / "fake.py", body, run, *words)
             process = subprocess.Popen(
                 [sys.executable, "-m", "xlm_ds.supervise", *own, "--", *command],
@@ -288,7 +289,7 @@ def test_a_signal_makes_the_run_save_and_end(
 
 
 def test_a_run_that_does_not_end_is_killed(start: Supervise, run: Path) -> None:
-    process = start("hang()", "--kill-after=0.3")
+    process = start("hang()", words=BRIEF)
     wait_for(run / "ready")
     process.send_signal(signal.SIGTERM)
     code, output = ended(process)
@@ -299,7 +300,7 @@ def test_a_run_that_does_not_end_is_killed(start: Supervise, run: Path) -> None:
 
 
 def test_a_second_ctrl_c_kills_at_once(start: Supervise, run: Path) -> None:
-    process = start("hang()", "--kill-after=60")
+    process = start("hang()", words=("--stop-seconds=60",))
     wait_for(run / "ready")
     process.send_signal(signal.SIGINT)
     wait_for(run / "stop")
@@ -309,12 +310,22 @@ def test_a_second_ctrl_c_kills_at_once(start: Supervise, run: Path) -> None:
 
 
 def test_usr1_leaves_the_run_all_the_time_it_needs(start: Supervise, run: Path) -> None:
-    process = start(f"wait_for_stop(); time.sleep(1); {WELL_BEHAVED}", "--kill-after=0.1")
+    process = start(f"wait_for_stop(); time.sleep(2); {WELL_BEHAVED}", words=BRIEF)
     wait_for(run / "ready")
     process.send_signal(signal.SIGUSR1)
     code, output = ended(process)
     assert code == 75
     assert "saved update 5" in output
+
+
+def test_a_run_that_was_only_beginning_is_asked_again(start: Supervise, run: Path) -> None:
+    """It clears its folder first, and after SIGUSR1 it would else never end."""
+    body = "(folder / 'ready').touch(); time.sleep(0.5); (folder / 'stop').unlink(); "
+    process = start(body + WELL_BEHAVED)
+    wait_for(run / "ready")
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process)[0] == 75
+    assert (run / "asked").read_text(encoding="utf-8").split() == ["USR1"]
 
 
 def test_a_pause_ends_when_asked(start: Supervise, run: Path) -> None:
@@ -346,7 +357,7 @@ def test_what_a_dead_launcher_leaves_is_killed_and_nothing_else(
     namespace: dict[str, list[str]] = {}
     exec(f"import sys\nwords = {SLEEP}", namespace)
     with subprocess.Popen(namespace["words"]) as other:  # the same words, of somebody else
-        code, output = ended(start(ORPHAN + "die()", "--kill-after=0.3"))
+        code, output = ended(start(ORPHAN + "die()", words=BRIEF))
         assert code == 1
         assert "no update was gained" in output
         (orphan,) = pids(run)
@@ -360,7 +371,7 @@ def test_ranks_of_a_dead_launcher_are_asked_to_save_first(start: Supervise, run:
     body = f"os.fork() and die(); os.setsid(); time.sleep(0.2); {WELL_BEHAVED}"
     code, output = ended(start(f"if start == 2: end(0)\n{body}"))
     assert code == 0
-    assert (run / "asked").read_text(encoding="utf-8").strip() == ""
+    assert (run / "asked").read_text(encoding="utf-8").strip() == "TERM"
     assert "saved update 5" in output
 
 
@@ -376,7 +387,7 @@ def test_killing_supervise_ends_the_run_which_saves(start: Supervise, run: Path)
 
 
 def test_killing_supervise_leaves_nothing_of_a_run_that_hangs(start: Supervise, run: Path) -> None:
-    process = start(ORPHAN + "hang()", "--kill-after=1.5")
+    process = start(ORPHAN + "hang()", words=("--stop-seconds=1",))
     wait_for(run / "ready")
     keeper = keeper_of(process)
     process.kill()
@@ -542,24 +553,19 @@ def test_supervise_is_small_beside_the_run() -> None:
 
 # ----------------------------------------------------------------------------------------- for real
 
-# Kills the first start, as soon as it has saved, and says how the second ended.
+# Kills the first start as soon as it has saved.
 LAUNCHER = """
-import json, pathlib, subprocess, sys, time
+import pathlib, subprocess, sys, time
 
-folder, *command = sys.argv[1:]
-folder = pathlib.Path(folder)
-first = not (folder / "checkpoint_last").exists()
-run = subprocess.Popen(command)
-while first and not (folder / "checkpoint_last").exists():
+last = pathlib.Path(sys.argv[1]) / "checkpoint_last"
+first = not last.exists()
+run = subprocess.Popen(sys.argv[2:])
+while first and not last.exists():
     assert run.poll() is None
     time.sleep(0.02)
 if first:
     run.kill()
-code = run.wait()
-ended = folder / "ended.json"
-if code == 0 and not ended.exists():
-    said = {"exit_code": 0, "update": 0, "host": "here", "rank": 0, "what": "done"}
-    ended.write_text(json.dumps(said))
+sys.exit(run.wait())
 """
 
 

@@ -521,12 +521,6 @@ class SuperviseConfig:
         default=10.0,
         bounds="[0, inf)",
     )
-    kill_after: float = knob(
-        "seconds that a run which was asked to stop may take to save and end, before its processes are killed; after "
-        "SIGUSR1 it may take as long as it needs",
-        default=9.0,  # and all is ended within ten
-        bounds="[0, inf)",
-    )
     no_preflight: bool = knob("do not look at the hosts of --hostfile first", default=False)
 
 

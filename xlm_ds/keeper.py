@@ -90,8 +90,10 @@ def kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def ask_to_stop(stop_file: Path) -> None:
+    temporary = stop_file.with_name(f".{stop_file.name}.keeper")
     try:
-        stop_file.touch()
+        temporary.write_text("TERM", encoding="utf-8")
+        temporary.replace(stop_file)  # a rank that looks meanwhile must not find it empty
     except OSError as error:  # the folder is gone: what is left is killed without having saved
         complain(f"cannot make {stop_file}: {error.strerror}")
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from xlm_ds.config import TRAIN_ANSWERED, RunConfig, SuperviseConfig, TrainConfig
 from xlm_ds.files import locked, make_folder, replacing
 from xlm_ds.flags import parse
+from xlm_ds.lifeline import END_FILE, ENDS_WITH, STOP_FILE
 from xlm_ds.log import (
     EXIT_BAD_INPUT,
     EXIT_FAULT,
@@ -40,11 +41,13 @@ from xlm_ds.log import (
     run_stage,
 )
 
-STOP, ENDED = "stop", "ended.json"  # in the run's folder; the run knows them too
 LAST = "checkpoint_last"  # checkpoint.LAST, whose room imports torch
 KEEPER = Path(__file__).with_name("keeper.py")
 PREFLIGHT = (sys.executable, "-m", "xlm_ds.preflight")
 POLL_SECONDS = 0.1
+MARGIN_SECONDS = (
+    1.0  # after its own --stop-seconds a run is killed; with 8 of them all is ended within ten
+)
 LONGEST_PAUSE_SECONDS = 600.0
 
 
@@ -79,7 +82,7 @@ def supervise(config: SuperviseConfig, launch: Launch, asked: "Asked", lock: int
             f"starting {command[0]}, from "
             + ("the beginning" if before is None else f"update {before}")
         )
-        ended = run_once(command, save_dir, asked, lock, kill_after=config.kill_after)
+        ended = run_once(command, save_dir, asked, lock)
         after = saved_update(save_dir)
         logger.info(f"ended: {ended.how}; {gain(before, after)}")
         if ended.code in (EXIT_OK, EXIT_BAD_INPUT):
@@ -126,19 +129,15 @@ def gain(before: int | None, after: int | None) -> str:
 # -------------------------------------------------------------------------------------- one start
 
 
-def run_once(
-    command: Sequence[str], save_dir: Path, asked: "Asked", lock: int, *, kill_after: float
-) -> Ended:
+def run_once(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> Ended:
     """Runs the launcher until nothing of it is left on this host."""
-    for name in (STOP, ENDED):  # what a start before has left is not said of this one
+    for name in (STOP_FILE, END_FILE):  # what a start before has left is not said of this one
         (save_dir / name).unlink(missing_ok=True)
-    code = kept(command, save_dir, asked, lock, kill_after=kill_after)
+    code = kept(command, save_dir, asked, lock)
     return read_ended(save_dir) or ended_by_launcher(code)
 
 
-def kept(
-    command: Sequence[str], save_dir: Path, asked: "Asked", lock: int, *, kill_after: float
-) -> int:
+def kept(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> int:
     """The exit code of the command, run by a keeper (keeper.py) in a session of its own, which a terminal's Ctrl-C does
     not reach: DeepSpeed's runner must never have a signal, on which it kills every deepspeed run of this interpreter on
     all hosts, other people's too (0.19.8: launcher/runner.py, sigkill_handler; launcher/multinode_runner.py,
@@ -146,7 +145,8 @@ def kept(
 
     The keeper holds the lock too, so that no other supervise starts while one that was killed is being cleared away.
     """
-    words = [sys.executable, "-P", str(KEEPER), str(save_dir / STOP), str(kill_after), *command]
+    stop = save_dir / STOP_FILE
+    words = [sys.executable, "-P", str(KEEPER), str(stop), str(asked.kill_after), *command]
     told = killed = False
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True, pass_fds=(lock,)
@@ -156,34 +156,34 @@ def kept(
             if asked.signal and not told:
                 told = True
                 logger.info(f"{asked.signal.name}: the run is asked to save and end")
-                ask_to_stop(save_dir, asked.wish)
+            if asked.signal and not stop.exists():  # also again: a run that begins removes it
+                ask_to_stop(stop, asked.wish)
             if asked.is_late() and not killed:
                 killed = True
                 logger.error("the run has not ended: killing what is left of it on this host")
                 with contextlib.suppress(BrokenPipeError):  # it has ended just now
                     keeper.stdin.write(b"k")
             time.sleep(POLL_SECONDS)
+    stop.unlink(missing_ok=True)  # the keeper has, but it may have been written since
     return keeper.returncode
 
 
-def ask_to_stop(save_dir: Path, name: str) -> None:
-    with replacing(
-        save_dir / STOP
-    ) as temporary:  # a rank that looks meanwhile must not find it empty
+def ask_to_stop(stop: Path, name: str) -> None:
+    with replacing(stop) as temporary:  # a rank that looks meanwhile must not find it empty
         temporary.write_text(name, encoding="utf-8")
 
 
 def read_ended(save_dir: Path) -> Ended | None:
     """What the run itself says, if it could."""
     try:
-        said = json.loads((save_dir / ENDED).read_text(encoding="utf-8"))
+        said = json.loads((save_dir / END_FILE).read_text(encoding="utf-8"))
         code, update, host, rank, what = (
             said[key] for key in ("exit_code", "update", "host", "rank", "what")
         )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):  # killed, or the disk full, while it was written
-        return Ended(EXIT_FAULT, f"{save_dir / ENDED} is damaged, as by a full disk")
+        return Ended(EXIT_FAULT, f"{save_dir / END_FILE} is damaged, as by a full disk")
     return Ended(int(code), f"{host}, rank {rank}, update {update}: {what} (exit code {code})")
 
 
@@ -219,7 +219,7 @@ class Asked:
 
     def __init__(self, kill_after: float) -> None:
         self.signal: signal.Signals | None = None
-        self._kill_after = kill_after
+        self.kill_after = kill_after  # seconds
         self._interrupts = 0
         self._deadline = float("inf")  # of time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -229,7 +229,7 @@ class Asked:
     def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.signal = self.signal or signal.Signals(number)
         if number != signal.SIGUSR1:  # by which a scheduler says that there is time
-            self._deadline = min(self._deadline, time.monotonic() + self._kill_after)
+            self._deadline = min(self._deadline, time.monotonic() + self.kill_after)
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             self._deadline = 0.0
@@ -243,7 +243,7 @@ class Asked:
 
     @property
     def exit_code(self) -> int:
-        return EXIT_INTERRUPTED if self.wish == "INT" else EXIT_PREEMPTED
+        return ENDS_WITH[self.signal] if self.signal else EXIT_OK
 
     def is_late(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -298,7 +298,7 @@ def preflight(config: SuperviseConfig, launch: Launch, asked: Asked, lock: int) 
     if hostfile is None or config.no_preflight:
         return EXIT_OK
     command = [*PREFLIGHT, "--hostfile", hostfile]
-    return kept(command, launch.run.save_dir, asked, lock, kill_after=config.kill_after)
+    return kept(command, launch.run.save_dir, asked, lock)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -307,7 +307,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("no command to supervise; put -- before it, after supervise's own flags")
     config = parse(SuperviseConfig, own, description=__doc__)
     launch = read_command(list(argv[len(own) + 1 :]))
-    asked = Asked(config.kill_after)
+    asked = Asked(launch.run.stop_seconds + MARGIN_SECONDS)
     save_dir = launch.run.save_dir
     make_folder(save_dir)
     busy = f"{save_dir}: another supervise has this run; wait for it, or stop it (Ctrl-C, SIGTERM)"
