@@ -12,7 +12,7 @@ import xlm_ds
 PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
-    {"_core", "log"},
+    {"_core", "log", "keeper"},
     {"flags", "files", "ranks", "steps", "devices", "lifeline"},
     {"config", "dictionary"},
     {

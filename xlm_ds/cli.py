@@ -12,6 +12,7 @@ STAGES = {
     "shards": "looks into, checks, joins, divides and converts .bin/.idx pairs",
     "plan": "a configuration -> memory, speed and hours of its training",
     "train": "binarized data -> checkpoints",
+    "supervise": "starts a failed run again from its last checkpoint",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
     "prove": "two runs -> identical to an update, or their first difference",
     "report": "a run's metrics -> a picture of its curves",

@@ -509,6 +509,26 @@ TRAIN_ANSWERED = (
 )
 
 
+# --------------------------------------------------------------------------------------- supervise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperviseConfig:
+    """How often and when a failed run is started again."""
+
+    restarts: int = knob(
+        "start a failed run again at most N times, each only if the start before gained an update",
+        default=10,
+        bounds="[0, inf)",
+    )
+    first_pause: float = knob(
+        "seconds before the first restart; each pause is twice the one before, up to ten minutes",
+        default=10.0,
+        bounds="[0, inf)",
+    )
+    no_preflight: bool = knob("do not look at the hosts of --hostfile first", default=False)
+
+
 # --------------------------------------------------------------------------------------- plan
 
 

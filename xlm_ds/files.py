@@ -146,14 +146,16 @@ def _where_not_utf8(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+def locked(path: Path, busy: str | None = None) -> Iterator[int]:
     """Holds the lock file `path`, also on a shared folder; a process that dies lets go of it.
+
+    Gives its file descriptor: processes that it is passed on to hold the lock too.
 
     If another process has it: raises InputError(busy), or without `busy` waits.
     """
     handle = _lock_handle(path, busy)
     try:
-        yield
+        yield handle
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)

@@ -232,7 +232,7 @@ def _staging(first: Path) -> Path:
     return first.with_name(f".{first.name}.new")
 
 
-def _alone_at(first: Path) -> contextlib.AbstractContextManager[None]:
+def _alone_at(first: Path) -> contextlib.AbstractContextManager[int]:
     busy = f"{first}: another program is making this pair; wait for it, or give another name"
     return locked(first.with_name(f".{first.name}.lock"), busy)  # binarize's too
 

@@ -1,0 +1,324 @@
+"""Runs a launcher's command, and starts a failed run again from its last checkpoint.
+
+    python -m xlm_ds.supervise --restarts 10 -- deepspeed --hostfile H --module xlm_ds.train --config run.toml
+    python -m xlm_ds.supervise -- torchrun --nproc-per-node 2 -m xlm_ds.train OUT --save-dir RUN
+
+What stands after -- is any command that starts the whole run. It is started again as long as each start gained an
+update. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 ends it: the run saves, and nothing of it is left.
+
+Supervise and the run speak through files of the run's folder, as launchers mangle exit codes (torchrun makes 1 of all,
+deepspeed 0 of a signal) and signals. SAVE_DIR/stop, with a signal's name in it, asks the run to save and end;
+SAVE_DIR/ended.json is how it ended. Needs no torch, and stays small.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from xlm_ds.config import TRAIN_ANSWERED, RunConfig, SuperviseConfig, TrainConfig
+from xlm_ds.files import locked, make_folder, replacing
+from xlm_ds.flags import parse
+from xlm_ds.lifeline import END_FILE, ENDS_WITH, STOP_FILE
+from xlm_ds.log import (
+    EXIT_BAD_INPUT,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    Fault,
+    InputError,
+    add_log_file,
+    logger,
+    run_stage,
+)
+
+LAST = "checkpoint_last"  # checkpoint.LAST, whose room imports torch
+KEEPER = Path(__file__).with_name("keeper.py")
+PREFLIGHT = (sys.executable, "-m", "xlm_ds.preflight")
+POLL_SECONDS = 0.1
+MARGIN_SECONDS = (
+    1.0  # after its own --stop-seconds a run is killed; with 8 of them all is ended within ten
+)
+LONGEST_PAUSE_SECONDS = 600.0
+
+
+class Launch(NamedTuple):
+    """A run and the command that starts it."""
+
+    command: list[str]
+    launcher: list[str]  # the words of the command up to xlm_ds.train
+    run: RunConfig  # what train makes of the words after it
+
+
+class Ended(NamedTuple):
+    """How a start of the run ended."""
+
+    code: int
+    how: str
+
+
+# ------------------------------------------------------------------------------------------- loop
+
+
+def supervise(config: SuperviseConfig, launch: Launch, asked: "Asked", lock: int) -> int:
+    """Starts the run until it is done, is not to be started again, or a signal has come; returns the exit code.
+
+    Raises: Fault if it failed without having gained an update, or too often.
+    """
+    command, save_dir = launch.command, launch.run.save_dir
+    pause = config.first_pause
+    for restarts_left in range(config.restarts, -1, -1):
+        before = saved_update(save_dir)
+        logger.info(
+            f"starting {command[0]}, from "
+            + ("the beginning" if before is None else f"update {before}")
+        )
+        ended = run_once(command, save_dir, asked, lock)
+        after = saved_update(save_dir)
+        logger.info(f"ended: {ended.how}; {gain(before, after)}")
+        if ended.code in (EXIT_OK, EXIT_BAD_INPUT):
+            return ended.code
+        if asked.signal:
+            return asked.exit_code
+        if ended.code == EXIT_INTERRUPTED:
+            return ended.code
+        if after is None or after == before:
+            return given_up(ended, "no update was gained, so it is not started again")
+        if restarts_left == 0:
+            return given_up(ended, f"it has been started again {config.restarts} times")
+        logger.info(f"starting it again in {pause:g} s, {restarts_left} restarts left")
+        asked.sleep(pause)
+        if asked.signal:
+            return asked.exit_code
+        pause = min(2 * pause, max(config.first_pause, LONGEST_PAUSE_SECONDS))
+        command = restart_command(launch)
+    raise AssertionError("the loop ends by itself")
+
+
+def given_up(ended: Ended, why: str) -> int:
+    if (
+        ended.code == EXIT_PREEMPTED
+    ):  # nothing is wrong with the run: whoever has stopped it may want it again
+        logger.error(f"{why}: {ended.how}")
+        return EXIT_PREEMPTED
+    raise Fault(f"{why}: {ended.how}")
+
+
+def restart_command(launch: Launch) -> list[str]:
+    """The first start may go on from another run's checkpoint; a later one from this run's own."""
+    if launch.run.restore_file == LAST:
+        return launch.command
+    return [*launch.command, "--restore-file", LAST]
+
+
+def gain(before: int | None, after: int | None) -> str:
+    if after is None or after == before:
+        return "no update gained"
+    return f"saved update {after}" + (f", {after - before} more" if before is not None else "")
+
+
+# -------------------------------------------------------------------------------------- one start
+
+
+def run_once(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> Ended:
+    """Runs the launcher until nothing of it is left on this host."""
+    for name in (STOP_FILE, END_FILE):  # what a start before has left is not said of this one
+        (save_dir / name).unlink(missing_ok=True)
+    code = kept(command, save_dir, asked, lock)
+    return read_ended(save_dir) or ended_by_launcher(code)
+
+
+def kept(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> int:
+    """The exit code of the command, run by a keeper (keeper.py) in a session of its own, which a terminal's Ctrl-C does
+    not reach: DeepSpeed's runner must never have a signal, on which it kills every deepspeed run of this interpreter on
+    all hosts, other people's too (0.19.8: launcher/runner.py, sigkill_handler; launcher/multinode_runner.py,
+    kill_command).
+
+    The keeper holds the lock too, so that no other supervise starts while one that was killed is being cleared away.
+    """
+    stop = save_dir / STOP_FILE
+    words = [sys.executable, "-P", str(KEEPER), str(stop), str(asked.kill_after), *command]
+    told = killed = False
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True, pass_fds=(lock,)
+    ) as keeper:
+        assert keeper.stdin is not None
+        while keeper.poll() is None:
+            if asked.signal and not told:
+                told = True
+                logger.info(f"{asked.signal.name}: the run is asked to save and end")
+            if asked.signal and not stop.exists():  # also again: a run that begins removes it
+                ask_to_stop(stop, asked.wish)
+            if asked.is_late() and not killed:
+                killed = True
+                logger.error("the run has not ended: killing what is left of it on this host")
+                with contextlib.suppress(BrokenPipeError):  # it has ended just now
+                    keeper.stdin.write(b"k")
+            time.sleep(POLL_SECONDS)
+    stop.unlink(missing_ok=True)  # the keeper has, but it may have been written since
+    return keeper.returncode
+
+
+def ask_to_stop(stop: Path, name: str) -> None:
+    with replacing(stop) as temporary:  # a rank that looks meanwhile must not find it empty
+        temporary.write_text(name, encoding="utf-8")
+
+
+def read_ended(save_dir: Path) -> Ended | None:
+    """What the run itself says, if it could."""
+    try:
+        said = json.loads((save_dir / END_FILE).read_text(encoding="utf-8"))
+        code, update, host, rank, what = (
+            said[key] for key in ("exit_code", "update", "host", "rank", "what")
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # killed, or the disk full, while it was written
+        return Ended(EXIT_FAULT, f"{save_dir / END_FILE} is damaged, as by a full disk")
+    return Ended(int(code), f"{host}, rank {rank}, update {update}: {what} (exit code {code})")
+
+
+def ended_by_launcher(code: int) -> Ended:
+    """Where the run could not say how it ended: 0 is then not believed, and 128 + N is signal N."""
+    unsaid = "the run could not say how it ended"
+    if code == EXIT_OK:
+        return Ended(EXIT_FAULT, f"{unsaid}, although the launcher's exit code is 0")
+    with contextlib.suppress(ValueError):
+        return Ended(code, f"{unsaid}; the launcher's exit code is that of {signal_in(code).name}")
+    return Ended(code, f"{unsaid}; the launcher's exit code is {code}")
+
+
+def signal_in(code: int) -> signal.Signals:
+    """Python says -N, a shell 128 + N, and sys.exit(-N) of deepspeed's launch.py 256 - N. Raises ValueError."""
+    return signal.Signals(-code if code < 0 else 256 - code if code > 192 else code - 128)
+
+
+def saved_update(save_dir: Path) -> int | None:
+    """The update of its last checkpoint; None if there is none, or it is damaged (which is for the run to say)."""
+    path = save_dir / LAST / "manifest.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["progress"]["update"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+class Asked:
+    """Remembers the first signal that asked for an end, and until when the run may take to come to it."""
+
+    def __init__(self, kill_after: float) -> None:
+        self.signal: signal.Signals | None = None
+        self.kill_after = kill_after  # seconds
+        self._interrupts = 0
+        self._deadline = float("inf")  # of time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.signal = self.signal or signal.Signals(number)
+        if number != signal.SIGUSR1:  # by which a scheduler says that there is time
+            self._deadline = min(self._deadline, time.monotonic() + self.kill_after)
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self._deadline = 0.0
+
+    @property
+    def wish(self) -> str:
+        """What the run is to be told. A lost terminal is no preemption: nobody starts the run again."""
+        if self.signal in (signal.SIGTERM, signal.SIGUSR1):
+            return self.signal.name.removeprefix("SIG")
+        return "INT"
+
+    @property
+    def exit_code(self) -> int:
+        return ENDS_WITH[self.signal] if self.signal else EXIT_OK
+
+    def is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def sleep(self, seconds: float) -> None:
+        """Until then, or until a signal comes."""
+        end = time.monotonic() + seconds
+        while not self.signal and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def read_command(command: list[str]) -> Launch:
+    """What the command would run. Raises InputError if it cannot be supervised."""
+    first = words_before_flags(command)
+    silent = tuple(entry._replace(answer="") for entry in TRAIN_ANSWERED)  # the run says it
+    run = parse(TrainConfig, command[first:], answered=silent, stage="train").run
+    if run.dry_run:
+        raise InputError("--dry-run starts no run that could be supervised; leave supervise out")
+    if shutil.which(command[0]) is None:
+        raise InputError(f"{command[0]}: no such program; give its path, or put it on PATH")
+    return Launch(command, command[:first], run)
+
+
+def words_before_flags(command: Sequence[str]) -> int:
+    """How many words come before train's own flags."""
+    for i, word in enumerate(command):
+        if word == "xlm_ds.train" or Path(word).parts[-2:] == ("xlm_ds", "train.py"):
+            return i + 1
+        if word == "train" and i and Path(command[i - 1]).name in ("xlm-ds", "xlm_ds"):
+            return i + 1
+    raise InputError(
+        f"{' '.join(command) or 'nothing'}: does not start training; expected xlm_ds.train (after --module or -m), "
+        "…/xlm_ds/train.py or xlm-ds train as words of the command"
+    )
+
+
+def hostfile_of(launcher: Sequence[str]) -> str | None:
+    for i, word in enumerate(launcher):
+        if word in ("--hostfile", "-H") and i + 1 < len(launcher):
+            return launcher[i + 1]
+        if word.startswith("--hostfile="):
+            return word.partition("=")[2]
+    return None
+
+
+def preflight(config: SuperviseConfig, launch: Launch, asked: Asked, lock: int) -> int:
+    """Whether the hosts of the command's hostfile can run it: the exit code of `python -m xlm_ds.preflight`."""
+    hostfile = hostfile_of(launch.launcher)
+    if hostfile is None or config.no_preflight:
+        return EXIT_OK
+    command = [*PREFLIGHT, "--hostfile", hostfile]
+    return kept(command, launch.run.save_dir, asked, lock)
+
+
+def main(argv: Sequence[str]) -> int:
+    own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
+    if "--" not in argv and not {"-h", "--help"} & set(argv):
+        raise InputError("no command to supervise; put -- before it, after supervise's own flags")
+    config = parse(SuperviseConfig, own, description=__doc__)
+    launch = read_command(list(argv[len(own) + 1 :]))
+    asked = Asked(launch.run.stop_seconds + MARGIN_SECONDS)
+    save_dir = launch.run.save_dir
+    make_folder(save_dir)
+    busy = f"{save_dir}: another supervise has this run; wait for it, or stop it (Ctrl-C, SIGTERM)"
+    with locked(save_dir / ".supervise.lock", busy) as lock:
+        add_log_file(save_dir / "supervise.log")
+        logger.info(f"process {os.getpid()} supervises the run in {save_dir}")
+        code = preflight(config, launch, asked, lock)
+        if asked.signal:
+            return asked.exit_code
+        return code or supervise(config, launch, asked, lock)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("supervise", main))
