@@ -51,6 +51,7 @@ FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they hav
 PROBED_WEIGHTS = 4096
 # A weight of 0.02 has steps of 2e-9 in fp32: smaller updates may rightly move none (seen below 1e-12).
 LEAST_LR_THAT_MOVES = 1e-9
+RANKS_SUMMED_IN_BF16 = 256  # of a simulated sum 2 to 5 % are lost there (docs/decisions/0011)
 NORM_CHUNK = 1 << 20  # torch 2.13's norm of 3e7 numbers in fp32 on a CPU is off by 2e-3
 _REPORT = "that is a fault of the engine, please report it with deepspeed.json of the run's folder"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -198,7 +199,8 @@ def collectives_timed(enter: Callable[[str], str]) -> Iterator[None]:
         return call
 
     with contextlib.ExitStack() as undone:
-        for module in (dist, deepspeed.comm):  # DeepSpeed's calls go by its own names
+        # DeepSpeed's calls go by its own names, and ZeRO 3's by those inside them.
+        for module in (dist, deepspeed.comm, deepspeed.comm.comm):
             for name in COLLECTIVES:
                 if collective := getattr(module, name, None):
                     setattr(module, name, timed(collective))
@@ -240,8 +242,9 @@ class FlatGradients:
         self._zero = zero
         self._clip_norm = clip_norm
         # fp32 where micro-batches are added up, and on one rank, as Adam takes it; a single micro-batch's gradient is
-        # as precise in its own dtype, and half as much to send.
-        sends = dist.get_world_size() > 1 and engine.gradient_accumulation_steps() == 1
+        # as precise in its own dtype, and half as much to send; but not the sum of very many ranks'.
+        only_one = engine.gradient_accumulation_steps() == 1
+        sends = only_one and 1 < dist.get_world_size() <= RANKS_SUMMED_IN_BF16
         self._buffers, self._views = [], {}
         for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
             dtype = weights.dtype if sends else torch.float32
