@@ -122,6 +122,8 @@ class Ranks(NamedTuple):
     def raise_on_all(self, error: InputError | OSError | None) -> None:
         """Raises `error` where there is one; if there is on any rank, the others end."""
         if self.any(int(error is not None)):
+            if self.world_size > 1:
+                stop_ranks()  # or the end of this process may be an abort, and 134 the exit code
             raise error or SystemExit(EXIT_BAD_INPUT)
 
 
