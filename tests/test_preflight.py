@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hosts import Hosts, require_hosts
+from hosts import Hosts
 from xlm_ds import host_facts, preflight
 from xlm_ds.config import PreflightConfig, TrainConfig
 from xlm_ds.flags import parse
@@ -451,26 +451,6 @@ log_interval = 1
 """
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[int], Hosts]]:
-    """Hosts with a folder `job` to start from, which has a hostfile and .deepspeed_env."""
-    require_hosts()
-    started: list[Hosts] = []
-
-    def call(count: int) -> Hosts:
-        hosts = Hosts(tmp_path, count)
-        started.append(hosts)
-        job = tmp_path / "job"
-        job.mkdir()
-        (job / "hostfile").write_text(hosts.hostfile(), encoding="utf-8")
-        (job / ".deepspeed_env").write_text(hosts.deepspeed_env, encoding="utf-8")
-        return hosts
-
-    yield call
-    for hosts in started:
-        hosts.close()
-
-
 def preflight_on(hosts: Hosts, folder: Path, *flags: str) -> tuple[int, list[str], list[str]]:
     """Exit code, lines and problems. Nothing may be left on any host, nor in the folder."""
     before = set(folder.rglob("*"))
@@ -498,9 +478,9 @@ def gone(hosts: Hosts, name: str, seconds: float = 5) -> bool:
 @pytest.mark.faults
 @pytest.mark.parametrize("count", [2, 3])
 def test_hosts_that_are_well(
-    count: int, start: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
+    count: int, start_hosts: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
 ) -> None:
-    hosts = start(count)
+    hosts = start_hosts(count)
     toml = TRAINING.format(data=tiny_data, run="run")
     (tmp_path / "job" / "run.toml").write_text(toml, encoding="utf-8")
     code, lines, wrong = preflight_on(hosts, tmp_path / "job", "--config", "run.toml")
@@ -512,10 +492,10 @@ def test_hosts_that_are_well(
 
 @pytest.mark.faults
 def test_all_that_is_wrong_with_three_hosts_is_said_at_once(
-    start: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
+    start_hosts: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
 ) -> None:
     """One cannot be reached; another has other data, another TOML and another folder for the run; a port is taken."""
-    hosts = start(3)
+    hosts = start_hosts(3)
     first, second, third = hosts.names
     job = tmp_path / "job"
     data, run, other = job / "my data ñ", job / "run", tmp_path / "other"
@@ -563,12 +543,12 @@ def launch(hosts: Hosts, job: Path) -> "tuple[int, str]":
 
 @pytest.mark.faults
 def test_a_run_over_hosts_compares_them_at_its_start(
-    start: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
+    start_hosts: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
 ) -> None:
     """From start to end through DeepSpeed's launcher and pdsh, of data whose path no shell would leave as it is; then
     with one token that differs on the second host.
     """
-    hosts = start(2)
+    hosts = start_hosts(2)
     job = tmp_path / "job"
     data, other = job / "my $data; \"ñ'", tmp_path / "other"
     shutil.copytree(tiny_data, data)
@@ -588,7 +568,7 @@ def test_a_run_over_hosts_compares_them_at_its_start(
     assert hosts.run("node2", "mount", "--bind", str(other), str(data)).returncode == 0
     (job / "run.toml").write_text(toml.replace("the run", "run 2"), encoding="utf-8")
     code, output = launch(hosts, job)
-    assert code != 0
+    assert code == 2
     assert output.count("node2: has other data than node1: train.en.bin; ") == 1
     assert "Traceback" not in output
     assert not list((job / "run 2").glob("*"))
