@@ -139,7 +139,7 @@ def start_ranks(timeout_seconds: float = 600.0) -> Ranks:
             if int(os.environ.get(name, "1")) > 1:
                 raise InputError(
                     f"started as {os.environ[name]} tasks ({name}) that do not know their rank, so each would be a run "
-                    "of its own; start them with deepspeed, deepspeed --launcher mpich, or torchrun"
+                    "of its own; start them with deepspeed or torchrun, or as launch/mpi.sh and launch/slurm.sbatch do"
                 )
         os.environ.update(alone)
         os.environ["MASTER_PORT"] = str(_free_port())
