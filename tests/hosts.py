@@ -262,6 +262,7 @@ class Hosts:
         """The same, without waiting. It leads a process group: `os.killpg(process.pid, signal.SIGINT)` is Ctrl-C there.
 
         Its own pid is that of the nsenter that waits for the command; that of the command is in `processes`.
+        Nobody reads what it says before `communicate`: after 64 kB it waits.
         """
         process = subprocess.Popen(
             self._command(host, command, cwd),

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,12 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SHELL = [LAUNCH / name for name in ("mpi.sh", "torchrun.sh", "slurm.sbatch")]
 START = r"(?:-m|--module)[= ]xlm_ds\.(\w+)((?: +(?:-[\w-]+|[\w./]+|\"\$[01]\"))*)"
+
+
+LONG = """
+max_update = 100000
+global_batch_tokens = 256
+"""
 
 
 def test_all_examples_are_tested() -> None:
@@ -134,3 +142,53 @@ def test_mpirun_and_torchrun_start_a_run_on_two_hosts(
     assert "done: 3 updates" in result.stdout
     assert gone(hosts, first)
     assert gone(hosts, second)
+
+
+@pytest.mark.faults
+def test_under_torchrun_hosts_leave_and_join(
+    start_hosts: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
+) -> None:
+    """With the same batch on one host as on two."""
+    hosts = start_hosts(2)
+    first, second = hosts.names
+    job = tmp_path / "job"
+    log = job / "run" / "train.log"
+    toml = (
+        TRAINING.format(data=tiny_data, run=job / "run")
+        .replace("max_update = 3", LONG)
+        .replace("log_interval = 1", "log_interval = 100")
+    )
+    (job / "run.toml").write_text(toml, encoding="utf-8")
+    elastic = {"HEAD": first, "SLOTS": "1", "MIN": "1", "MAX": "2"}
+    script = ["sh", str(LAUNCH / "torchrun.sh"), "run.toml"]
+
+    def said(what: str) -> list[str]:
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return [line for line in lines if what in line]
+
+    def wait(what: str, times: int = 1) -> None:
+        give_up = time.monotonic() + 120
+        while len(said(what)) < times:
+            assert time.monotonic() < give_up, f"{what}: {log.read_text(encoding='utf-8')}"
+            time.sleep(0.1)
+
+    for host in hosts.names:
+        hosts.popen(host, *script, cwd=job, env=elastic)
+    wait("| saved ")
+    for process in hosts.processes(second):
+        os.kill(process.pid, signal.SIGKILL)
+    wait("going on from ")
+    hosts.popen(second, *script, cwd=job, env=elastic)
+    wait("| batch: ", times=3)
+    assert len(said("going on from ")) == 2
+    ranks = [line.split(" x ")[-1].split(" ranks")[0] for line in said("| batch: ")]
+    assert ranks == ["2", "1", "2"]
+    assert all("| batch: 8 samples " in line for line in said("| batch: "))
+    saved = len(said("| saved "))
+    wait("| saved ", times=saved + 1)
+    for host in hosts.names:
+        for process in hosts.processes(host):
+            if "torchrun --nnodes" in process.command:
+                os.kill(process.pid, signal.SIGTERM)
+    assert all(gone(hosts, host, 20) for host in hosts.names)
+    assert len(said("stopped by SIGTERM")) == 2  # when the second joined, and now

@@ -3,12 +3,14 @@
 What needs several hosts is marked faults: those are namespaces with sshd and pdsh (hosts.py).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hosts import Hosts
+from hosts import ROOT, Hosts
 from xlm_ds import host_facts, preflight
 from xlm_ds.config import PreflightConfig, TrainConfig
 from xlm_ds.flags import parse
@@ -31,7 +33,7 @@ from xlm_ds.host_facts import (
     from_json,
     probe,
     problems,
-    remove_written,
+    token_path,
 )
 from xlm_ds.launching import Host
 from xlm_ds.log import InputError
@@ -197,7 +199,7 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def look(tmp_path: Path) -> Iterator[Callable[..., Facts]]:
-    found: list[Facts] = []
+    requests: list[Request] = []
 
     def call(
         folder: Path | None, *languages: str, save_dir: Path = tmp_path, token: str = "t"
@@ -210,12 +212,13 @@ def look(tmp_path: Path) -> Iterator[Callable[..., Facts]]:
             token=token,
             settings={"a": "b"},
         )
-        found.append(probe(request))
-        return found[-1]
+        requests.append(request)
+        return probe(request)
 
     yield call
-    for facts in found:
-        remove_written(facts)
+    for request in requests:
+        with contextlib.suppress(OSError):
+            token_path(request).unlink(missing_ok=True)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -541,6 +544,35 @@ def launch(hosts: Hosts, job: Path) -> "tuple[int, str]":
     return result.returncode, result.stdout + result.stderr
 
 
+@pytest.mark.slow
+def test_ranks_with_other_flags_are_refused_without_a_word_from_the_others(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """Of a launcher that says of two ranks on one machine that each is the first of its host. Needs no root."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    toml = TRAINING.format(data=tiny_data, run=tmp_path / "run")
+    (tmp_path / "run.toml").write_text(toml, encoding="utf-8")
+    told = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "xlm_ds.train", "--config=run.toml", f"--lr=0.{rank + 1}"],
+            cwd=tmp_path,
+            env={**os.environ, **told, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said_by = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    name = socket.gethostname()
+    sentence = f"{name} (rank 1): --lr is 0.2, and 0.1 on {name} (rank 0); give every host the same"
+    assert f"train: error: {sentence}" in said_by[0]
+    assert "error" not in said_by[1]
+
+
 @pytest.mark.faults
 def test_a_run_over_hosts_compares_them_at_its_start(
     start_hosts: Callable[[int], Hosts], tiny_data: Path, tmp_path: Path
@@ -573,3 +605,22 @@ def test_a_run_over_hosts_compares_them_at_its_start(
     assert "Traceback" not in output
     assert not list((job / "run 2").glob("checkpoint*"))
     assert not list((job / "run 2").glob(".preflight*"))
+
+
+@pytest.mark.faults
+def test_ctrl_c_leaves_nothing_on_any_host(
+    start_hosts: Callable[[int], Hosts], tmp_path: Path
+) -> None:
+    """At whatever moment: while ssh connects, while hosts look around, or in their all-reduce."""
+    hosts = start_hosts(2)
+    job = tmp_path / "job"
+    before = set(job.iterdir())
+    command = [sys.executable, "-m", "xlm_ds.preflight", "--hostfile=hostfile", "--save-dir=run"]
+    for seconds in (0.4, 0.7, 0.9, 1.2, 2.5):
+        process = hosts.popen(hosts.names[0], *command, cwd=job)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        assert "Traceback" not in stderr
+        assert all(gone(hosts, name) for name in hosts.names)
+        assert set(job.iterdir()) == before

@@ -78,7 +78,7 @@ class Facts:
 
 
 def probe(request: Request) -> Facts:
-    """Looks at this host, in bounded time unless a folder does not answer. Leaves a file: see `remove_written`."""
+    """Looks at this host, in bounded time unless a folder does not answer. Leaves `token_path(request)`."""
     errors: list[str] = []
     files: dict[str, str] = {}
     languages: tuple[str, ...] = ()
@@ -96,9 +96,10 @@ def probe(request: Request) -> Facts:
             errors.append(sentence_of(error))
     written, free_bytes = "", 0
     try:
-        nearest = nearest_folder(Path(request.save_dir))
-        free_bytes = shutil.disk_usage(nearest).free
-        written = str(_write_token(nearest, request.token))
+        path = token_path(request)
+        free_bytes = shutil.disk_usage(path.parent).free
+        path.write_text(request.token, encoding="ascii")
+        written = str(path)
     except OSError as error:
         errors.append(f"{request.save_dir}: cannot be written: {sentence_of(error)}")
     return Facts(
@@ -187,16 +188,10 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _write_token(folder: Path, token: str) -> Path:
-    """Where hosts share the folder each has a file of its own."""
-    path = folder / f".preflight-{token}-{os.uname().nodename}-{os.getpid()}"
-    path.write_text(token, encoding="ascii")
-    return path
-
-
-def remove_written(facts: Facts) -> None:
-    if facts.written:
-        Path(facts.written).unlink(missing_ok=True)
+def token_path(request: Request) -> Path:
+    """The file that this process writes; where hosts share the folder each has its own."""
+    name = f".preflight-{request.token}-{os.uname().nodename}-{os.getpid()}"
+    return nearest_folder(Path(request.save_dir)) / name
 
 
 # -------------------------------------------------------------------------------------- comparison

@@ -47,7 +47,7 @@ from xlm_ds.host_facts import (
     from_json,
     probe,
     problems,
-    remove_written,
+    token_path,
 )
 from xlm_ds.launching import Host, check_launch, exported, read_hostfile
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage, sentence_of
@@ -345,12 +345,13 @@ class Serving:
     """A conversation's answers."""
 
     def __init__(self) -> None:
-        self._facts: Facts | None = None
+        self._request: Request | None = None
 
     def clean(self) -> None:
-        if self._facts is not None:
+        """Also what an answer that is under way has written."""
+        if self._request is not None:
             with suppress(OSError):
-                remove_written(self._facts)
+                token_path(self._request).unlink(missing_ok=True)
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         match question["do"]:
@@ -368,15 +369,13 @@ class Serving:
 
     def _look_around(self, question: Mapping[str, Any]) -> Facts:
         values = question["request"]
-        request = Request(**{**values, "languages": tuple(values["languages"])})
-        self._facts = probe(request)
-        self._facts = dataclasses.replace(
-            self._facts,
+        self._request = Request(**{**values, "languages": tuple(values["languages"])})
+        return dataclasses.replace(
+            probe(self._request),
             settings=_toml_hash(question["toml"]),
             address=_first_address(),
             gpus=gpu_names(),
         )
-        return self._facts
 
 
 def _toml_hash(toml: str | None) -> dict[str, str]:
@@ -499,8 +498,9 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
         return
     started = time.monotonic()
     names = _names({rank: host for rank, (host, _) in firsts.items()})
-    facts = _facts_of(config, token=firsts[0][1]) if is_first else None
+    request = _request_of(config, token=firsts[0][1])
     try:
+        facts = dataclasses.replace(probe(request), gpus=gpu_names()) if is_first else None
         of_first = _gathered(facts, ranks)[0]
         ahead, error = _clock_beside_rank_0(ranks)
         if facts is not None:
@@ -512,8 +512,8 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
             )
         found = _gathered(facts, ranks)
     finally:
-        if facts is not None:
-            remove_written(facts)
+        with suppress(OSError):
+            token_path(request).unlink(missing_ok=True)
     hosts = {names[rank]: found[rank] for rank in firsts}
 
     def compare() -> None:
@@ -529,15 +529,14 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
     )
 
 
-def _facts_of(config: TrainConfig, token: str) -> Facts:
-    request = Request(
+def _request_of(config: TrainConfig, token: str) -> Request:
+    return Request(
         data=str(config.data.data),
         languages=config.data.monolingual_langs,
         save_dir=str(config.run.save_dir),
         token=token,
         settings=_settings(config),
     )
-    return dataclasses.replace(probe(request), gpus=gpu_names())
 
 
 def _settings(config: TrainConfig) -> dict[str, str]:
