@@ -544,7 +544,6 @@ def launch(hosts: Hosts, job: Path) -> "tuple[int, str]":
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.slow
 def test_ranks_with_other_flags_are_refused_without_a_word_from_the_others(
     tiny_data: Path, tmp_path: Path
 ) -> None:
