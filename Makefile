@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR = cpu
 endif
 
-.PHONY: setup test slow lint asan tsan fuzz bench demo clean
+.PHONY: setup test slow faults lint asan tsan fuzz bench demo clean
 
 setup: $(VENV)/.core
 
@@ -29,6 +29,10 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# On two and three hosts made of network namespaces (tests/hosts.py); where there can be none, it fails and says why.
+faults: setup
+	XLM_DS_HOSTS_REQUIRED=1 $(BIN)/python -m pytest -m faults
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,10 +2,14 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from hosts import Hosts
 
 # Tests compare with figures of a CPU, also on a machine that has a GPU; those marked gpu set it aside.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -68,3 +72,25 @@ def ranks() -> Iterator["object"]:
     del os.environ["RANK"]  # by which processes that tests start would know the group, and join it
     yield started
     stop_ranks()
+
+
+@pytest.fixture
+def start_hosts(tmp_path: Path) -> "Iterator[Callable[[int], Hosts]]":
+    """Hosts with a folder `job` to start from, which has a hostfile and .deepspeed_env."""
+    from hosts import Hosts, require_hosts
+
+    require_hosts()
+    started: list[Hosts] = []
+
+    def call(count: int) -> Hosts:
+        hosts = Hosts(tmp_path, count)
+        started.append(hosts)
+        job = tmp_path / "job"
+        job.mkdir()
+        (job / "hostfile").write_text(hosts.hostfile(), encoding="utf-8")
+        (job / ".deepspeed_env").write_text(hosts.deepspeed_env, encoding="utf-8")
+        return hosts
+
+    yield call
+    for hosts in started:
+        hosts.close()

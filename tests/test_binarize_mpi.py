@@ -1,6 +1,6 @@
 """Under mpirun the files are those of one process for any number of ranks; what goes wrong is one sentence and no pair.
 
-Two hosts are two network namespaces (Linux, root), each with its own host name and shared memory.
+Two hosts are two network namespaces with ssh between them (hosts.py).
 """
 
 import importlib.util
@@ -9,11 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hosts import Hosts
 from xlm_ds import binarize
 from xlm_ds.ranks import LAUNCHERS
 
@@ -26,11 +27,9 @@ needs_mpi = pytest.mark.skipif(
 )
 
 
-def mpirun(
-    ranks: int, *arguments: str, before: Sequence[str] = (), launcher: Sequence[str] = ()
-) -> "subprocess.CompletedProcess[str]":
+def mpirun(ranks: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """`python ARGUMENTS` on so many ranks."""
-    command = [*before, str(MPIEXEC), *launcher, "-n", str(ranks), sys.executable, *arguments]
+    command = [str(MPIEXEC), "-n", str(ranks), sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
@@ -291,67 +290,25 @@ def test_another_mpis_launcher_is_named() -> None:
 
 # --------------------------------------------------------------------------------- two hosts
 
-HOSTS = ("xlmds1", "xlmds2")
-SWITCH = "xlmds0"
-ADDRESSES = ("10.77.9.1", "10.77.9.2")
-
-# mpiexec calls it as it would ssh, with options, an address and a command.
-NOT_SSH = """#!/bin/sh
-while [ "${1#-}" != "$1" ]; do shift; done
-host=xlmds${1##*.}; shift
-exec ip netns exec $host unshare --uts --ipc --pid --mount --fork --mount-proc --kill-child sh -c \\
-  "hostname $host; mount -t tmpfs none /dev/shm; $BEFORE $*"
-"""
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Path]:
-    """Two namespaces joined by a switch; what plays ssh between them."""
-    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
-        pytest.skip("network namespaces need root, ip (iproute2) and unshare")
-    try:
-        try:
-            ip("netns", "add", SWITCH)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-        ip("-n", SWITCH, "link", "add", "br0", "type", "bridge")
-        ip("-n", SWITCH, "link", "set", "br0", "up")
-        for number, (host, address) in enumerate(zip(HOSTS, ADDRESSES, strict=True)):
-            ip("netns", "add", host)
-            ip("-n", host, "link", "set", "lo", "up")
-            peer = ("peer", "name", f"v{number}", "netns", SWITCH)
-            ip("-n", host, "link", "add", "eth0", "type", "veth", *peer)
-            ip("-n", SWITCH, "link", "set", f"v{number}", "master", "br0", "up")
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", "eth0")
-            ip("-n", host, "link", "set", "eth0", "up")
-        not_ssh = tmp_path / "not-ssh"
-        not_ssh.write_text(NOT_SSH, encoding="utf-8")
-        not_ssh.chmod(0o755)
-        yield not_ssh
-    finally:
-        for name in (*HOSTS, SWITCH):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+def hosts(start_hosts: Callable[[int], Hosts]) -> Hosts:
+    return start_hosts(2)
 
 
-def on_two_hosts(
-    not_ssh: Path, ranks: int, *arguments: str, second_does_first: str = ""
-) -> "subprocess.CompletedProcess[str]":
-    launcher = ["-launcher", "ssh", "-launcher-exec", str(not_ssh), "-hosts", ",".join(ADDRESSES)]
-    before = ["ip", "netns", "exec", HOSTS[0], "env", f"BEFORE={second_does_first}"]
-    return mpirun(ranks, *arguments, before=before, launcher=launcher)
+def on_two_hosts(hosts: Hosts, ranks: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    launcher = [str(MPIEXEC), "-launcher", "ssh", "-hosts", ",".join(hosts.names)]
+    command = [*launcher, "-n", str(ranks), sys.executable, *arguments]
+    return hosts.run(hosts.names[0], *command, cwd=ROOT)
 
 
 @needs_mpi
 @pytest.mark.slow
 def test_two_hosts_write_what_one_process_writes(
-    hosts: Path, corpus: Path, expected: Path, tmp_path: Path
+    hosts: Hosts, corpus: Path, expected: Path, tmp_path: Path
 ) -> None:
     where = on_two_hosts(hosts, 3, "-c", "import socket; print(socket.gethostname())")
-    assert HOSTS[1] in where.stdout.split()
+    assert hosts.names[1] in where.stdout.split()
     for ranks in (2, 3, 5):
         out = tmp_path / str(ranks)
         result = on_two_hosts(hosts, ranks, *STAGE, *flags(corpus), f"--destdir={out}")
@@ -362,7 +319,7 @@ def test_two_hosts_write_what_one_process_writes(
 @needs_mpi
 @pytest.mark.slow
 def test_a_rank_that_dies_on_the_second_host_ends_the_run(
-    hosts: Path, corpus: Path, tmp_path: Path
+    hosts: Hosts, corpus: Path, tmp_path: Path
 ) -> None:
     arguments = [*flags(corpus), f"--destdir={tmp_path / 'out'}"]
     result = on_two_hosts(hosts, 2, "-c", DYING, "1", "finish_pair", *arguments)
@@ -375,20 +332,21 @@ def test_a_rank_that_dies_on_the_second_host_ends_the_run(
 @needs_mpi
 @pytest.mark.slow
 def test_a_folder_that_hosts_do_not_share_is_refused(
-    hosts: Path, corpus: Path, tmp_path: Path
+    hosts: Hosts, corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
+    assert hosts.run(hosts.names[1], "mount", "-t", "tmpfs", "none", str(out)).returncode == 0
     result = on_two_hosts(
         hosts,
         2,
         *STAGE,
         *flags(corpus),
         f"--destdir={out}",
-        second_does_first=f"mount -t tmpfs none {out};",
     )
     assert result.returncode == 2
     assert (
-        f"{out}: on {HOSTS[1]} it is not the folder that the first rank writes to" in result.stderr
+        f"{out}: on {hosts.names[1]} it is not the folder that the first rank writes to"
+        in result.stderr
     )
     assert result.stderr.count("\n") == 1

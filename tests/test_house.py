@@ -13,7 +13,7 @@ PACKAGE = Path(xlm_ds.__file__).parent
 
 FLOORS = [
     {"_core", "log", "keeper"},
-    {"flags", "files", "ranks", "steps", "devices", "lifeline"},
+    {"flags", "files", "ranks", "steps", "devices", "lifeline", "launching"},
     {"config", "dictionary"},
     {
         *("tokenisation", "merges", "texts", "pair_record", "prepare_record"),
@@ -21,7 +21,7 @@ FLOORS = [
     },
     {"prepare", "binarize", "pairs", "xlm_pth", "shards", "costs"},
     {"dataset"},
-    {"order"},
+    {"order", "host_facts"},
     {"batches"},
     {"corpus", "digests"},
     {"cross_entropy_kernel", "linear_cross_entropy"},

@@ -11,6 +11,7 @@ STAGES = {
     "binarize": "splits -> .bin/.idx pairs and dict.txt",
     "shards": "looks into, checks, joins, divides and converts .bin/.idx pairs",
     "plan": "a configuration -> memory, speed and hours of its training",
+    "preflight": "the hosts of a run -> what would make it fail there",
     "train": "binarized data -> checkpoints",
     "supervise": "starts a failed run again from its last checkpoint",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",

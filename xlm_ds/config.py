@@ -574,6 +574,42 @@ class PlanConfig:
     )
 
 
+# --------------------------------------------------------------------------------------- preflight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightDataConfig(DataConfig):
+    """DataConfig, where data may be left out of the check."""
+
+    data: Path | None = knob(  # type: ignore[assignment]
+        "folder with dict.txt and {train,valid}.LANG.{bin,idx}: compared where given",
+        default=None,
+        positional=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightConfig:
+    """Flags and files of train, and the hosts that it would run on."""
+
+    data: PreflightDataConfig
+    model: ModelConfig
+    optimization: OptimizationConfig
+    run: RunConfig
+    hostfile: Path = knob("lines NAME slots=N, as the deepspeed launcher reads them")
+    master_addr: str | None = knob(
+        "address of the first host for the others (default: the first of its hostname -I, as DeepSpeed does)",
+        default=None,
+    )
+    master_port: int = knob(
+        "port of the first host that the ranks meet at", default=29500, bounds="[1, 65535]"
+    )
+    ssh_port: int | None = knob("port of the hosts' ssh", default=None, bounds="[1, 65535]")
+    timeout: int = knob(
+        "seconds that a host may take for each step of the check", default=60, bounds="[1, 3600]"
+    )
+
+
 # --------------------------------------------------------------------------------------- evaluate
 
 

@@ -124,6 +124,8 @@ class Ranks(NamedTuple):
     def raise_on_all(self, error: InputError | OSError | None) -> None:
         """Raises `error` where there is one; if there is on any rank, the others end."""
         if self.any(int(error is not None)):
+            if self.world_size > 1:
+                stop_ranks()  # or the end of this process may be an abort, and 134 the exit code
             raise error or SystemExit(EXIT_BAD_INPUT)
 
 
@@ -139,7 +141,7 @@ def start_ranks(timeout_seconds: float = 600.0) -> Ranks:
             if int(os.environ.get(name, "1")) > 1:
                 raise InputError(
                     f"started as {os.environ[name]} tasks ({name}) that do not know their rank, so each would be a run "
-                    "of its own; start them with deepspeed, deepspeed --launcher mpich, or torchrun"
+                    "of its own; start them with deepspeed or torchrun, or as launch/mpi.sh and launch/slurm.sbatch do"
                 )
         os.environ.update(alone)
         os.environ["MASTER_PORT"] = str(_free_port())

@@ -91,6 +91,14 @@ def parse(
     return _build(config_class, {**(_read_toml(knobs, toml) if toml else {}), **flags})
 
 
+def config_file(argv: Sequence[str]) -> Path | None:
+    """The file that --config names."""
+    parser = _Parser(add_help=False)
+    parser.add_argument("--config", type=Path)
+    path: Path | None = vars(parser.parse_known_args(argv)[0]).get("config")
+    return path
+
+
 def before_slow_imports(config_class: type[Any], description: str | None) -> None:
     """Called by a stage before torch is imported, which takes seconds: --help is instant, Ctrl-C ends quietly."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -97,6 +97,7 @@ from xlm_ds.metrics import (
 )
 from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.preflight import check_hosts
 from xlm_ds.schedule import (
     check_schedule,
     describe_schedule,
@@ -683,6 +684,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = start_ranks(config.run.heartbeat_timeout)
     ending = Ending(config.run.save_dir)
     with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
+        check_hosts(config, ranks)
         code = train(config, ranks, stop, ending)
         if ranks.rank == 0:
             ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
