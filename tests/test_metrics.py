@@ -13,6 +13,7 @@ from xlm_ds.architectures import shape_from_config
 from xlm_ds.config import ModelConfig, OptimizationConfig
 from xlm_ds.metrics import (
     PARTS,
+    SlowHosts,
     Stopwatch,
     UnigramWatch,
     below_unigram,
@@ -178,3 +179,36 @@ def test_a_run_at_the_unigram_level_is_warned_once(
 def test_a_run_that_learns_or_is_young_is_not_warned(caplog: pytest.LogCaptureFixture) -> None:
     assert watched(0.1, caplog, updates=range(100, 10_000, 100)) == []
     assert watched(0.0, caplog, updates=range(1, 3000, 10)) == []
+
+
+# -------------------------------------------------------------------------------------- slow hosts
+
+
+def slow_hosts_said(
+    caplog: pytest.LogCaptureFixture, hosts: str, *lines: tuple[float, ...]
+) -> list[str]:
+    watch = SlowHosts(hosts.split())
+    with caplog.at_level("WARNING", logger="xlm_ds"):
+        for line in lines:
+            watch.watch(line)
+    return [record.getMessage().partition(" ")[0] for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "lines", "said"),
+    [
+        ("a b", [(10.0, 6.0)] * 9, ["a"]),  # once
+        ("a b", [(10.0, 6.0)] * 2, []),
+        ("a b", [(10.0, 6.0), (10.0, 6.0), (6.0, 6.0), (10.0, 6.0), (10.0, 6.0)], []),
+        ("a b", [(2.0, 1.0)] * 8, []),  # three in a row take 15 seconds of work
+        ("a b", [(2.0, 1.0)] * 9, ["a"]),
+        ("a b", [(10.0, 7.0)] * 9, []),
+        ("a a b b c c", [(6.0, 6.0, 6.0, 6.0, 9.5, 10.0)] * 3, ["c"]),
+        ("a a a b b b", [(6.0, 6.0, 60.0, 6.0, 6.0, 6.0)] * 9, []),  # a rank, not its host
+        ("a a", [(10.0, 1.0)] * 9, []),
+    ],
+)
+def test_a_host_whose_ranks_work_longer_is_named(
+    hosts: str, lines: list[tuple[float, ...]], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert slow_hosts_said(caplog, hosts, *lines) == said

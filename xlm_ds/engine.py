@@ -111,6 +111,13 @@ class Ranks(NamedTuple):
             dist.all_reduce(values, group=self.control)
         return values
 
+    def each(self, value: float) -> list[float]:
+        """Every rank's value, on all ranks."""
+        values = torch.zeros(self.world_size, dtype=torch.float64)
+        values[self.rank] = value
+        found: list[float] = self.sum(values).tolist()
+        return found
+
     def on_first(self, action: Callable[[], None]) -> None:
         """Runs `action` on rank 0, the others waiting; if it fails, its error is raised there and all ranks end."""
         error: InputError | OSError | None = None

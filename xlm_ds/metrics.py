@@ -184,6 +184,7 @@ PARTS = (
 )
 
 OUTSIDE_TRAINING = ("validation", "checkpoint")
+WORK = ("data", "forward_backward", "optimizer")  # what a rank does by itself
 
 
 class Stopwatch:
@@ -294,6 +295,44 @@ class Stopwatch:
             part, begin = self._marks.popleft()
             end = self._marks[0][1]
             self._seconds[part] += begin.elapsed_time(end) / 1e3 if self._on_cuda else end - begin
+
+
+class SlowHosts:
+    """One warning for each host whose ranks work much longer on an update than those of the others."""
+
+    TIMES = 1.5
+    IN_A_ROW = 3  # comparisons, each
+    SECONDS = (
+        5.0  # of the slowest host's work, so that a moment's load is not taken for a slow host
+    )
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """`hosts`: each rank's."""
+        self._hosts = hosts
+        self._seconds = np.zeros(len(hosts))
+        self._in_a_row = dict.fromkeys(hosts, 0)
+
+    def watch(self, seconds: Sequence[float]) -> None:
+        """What each rank has worked since the last call."""
+        self._seconds += seconds
+        of_host = {
+            host: float(
+                np.median([s for s, h in zip(self._seconds, self._hosts, strict=True) if h == host])
+            )
+            for host in self._in_a_row
+        }
+        if len(of_host) < 2 or max(of_host.values()) < self.SECONDS:
+            return
+        self._seconds[:] = 0
+        for host, own in of_host.items():
+            others = float(np.median([s for other, s in of_host.items() if other != host]))
+            self._in_a_row[host] = self._in_a_row[host] + 1 if own > self.TIMES * others else 0
+            if self._in_a_row[host] == self.IN_A_ROW:
+                logger.warning(
+                    f"{host} is slow: its ranks work {own / others:.1f} times as long on an update as those of "
+                    "the other hosts, which wait for them; look for another process, a hot or throttled device, or "
+                    "memory that swaps"
+                )
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -89,8 +89,10 @@ from xlm_ds.lifeline import (
 )
 from xlm_ds.metrics import (
     NO_SAMPLE,
+    WORK,
     LossMeter,
     RunLog,
+    SlowHosts,
     Stopwatch,
     UnigramWatch,
     loss_figures,
@@ -138,6 +140,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
     )
     dtype = precision_of(engine.settings)
     stopwatch = Stopwatch(shape, data.tokens_per_sample, ranks.device, ranks.world_size, dtype)
+    slow_hosts = SlowHosts(ending.hosts)
     saver = checkpoint.Saver(ranks)
     started = time.monotonic() - progress.seconds
 
@@ -207,6 +210,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
                 figures |= {"epoch": progress.samples / epoch_samples, **stopwatch.take()}
                 figures |= time_left(optimization, progress)
                 log.write("train", progress.update, figures)
+                slow_hosts.watch(ranks.each(sum(figures["seconds"][part] for part in WORK)))
                 unigram.watch(sums, progress.update)
             names = [LAST, f"checkpoint{epochs}"] if due.epoch_name else [LAST]
             if due.validate and not stopping:
