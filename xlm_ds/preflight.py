@@ -493,7 +493,7 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
         return
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     mine = (socket.gethostname(), secrets.token_hex(8)) if is_first else None
-    firsts = {rank: value for rank, value in enumerate(_gathered(mine, ranks)) if value is not None}
+    firsts = {rank: value for rank, value in enumerate(ranks.gathered(mine)) if value is not None}
     if len(firsts) < 2:
         return
     started = time.monotonic()
@@ -501,7 +501,7 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
     request = _request_of(config, token=firsts[0][1])
     try:
         facts = dataclasses.replace(probe(request), gpus=gpu_names()) if is_first else None
-        of_first = _gathered(facts, ranks)[0]
+        of_first = ranks.gathered(facts)[0]
         ahead, error = _clock_beside_rank_0(ranks)
         if facts is not None:
             facts = dataclasses.replace(
@@ -510,7 +510,7 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
                 clock_seconds=ahead,
                 clock_error_seconds=error,
             )
-        found = _gathered(facts, ranks)
+        found = ranks.gathered(facts)
     finally:
         with suppress(OSError):
             token_path(request).unlink(missing_ok=True)
@@ -553,14 +553,6 @@ def _names(hosts: Mapping[int, str]) -> dict[int, str]:
     return {r: host if once[host] == 1 else f"{host} (rank {r})" for r, host in hosts.items()}
 
 
-def _gathered(value: Any, ranks: "Ranks") -> list[Any]:
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value, group=ranks.control)
-    return values
-
-
 def _clock_beside_rank_0(ranks: "Ranks") -> tuple[float, float]:
     """How far this rank's clock is ahead of rank 0's, and the most that may be wrong.
 
@@ -573,7 +565,7 @@ def _clock_beside_rank_0(ranks: "Ranks") -> tuple[float, float]:
         before = time.time()
         ranks.any(0)
         after = time.time()
-        times = _gathered(((after - before) / 2, (before + after) / 2), ranks)
+        times = ranks.gathered(((after - before) / 2, (before + after) / 2))
         error, middle = times[ranks.rank]
         error_0, middle_0 = times[0]
         best = min(best, (max(error for error, _ in times), middle - middle_0, error + error_0))
