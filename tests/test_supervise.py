@@ -513,12 +513,38 @@ def test_hosts_are_looked_at_before_the_first_start(
     launcher = tmp_path / "launcher"  # which does not mind a hostfile
     launcher.write_text(f'#!/bin/sh\nshift 2\nexec {python} "$@"\n', encoding="utf-8")
     launcher.chmod(0o755)
-    command = [str(launcher), "--hostfile", "H", *words]
+    hostfile = tmp_path / "H"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n", encoding="utf-8")
+    command = [str(launcher), "--hostfile", str(hostfile), *words]
     with default_signals():
         assert supervise.main(["--first-pause=0", *flags, "--", *command]) == code
     assert looked.exists() == (not flags)
-    assert flags or looked.read_text(encoding="utf-8") == "--hostfile H"
+    told = words[supervise.words_before_flags(words) :]  # what train is told
+    assert flags or looked.read_text(encoding="utf-8").split() == [
+        "--hostfile",
+        str(hostfile),
+        *told,
+    ]
     assert (run / "starts").exists() == (code == 0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-preflight"]])
+def test_what_a_launcher_would_mangle_is_refused_before_the_start(
+    flags: list[str], run: Path, tmp_path: Path
+) -> None:
+    """Of one host it reaches no other's shell, and nothing is asked of ssh."""
+    deepspeed = tmp_path / "deepspeed"
+    deepspeed.write_text("#!/bin/sh\nexit 2\n", encoding="utf-8")
+    deepspeed.chmod(0o755)
+    hostfile = tmp_path / "H"
+    started = [str(deepspeed), "--hostfile", str(hostfile), "--module", "xlm_ds.train"]
+    command = [*started, "OUT;x", f"--save-dir={run}"]
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n", encoding="utf-8")
+    with default_signals():
+        with pytest.raises(InputError, match="'OUT;x': would not reach other hosts"):
+            supervise.main([*flags, "--", *command])
+        hostfile.write_text("localhost slots=1\n", encoding="utf-8")
+        assert supervise.main([*flags, "--", *command]) == 2
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from xlm_ds.config import TRAIN_ANSWERED, RunConfig, SuperviseConfig, TrainConfig
 from xlm_ds.files import locked, make_folder, replacing
 from xlm_ds.flags import parse
+from xlm_ds.launching import check_launch, read_hostfile
 from xlm_ds.lifeline import END_FILE, ENDS_WITH, STOP_FILE
 from xlm_ds.log import (
     EXIT_BAD_INPUT,
@@ -293,11 +294,18 @@ def hostfile_of(launcher: Sequence[str]) -> str | None:
 
 
 def preflight(config: SuperviseConfig, launch: Launch, asked: Asked, lock: int) -> int:
-    """Whether the hosts of the command's hostfile can run it: the exit code of `python -m xlm_ds.preflight`."""
+    """Whether the hosts of the command's hostfile can run it: the exit code of `python -m xlm_ds.preflight`.
+
+    Raises InputError if some of the command would not reach them as it is; OSError.
+    """
     hostfile = hostfile_of(launch.launcher)
-    if hostfile is None or config.no_preflight:
+    if hostfile is None:
         return EXIT_OK
-    command = [*PREFLIGHT, "--hostfile", hostfile]
+    if Path(launch.launcher[0]).name == "deepspeed":
+        check_launch(Path(hostfile), launch.command[1:], os.environ, Path.cwd())
+    if config.no_preflight or len(read_hostfile(Path(hostfile))) == 1:
+        return EXIT_OK
+    command = [*PREFLIGHT, "--hostfile", hostfile, *launch.command[len(launch.launcher) :]]
     return kept(command, launch.run.save_dir, asked, lock)
 
 
