@@ -1,15 +1,25 @@
 """Small data and one process group for all tests of the training rooms."""
 
 import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from hosts import Hosts
+
+# Programs that tests start ignore what they inherit as ignored (nohup, a shell's &); a handler they do not inherit.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+
+settings.register_profile("untimed", deadline=None)  # other programs share the machine
+settings.load_profile("untimed")
 
 # Tests compare with figures of a CPU, also on a machine that has a GPU; those marked gpu set it aside.
 os.environ["DS_ACCELERATOR"] = "cpu"
