@@ -188,9 +188,11 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
             )
             log.advance()
             ending.update = progress.update
-            stopping, writing = ranks.largest(stop.requested, saver.is_writing())
-            if not writing:
-                saver.finish()
+            stopping = 0
+            if progress.update % ranks.control_interval == 0:
+                stopping, writing = ranks.largest(stop.requested, saver.is_writing())
+                if not writing:
+                    saver.finish()
             epochs = progress.samples // epoch_samples
             last = finished(optimization, progress, epoch_samples)
             due = what_is_due(
