@@ -475,8 +475,9 @@ def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected
         ),
         ("{", "not a JSON file"),
         ("[]", "is a JSON object"),
-        ("{}", '"stage": 1, 2 or 3'),
-        ('{"zero_optimization": {"stage": 0}}', '"stage": 1, 2 or 3'),
+        ('{"zero_optimization": {"stage": 4}}', '"stage": 0, 1, 2 or 3}, not 4'),
+        ('{"zero_optimization": {"stage": "auto"}}', '"stage": 0, 1, 2 or 3}, not auto'),
+        ('{"zero_optimization": {"stage": true}}', '"stage": 0, 1, 2 or 3}, not True'),
         ('{"zero_optimization": {"stage": 1}, "fp16": true}', "fp16 must be a JSON object"),
     ],
 )
@@ -484,3 +485,41 @@ def test_an_unusable_json_is_refused(tmp_path: Path, content: str, expected: str
     (tmp_path / "ds.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=expected):
         read_deepspeed_config(tmp_path / "ds.json", "cpu")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"zero_optimization": {}}',
+        '{"zero_optimization": {"stage": 0, "reduce_bucket_size": 7}, "bf16": {"enabled": true}}',
+    ],
+)
+def test_stage_0_runs_as_stage_1(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else of the JSON is another; and one line says so."""
+    path = tmp_path / "ds.json"
+    path.write_text(content, encoding="utf-8")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        found = read_deepspeed_config(path, "cpu")
+    written = json.loads(content)
+    assert found == {
+        **written,
+        "zero_optimization": {**written.get("zero_optimization", {}), "stage": 1},
+    }
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(
+        f"{path}: ZeRO stage 0 runs as stage 1, which on one rank divides nothing"
+    )
+
+
+def test_a_json_without_zero_trains(tmp_path: Path, ranks: Ranks) -> None:
+    """In bf16, where DeepSpeed's stage 0 would make another first update."""
+    (tmp_path / "ds.json").write_text('{"bf16": {"enabled": true}}', encoding="utf-8")
+    template = read_deepspeed_config(tmp_path / "ds.json", "cpu")
+    settings = resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=1)
+    _, expected, _ = plain_adamw(5)
+    engine = Engine(small_model(), settings, ranks)
+    assert engine_losses(engine, range(5)) == pytest.approx(expected, abs=0.01)
+    engine.check()
