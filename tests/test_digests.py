@@ -29,7 +29,7 @@ from test_end_to_end import (
     wait_for_update,
 )
 from test_engine import engine_losses, settings_of, small_model
-from test_train import train_here
+from test_train import losses_in, train_here
 from xlm_ds import checkpoint, prove
 from xlm_ds.batches import MaskedBatch, Masking
 from xlm_ds.corpus import Corpus, micro_batch
@@ -47,6 +47,7 @@ from xlm_ds.digests import (
 )
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.geometry import Geometry
+from xlm_ds.lifeline import END_FILE
 from xlm_ds.log import InputError
 from xlm_ds.order import build_order
 from xlm_ds.steps import Steps
@@ -532,12 +533,52 @@ def test_a_rank_that_is_killed_leaves_both_chains_as_they_would_be(
 
 
 @pytest.mark.slow
-def test_other_numbers_of_ranks_continue_the_samples_chain(tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--global-batch-tokens=384", "--digest-interval=2", *NO_DROPOUT]
-    succeed(*MODULE, *train_command(tiny_data, tmp_path / "whole", *flags, "--max-update=8"))
-    for update, ranks in ((2, 1), (4, 2), (6, 3), (8, 1)):
+def test_torchrun_starts_a_run_again_whose_rank_is_killed(tiny_data: Path, tmp_path: Path) -> None:
+    """Each rank once, at random updates; nobody else does anything, and the digests are an unbroken run's."""
+    flags = ["--max-update=40", "--save-interval-updates=3", "--digest-interval=2"]
+    torchrun = [*MODULE, "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
+    torchrun += [f"--master-port={20000 + os.getpid() % 20000}", "--max-restarts=2", "--module"]
+    succeed(*torchrun, *train_command(tiny_data, tmp_path / "whole", *flags))
+    killed = tmp_path / "killed"
+    log = killed / "train.log"
+    process = start(*torchrun, *train_command(tiny_data, killed, *flags))
+    updates = random.Random(4)
+    for victim, low in ((1, 5), (0, 18)):
+        wait_for_update(process, killed, updates.randrange(low, low + 8))
+        os.kill(ranks_of(killed)[victim], signal.SIGKILL)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    assert not ranks_of(killed)
+    assert log.read_text(encoding="utf-8").count("| going on from ") == 2, "killed too late"
+    assert (killed / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
+    ended = json.loads((killed / END_FILE).read_text(encoding="utf-8"))
+    assert (ended["exit_code"], ended["update"], ended["what"]) == (0, 40, "done")
+
+
+@pytest.mark.slow
+def test_other_ranks_and_stages_continue_the_samples_chain_and_the_losses(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    template = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    template["zero_optimization"]["stage"] = 3
+    (tmp_path / "zero3.json").write_text(json.dumps(template), encoding="utf-8")
+    # The validation that ends each part moves no rate of this schedule.
+    flags = ["--global-batch-tokens=384", "--lr-scheduler=inverse_sqrt", *NO_DROPOUT]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    succeed(*MODULE, *train_command(tiny_data, whole, *flags, "--max-update=10"))
+    zero3 = f"--deepspeed_config={tmp_path / 'zero3.json'}"
+    for update, ranks, more in (
+        (2, 1, []),
+        (4, 2, [zero3]),
+        (6, 3, [zero3]),
+        (8, 4, []),
+        (10, 1, []),
+    ):
         prefix = MODULE if ranks == 1 else launcher(tmp_path, ranks)
-        command = train_command(tiny_data, tmp_path / "run", *flags, f"--max-update={update}")
+        command = train_command(tiny_data, run, *flags, *more, f"--max-update={update}")
         succeed(*prefix, *command)
-    assert columns(tmp_path / "run") == columns(tmp_path / "whole")
-    assert [u for u, *_ in columns(tmp_path / "whole")] == list(range(1, 9))
+    assert [u for u, *_ in columns(whole)] == list(range(1, 11))
+    assert columns(run) == columns(whole)
+    assert losses_in(run) == pytest.approx(losses_in(whole), abs=1e-3)
+    said = succeed(*MODULE, "xlm_ds.prove", whole, run)
+    assert said.startswith("samples: identical to update 10\n")

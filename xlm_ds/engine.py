@@ -167,10 +167,35 @@ def start_ranks(timeout_seconds: float = 600.0) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if cuda else "gloo"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        _join_again(backend, device, timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
     return Ranks(dist.get_rank(), world, device, control, timeout)
+
+
+def _join_again(backend: str, device: torch.device, timeout: timedelta) -> None:
+    """Joins the ranks that torchrun has started again, if it has one store for all its attempts.
+
+    There are still the addresses of the ranks that have ended, which gloo would connect to: no restart succeeded (torch
+    2.13, one host, November 2026; PyTorch's issues 135712 and 167288). Of several hosts each counts its own restarts,
+    so they need stores of their own (launch/torchrun.sh).
+    """
+    own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if own_store or os.environ["GROUP_WORLD_SIZE"] != "1":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" and world > 1 else None,  # as DeepSpeed has it
+    )
 
 
 def is_lost_rank(error: BaseException) -> bool:
