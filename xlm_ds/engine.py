@@ -186,11 +186,12 @@ def _join_again(backend: str, device: torch.device, timeout: timedelta) -> None:
     if own_store or os.environ["GROUP_WORLD_SIZE"] != "1":
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        store=dist.PrefixStore(attempt, store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=world,
         timeout=timeout,
