@@ -174,6 +174,9 @@ def main(argv):
     ending.hosts = ["a", "b", "c"]
     ending.update = 7
     with one_report(ending, lambda error: isinstance(error, Lost)):
+        if how == "silent": time.sleep(8)
+        if how == "deaf": (save_dir / "logs").rename(save_dir / "gone")
+        if how in ("waiting", "deaf"): raise Lost("Timed out waiting 8000ms for recv operation to complete")
         if how == "killed": os.kill(os.getpid(), 9)
         if how == "lost": raise Lost("Connection closed by peer [10.0.0.1]")
         if how == "input": raise InputError("the text is bad")
@@ -241,6 +244,19 @@ def test_a_rank_that_was_killed_is_named_by_those_who_lost_it(tmp_path: Path) ->
     assert said.count("rank 1 on b has ended without a word") == 1
     assert "2 noticed: Connection closed by peer" in said
     assert "rank 1 on b" in str(ended["what"])
+
+
+def test_a_rank_that_does_not_answer_is_told_from_one_that_has_ended(tmp_path: Path) -> None:
+    codes, said, _ = end_of(tmp_path, "waiting", "silent", "waiting")
+    assert codes == [1, 0, 1]
+    assert said.count("rank 1 on b does not answer (stopped, ") == 1
+    assert "2 noticed: Timed out waiting 8000ms" in said
+
+
+def test_a_rank_whose_folder_is_gone_too_does_not_name_itself(tmp_path: Path) -> None:
+    _, said, _ = end_of(tmp_path, "deaf", "silent")
+    assert "rank 1 on b does not answer" in said
+    assert "1 noticed: " in said
 
 
 def test_a_network_that_is_cut_is_told_from_a_rank_that_has_ended(tmp_path: Path) -> None:

@@ -366,6 +366,23 @@ def test_what_a_dead_launcher_leaves_is_killed_and_nothing_else(
         other.kill()
 
 
+def test_a_launcher_that_outlives_its_run_is_killed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pdsh does, whose ssh is never told that a host was cut off."""
+    monkeypatch.setattr(supervise, "LINGER_SECONDS", 0.5)
+    (run / "ended.json").write_text("of an earlier start", encoding="utf-8")
+    body = "if os.fork(): time.sleep(1); hang()\nwhile not (folder / 'ready').exists(): time.sleep(0.02)\nend(1)"
+    command = fake_command(tmp_path / "fake.py", body, run)
+    with default_signals(), (run / "lock").open("w") as lock:
+        began = time.monotonic()
+        ended = supervise.run_once(command, run, supervise.Asked(60), lock.fileno())
+    assert ended.code == 1
+    assert "node3, rank 5, update 7: it was so" in ended.how
+    assert time.monotonic() - began >= 1.5
+    assert not any(map(lives, pids(run)))
+
+
 def test_ranks_of_a_dead_launcher_are_asked_to_save_first(start: Supervise, run: Path) -> None:
     """Those of a killed single-node runner have a living parent (launch.py), and would never notice."""
     body = f"os.fork() and die(); os.setsid(); time.sleep(0.2); {WELL_BEHAVED}"

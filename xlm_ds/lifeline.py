@@ -256,14 +256,22 @@ class Ending:
         there = self.marked(ROLL_CALL_SECONDS, self.is_claimed)
         if self.is_claimed():
             return None
+        there.add(place().rank)  # also where the shared folder is gone with the network
         absent = [rank for rank in range(place().ranks) if rank not in there]
         names = [
             f"rank {rank}" + (f" on {self.hosts[rank]}" if self.hosts else "") for rank in absent
         ]
-        if absent:
+        one = len(absent) == 1
+        timed_out = "Timed out" in str(error)  # of gloo: the connection is there, and silent
+        if absent and timed_out:
             what = (
-                f"{', '.join(names)} {'has' if len(absent) == 1 else 'have'} ended without a word (killed, or out of "
-                f"memory), or cannot be reached; {len(there)} noticed"
+                f"{', '.join(names)} {'does' if one else 'do'} not answer (stopped, or on a host that is down or cut "
+                f"off); {len(there)} noticed"
+            )
+        elif absent:
+            what = (
+                f"{', '.join(names)} {'has' if one else 'have'} ended without a word (killed, or out of memory), or "
+                f"cannot be reached; {len(there)} noticed"
             )
         else:
             what = "the ranks have lost each other, and none has ended: the network is cut off or too slow"

@@ -49,6 +49,9 @@ POLL_SECONDS = 0.1
 MARGIN_SECONDS = (
     1.0  # after its own --stop-seconds a run is killed; with 8 of them all is ended within ten
 )
+# A launcher may outlive its run by what DeepSpeed's leaves a rank that does not end (30 seconds, then SIGKILL), and for
+# ever if a host is cut off: nobody tells its ssh (OpenSSH 9.2 without ServerAliveInterval).
+LINGER_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 600.0
 
 
@@ -132,8 +135,6 @@ def gain(before: int | None, after: int | None) -> str:
 
 def run_once(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> Ended:
     """Runs the launcher until nothing of it is left on this host."""
-    for name in (STOP_FILE, END_FILE):  # what a start before has left is not said of this one
-        (save_dir / name).unlink(missing_ok=True)
     code = kept(command, save_dir, asked, lock)
     return read_ended(save_dir) or ended_by_launcher(code)
 
@@ -146,9 +147,12 @@ def kept(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> i
 
     The keeper holds the lock too, so that no other supervise starts while one that was killed is being cleared away.
     """
-    stop = save_dir / STOP_FILE
+    stop, end = save_dir / STOP_FILE, save_dir / END_FILE
+    for path in (stop, end):  # what a start before has left is not said of this one
+        path.unlink(missing_ok=True)
     words = [sys.executable, "-P", str(KEEPER), str(stop), str(asked.kill_after), *command]
     told = killed = False
+    late = float("inf")  # of time.monotonic(), once the run has said how it ended
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True, pass_fds=(lock,)
     ) as keeper:
@@ -159,9 +163,13 @@ def kept(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> i
                 logger.info(f"{asked.signal.name}: the run is asked to save and end")
             if asked.signal and not stop.exists():  # also again: a run that begins removes it
                 ask_to_stop(stop, asked.wish)
-            if asked.is_late() and not killed:
+            if late == float("inf") and end.exists():
+                late = time.monotonic() + LINGER_SECONDS
+            lingers = time.monotonic() >= late
+            if (asked.is_late() or lingers) and not killed:
                 killed = True
-                logger.error("the run has not ended: killing what is left of it on this host")
+                what = "launcher" if lingers else "run"
+                logger.error(f"the {what} has not ended: killing what is left of it on this host")
                 with contextlib.suppress(BrokenPipeError):  # it has ended just now
                     keeper.stdin.write(b"k")
             time.sleep(POLL_SECONDS)
