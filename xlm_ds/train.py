@@ -682,6 +682,7 @@ def main(argv: Sequence[str]) -> int:
         stop.watch(launcher_is_gone())
         stop.watch(output_is_lost)
     ranks = start_ranks(config.run.heartbeat_timeout)
+    stop.has_joined = True
     ending = Ending(config.run.save_dir)
     with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
         check_hosts(config, ranks)
