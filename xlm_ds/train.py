@@ -613,6 +613,7 @@ def save(
     for path in (config.data.data / name for name in COMPANIONS):
         if path.exists():
             companions[path.name] = path.read_bytes()
+    engine.ranks.on_first(lambda: refuse_if_gone(run.save_dir))
     keep, interval = run.keep_interval_updates, run.save_interval_updates
     first_kept = progress.update - interval * keep + 1 if keep >= 0 and interval else 0
 
@@ -626,6 +627,15 @@ def save(
         logger.info(f"saved {folder} as {', '.join(names)}")
 
     saver.begin(folder, engine, progress, description, companions, name)
+
+
+def refuse_if_gone(save_dir: Path) -> None:
+    """A checkpoint that is written where the run's folder was mounted would be hidden when it is mounted again."""
+    if not (save_dir / LOGS).exists():
+        raise InputError(
+            f"{save_dir}: is gone (unmounted, moved or removed), so nothing was saved; when it is back, the same "
+            "command goes on from its last checkpoint"
+        )
 
 
 def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str, int]:
