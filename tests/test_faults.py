@@ -20,7 +20,7 @@ import pytest
 
 from xlm_ds import binarize, prepare, shards
 from xlm_ds.dictionary import Dictionary
-from xlm_ds.files import copy_file, file_sha256, save_array
+from xlm_ds.files import Appended, copy_file, file_sha256, save_array
 
 ROOT = Path(__file__).parent.parent
 LANGS = "en,fr"
@@ -370,3 +370,50 @@ def test_copies_are_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     copy_file(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == b"x" * 5000
+
+
+def disk_with_room_for(size: int) -> Callable[[int, bytes], int]:
+    """An os.write, which writes what there is room for and then fails."""
+    write, left = os.write, size
+
+    def call(descriptor: int, content: bytes) -> int:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(descriptor, content[:left])
+        left -= written
+        return written
+
+    return call
+
+
+def test_what_cannot_be_appended_follows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is gone for two calls, and then the disk is full within a line."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+    (run / "log").write_text("1\n", encoding="utf-8")
+    log = Appended(run / "log")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        log.append("2\n")
+        run.rename(away)
+        log.append("3\n")
+        run.mkdir()  # another, as under a mount
+        log.append("4\n")
+        assert list(run.iterdir()) == []
+        run.rmdir()
+        away.rename(run)
+        log.append("5\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", disk_with_room_for(2))
+            log.append("6 is long\n")
+        assert (run / "log").read_text(encoding="utf-8") == "1\n2\n3\n4\n5\n6 "
+        log.append("7\n")
+    assert (run / "log").read_text(encoding="utf-8") == "1\n2\n3\n4\n5\n6 is long\n7\n"
+    said = [record.getMessage() for record in caplog.records]
+    assert [reason.partition(": ")[2] for reason in said] == [
+        *("No such file or directory; going on without, and trying again", ""),
+        *("No space left on device; going on without, and trying again", ""),
+    ]
+    assert said[1] == f"{run / 'log'} can be written again, and nothing of it is missing"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,12 +29,13 @@ from xlm_ds.log import run_stage
 def main(argv):
     what, save_dir, seconds = argv
     stop = StopSignal(float(seconds))
+    stop.has_joined = what != "joining"
     if what == "launched":
         stop.watch(lifeline.launcher_is_gone())
         stop.watch(lifeline.output_is_lost)
     stop.watch(lifeline.stop_file(Path(save_dir)))
     Path(save_dir, "ready").write_text(str(os.getpid()))
-    if what == "stuck":
+    if what in ("stuck", "joining"):
         libc = ctypes.CDLL(None)
         while True:
             libc.usleep(500_000)
@@ -91,6 +93,13 @@ def test_a_rank_that_waits_for_others_ends_when_its_time_is_up(
     assert process.returncode == code
     assert 0.9 < time.monotonic() - begin < 3
     assert f"had not saved 1 seconds after {number.name}, and ends without" in output
+
+
+def test_a_rank_that_has_not_joined_yet_has_nothing_to_save(tmp_path: Path) -> None:
+    process = start("joining", tmp_path, 60.0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    os.kill(pid_of(tmp_path), signal.SIGTERM)
+    assert process.communicate(timeout=5)[0] == ""
+    assert process.returncode == 75
 
 
 def test_a_schedulers_warning_leaves_all_the_time_that_saving_takes(tmp_path: Path) -> None:
@@ -179,6 +188,7 @@ def main(argv):
         if how in ("waiting", "deaf"): raise Lost("Timed out waiting 8000ms for recv operation to complete")
         if how == "killed": os.kill(os.getpid(), 9)
         if how == "lost": raise Lost("Connection closed by peer [10.0.0.1]")
+        if how == "disk": raise OSError(28, "No space left on device", "weight")
         if how == "input": raise InputError("the text is bad")
         if how == "fault": raise Fault("a violation")
         if how == "error": raise ValueError("a bug")
@@ -217,6 +227,23 @@ def test_what_all_ranks_find_wrong_is_said_once(tmp_path: Path) -> None:
     assert codes == [2, 2, 2]
     assert said == "train: error: the text is bad\n"
     assert (ended["exit_code"], ended["update"], ended["what"]) == (2, 7, "the text is bad")
+
+
+def test_what_a_disk_refuses_is_said_with_its_host(tmp_path: Path) -> None:
+    codes, said, ended = end_of(tmp_path, "disk")
+    assert (codes, said) == ([2], "train: error: weight: no space left on device\n")
+    codes, said, ended = end_of(tmp_path, "late", "disk")
+    sentence = "weight: no space left on device"
+    assert codes == [1, 2]
+    assert said == f"train: error: rank 1 on {socket.gethostname()}: {sentence}\n"
+    assert (ended["exit_code"], ended["rank"], ended["what"]) == (2, 1, sentence)
+
+
+def test_an_end_is_written_into_no_other_folder(tmp_path: Path) -> None:
+    """As one that the run's was mounted over."""
+    ending = Ending(tmp_path)
+    assert ending.claim(2, "it is so")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_traceback_that_matters_is_the_only_one(tmp_path: Path) -> None:

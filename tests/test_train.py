@@ -308,6 +308,25 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(run: Any, tmp_path: Path)
     assert all(torch.isfinite(weight).all() for weight in last_weights(tmp_path / "a").values())
 
 
+def test_a_folder_that_is_gone_is_not_made_again_by_a_save(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a mount, a checkpoint would be hidden when the run's folder is back."""
+    step = Engine.step
+
+    def lost(self: Engine, lr: float) -> None:
+        step(self, lr)
+        if (tmp_path / "a" / "checkpoint_last").exists():
+            (tmp_path / "a").rename(tmp_path / "away")
+            (tmp_path / "a").mkdir()
+
+    monkeypatch.setattr(Engine, "step", lost)
+    with pytest.raises(InputError, match=r"a: is gone \(unmounted, moved or removed\)"):
+        run("a", "--max-update=4", "--save-interval-updates=2")
+    assert not any((tmp_path / "a").glob("*checkpoint*"))
+    assert last_weights(tmp_path / "away")
+
+
 def test_a_name_that_is_a_folder_is_refused(run: Any, tmp_path: Path) -> None:
     """cp -rL follows the links; a save could not move them."""
     run("a", "--max-update=1")

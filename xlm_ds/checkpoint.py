@@ -247,7 +247,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # a full disk, above all
         raise OSError(
-            f"{path}: not written ({error}); make room and start again: the last checkpoint is whole"
+            f"cannot write {path}: {error}; the last checkpoint is whole, and the same command goes on from it"
         ) from error
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
+from xlm_ds.files import Appended
 from xlm_ds.log import InputError, logger
 
 FILE = "digests.jsonl"
@@ -143,7 +144,7 @@ class Digests:
         masters: Callable[[], Iterable[tuple[str, int, Tensor]]],
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
-        self._path = path
+        self._file = Appended(path) if path else None
         self._chain, self._parameters_chain = _split_chains(chains)
         self._interval = interval
         self._masters = masters
@@ -167,7 +168,7 @@ class Digests:
     def write(self) -> str:
         """Appends the updates since the last call to the file; returns the chains, for the checkpoint.
 
-        All ranks must call it. A file that cannot be written is given up with a warning; the chains are not.
+        All ranks must call it. A file that cannot be written is no error: what is missing follows with a later call.
         """
         updates, self._updates = self._updates, []
         own = [part for u in updates for part in (u.digest, _as_uint64(u.parameters))]
@@ -175,13 +176,8 @@ class Digests:
         lines = [
             self._next_line(u, sums) for u, sums in zip(updates, _split(sums, updates), strict=True)
         ]
-        if self._path is not None:
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
-            except OSError as error:
-                logger.warning(f"cannot write {self._path}: {error.strerror}; going on without")
-                self._path = None
+        if self._file:
+            self._file.append("".join(lines))
         return self._chain.hex() + self._parameters_chain.hex()
 
     def _next_line(self, u: _Update, sums: NDArray[np.uint64]) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.deepspeed_config import check_monitors, has_fused_adam, suits_flat_gradients
-from xlm_ds.log import EXIT_BAD_INPUT, Fault, InputError
+from xlm_ds.log import EXIT_BAD_INPUT, EXIT_FAULT, Fault, InputError, logger
 from xlm_ds.model import XlmEncoder
 
 if not torch.cuda.is_available():
@@ -167,9 +168,10 @@ def start_ranks(timeout_seconds: float = 600.0) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if cuda else "gloo"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        _join_again(backend, device, timeout)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    with _given_up_after(timeout_seconds):
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            _join_again(backend, device, timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
     return Ranks(dist.get_rank(), world, device, control, timeout)
@@ -197,6 +199,40 @@ def _join_again(backend: str, device: torch.device, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=device if device.type == "cuda" and world > 1 else None,  # as DeepSpeed has it
     )
+
+
+@contextlib.contextmanager
+def _given_up_after(seconds: float) -> Iterator[None]:
+    """Says in a sentence why this rank does not meet the others, and ends it when their time is up.
+
+    torch 2.13 waits without end for the first answer of whatever listens at the port (measured 2026-11-23).
+    """
+    here = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+    port, first = os.environ["MASTER_PORT"], os.environ["MASTER_ADDR"]
+    sentence = (
+        f"{here} has not met rank 0 at port {port} of {first} in {seconds:g} s: that has not started, cannot be "
+        "reached, or the port is another program's"
+    )
+
+    def give_up() -> None:
+        logger.error(sentence)
+        logging.shutdown()
+        os._exit(EXIT_FAULT)
+
+    timer = threading.Timer(seconds + 1, give_up)  # torch notices the other reasons itself, in time
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise Fault(sentence) from error
+        raise InputError(
+            f"port {port} of {socket.gethostname()} is in use, perhaps by another run; end that, or give the launcher "
+            "another --master_port"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def is_lost_rank(error: BaseException) -> bool:

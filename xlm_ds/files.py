@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from xlm_ds.log import InputError
+from xlm_ds.log import InputError, logger
 
 CHUNK_CHARACTERS = 1 << 17  # of text read at a time
 _LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -106,6 +106,42 @@ def replacing(path: Path) -> Iterator[Path]:
 def copy_file(source: Path, target: Path) -> None:
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+class Appended:
+    """A file that is there, to which a run appends; what cannot be written now is kept and follows later.
+
+    It is opened each time, as a shared folder may go and come back, and never made: where the folder has gone there may
+    be another, such as that under a mount, in which the file must not begin anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept = b""
+        self._fails = False
+
+    def append(self, text: str) -> None:
+        """Says once that it cannot be written, and when it can again."""
+        self._kept += text.encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not self._fails:
+                reason = f"{self._path}: {error.strerror}"
+                logger.warning(f"cannot write {reason}; going on without, and trying again")
+            self._fails = True
+        else:
+            if self._fails:
+                logger.info(f"{self._path} can be written again, and nothing of it is missing")
+            self._fails = False
+
+    def _write(self) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        try:
+            while self._kept:
+                self._kept = self._kept[os.write(descriptor, self._kept) :]
+        finally:
+            os.close(descriptor)
 
 
 def read_lines(path: Path) -> Iterator[list[str]]:

@@ -70,6 +70,7 @@ class StopSignal:
     def __init__(self, stop_seconds: float) -> None:
         self.requested = 0
         self.why = ""
+        self.has_joined = False  # the others of the run; before, there is nothing to save
         self._stop_seconds = stop_seconds
         self._deadline = float("inf")
         self._watched: list[Callable[[], tuple[int, str] | None]] = []
@@ -94,7 +95,7 @@ class StopSignal:
             return
         self.requested, self.why = number, why
         if number != signal.SIGUSR1:
-            self._deadline = time.monotonic() + self._stop_seconds
+            self._deadline = time.monotonic() + (self._stop_seconds if self.has_joined else 0)
 
     def close(self) -> None:
         """Gives the signals back to who had them."""
@@ -117,7 +118,7 @@ class StopSignal:
             for look in self._watched:
                 if found := look():
                     self.request(*found)
-            if time.monotonic() > self._deadline:
+            if time.monotonic() >= self._deadline:
                 self._leave_unsaved()
 
     def _came(self, number: int) -> None:
@@ -128,10 +129,11 @@ class StopSignal:
         self.request(number, signal.Signals(number).name)
 
     def _leave_unsaved(self) -> None:
-        logger.error(
-            f"{place()}: had not saved {self._stop_seconds:g} seconds after {self.why}, and ends without; the last "
-            "checkpoint is whole"
-        )
+        if self.has_joined:
+            logger.error(
+                f"{place()}: had not saved {self._stop_seconds:g} seconds after {self.why}, and ends without; the last "
+                "checkpoint is whole"
+            )
         _leave(ENDS_WITH[signal.Signals(self.requested)])
 
 
@@ -218,7 +220,9 @@ class Ending:
         here = place()
         content = {"exit_code": code, "update": self.update, "host": here.host, "rank": here.rank}
         text = json.dumps({**content, "what": what}, ensure_ascii=False)
-        mine = self._save_dir / f".{END_FILE}.{here.rank}"
+        mine = (
+            self._save_dir / LOGS / f".{END_FILE}.{here.rank}"
+        )  # is there only if the run's folder is
         try:
             mine.write_text(text + "\n", encoding="utf-8")
             os.link(mine, self._save_dir / END_FILE)  # whole, and only once
@@ -288,8 +292,11 @@ def one_report(ending: Ending, is_lost_rank: Callable[[BaseException], bool]) ->
         yield
     except (InputError, OSError) as error:
         ending.mark()
-        if not ending.claim(EXIT_BAD_INPUT, sentence_of(error)):
+        sentence = sentence_of(error)
+        if not ending.claim(EXIT_BAD_INPUT, sentence):
             raise SystemExit(EXIT_BAD_INPUT) from error
+        if isinstance(error, OSError) and place().ranks > 1:
+            raise InputError(f"{place()}: {sentence}") from error  # a disk is one host's
         raise
     except Exception as error:
         ending.mark()

@@ -28,6 +28,7 @@ from xlm_ds.config import OptimizationConfig
 from xlm_ds.dataset import TokenDataset
 from xlm_ds.devices import this_gpu
 from xlm_ds.dictionary import PAD
+from xlm_ds.files import Appended
 from xlm_ds.log import InputError, logger
 from xlm_ds.model import unigram_log_probabilities
 
@@ -365,13 +366,13 @@ class RunLog:
         trace = save_dir / "trace.json"
         if profile and trace.is_dir():
             raise InputError(f"{trace} is a folder, where --profile writes its trace; move it away")
-        self._file = (save_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
+        (save_dir / "metrics.jsonl").touch()
+        self._file = Appended(save_dir / "metrics.jsonl")
+        self._board: SummaryWriter | None = SummaryWriter(str(tensorboard), purge_step=start + 1)
         self._bar = tqdm(
             total=updates or None, initial=start, unit="update", disable=not sys.stderr.isatty()
         )
         self._monitor = monitor
-        self._is_full = False  # the disk
         self._profiler = _profiler(trace, profile) if profile else None
 
     def advance(self) -> None:
@@ -387,24 +388,21 @@ class RunLog:
         line = {"kind": kind, "update": update, **figures}
         logger.info(_text(line))
         scalars = {f"{kind}/{name}": value for name, value in _scalars(figures)}
-        if not self._is_full:
+        self._file.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if self._board:
             try:
-                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self._file.flush()
                 for name, value in scalars.items():
                     self._board.add_scalar(name, value, update)
-            except OSError as error:
-                self._is_full = True
-                logger.warning(
-                    f"cannot write {self._file.name}: {error.strerror}; going on without"
-                )
+            except OSError as error:  # of its thread, which has ended by it
+                logger.warning(f"cannot write {self._board.log_dir}: {error}; going on without")
+                self._board = None
         self._monitor(scalars)
 
     def close(self) -> None:
         if self._active:
-            with contextlib.suppress(OSError):  # said by `write`
-                self._file.close()
-                self._board.close()
+            if self._board:
+                with contextlib.suppress(OSError):  # said by `write`
+                    self._board.close()
             self._bar.close()
             if self._profiler:
                 is_empty = self._profiler.step_num <= self.TRACE_AFTER

@@ -619,6 +619,7 @@ def save(
     for path in (config.data.data / name for name in COMPANIONS):
         if path.exists():
             companions[path.name] = path.read_bytes()
+    engine.ranks.on_first(lambda: refuse_if_gone(run.save_dir))
     keep, interval = run.keep_interval_updates, run.save_interval_updates
     first_kept = progress.update - interval * keep + 1 if keep >= 0 and interval else 0
 
@@ -632,6 +633,15 @@ def save(
         logger.info(f"saved {folder} as {', '.join(names)}")
 
     saver.begin(folder, engine, progress, description, companions, name)
+
+
+def refuse_if_gone(save_dir: Path) -> None:
+    """A checkpoint that is written where the run's folder was mounted would be hidden when it is mounted again."""
+    if not (save_dir / LOGS).exists():
+        raise InputError(
+            f"{save_dir}: is gone (unmounted, moved or removed), so nothing was saved; when it is back, the same "
+            "command goes on from its last checkpoint"
+        )
 
 
 def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str, int]:
@@ -688,6 +698,7 @@ def main(argv: Sequence[str]) -> int:
         stop.watch(launcher_is_gone())
         stop.watch(output_is_lost)
     ranks = start_ranks(config.run.heartbeat_timeout)
+    stop.has_joined = True
     ending = Ending(config.run.save_dir)
     with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
         check_hosts(config, ranks)
