@@ -114,15 +114,16 @@ from xlm_ds.schedule import (
 def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -> int:
     """Trains until --max-update, --max-epoch, --stop-min-lr or a signal; returns the exit code."""
     optimization, run = config.optimization, config.run
+    add_log_file(rank_log(run.save_dir, ranks.rank))
+    ending.hosts = ranks.gathered(place().host)
+    logger.info(f"{place()}, process {os.getpid()}, {ranks.device}, of {ranks.world_size} ranks")
+    check_hosts(config, ranks)
     refuse_if_a_name_is_a_folder(run.save_dir)
     saved = checkpoint.find_whole(run.save_dir, run.restore_file, ranks)
     geometry = run_geometry(config, saved, ranks.world_size)
     data = with_sample_numbers(config.data, batch_at_start(saved, geometry))
     corpus = open_corpus(data)
     config = with_languages(dataclasses.replace(config, data=data), corpus.languages)
-    add_log_file(rank_log(run.save_dir, ranks.rank))
-    ending.hosts = ranks.gathered(place().host)
-    logger.info(f"{place()}, process {os.getpid()}, {ranks.device}, of {ranks.world_size} ranks")
     if ranks.rank == 0:
         stop.watch(stop_file(run.save_dir))
     shape = shape_from_config(
@@ -701,7 +702,6 @@ def main(argv: Sequence[str]) -> int:
     stop.has_joined = True
     ending = Ending(config.run.save_dir)
     with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
-        check_hosts(config, ranks)
         code = train(config, ranks, stop, ending)
         if ranks.rank == 0:
             ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
