@@ -468,15 +468,17 @@ def test_each_stage_ranks_and_precision_goes_on_from_each(matrix: Outcomes) -> N
     counted = {(*o["adam_steps"], o["update"], o["skipped"]) for o in outcomes}
     assert counted == {(6, 7, 1)}
 
-    # In bf16 the same model has another loss: the runs that nothing interrupts are up to 5.5e-4 from those in fp32, and
-    # what changes its precision on the way up to 5.6e-4 from what does not (2 cores of an AMD EPYC, November 2026).
-    tolerance = {True: 1e-3, False: 2e-3}
+    # A lost moment of the table makes 5e-4, of all parameters 3e-3. Sums made in another order make 3e-8 in fp32 and
+    # 1.4e-4 in bf16. Runs that nothing interrupts are up to 5.3e-4 apart in the two precisions, and those that change
+    # from one to the other 5.6e-4 (2 cores of an AMD EPYC, November 2026).
+    tolerance = {("fp32", "fp32"): 1e-6, ("bf16", "bf16"): 1e-3}
     for outcome in continued:
         run = runs[outcome["saved"]]
         same = outcome["saved"] == outcome["continued"]
-        kept = precision(outcome["saved"]) == precision(outcome["continued"])
+        precisions = (precision(outcome["saved"]), precision(outcome["continued"]))
         where = f"{outcome['saved']} continued by {outcome['continued']}"
-        assert outcome["losses"] == pytest.approx(run["losses"], abs=tolerance[kept]), where
+        allowed = tolerance.get(precisions, 2e-3)
+        assert outcome["losses"] == pytest.approx(run["losses"], abs=allowed, rel=0), where
         if same:
             for what in ("losses", "parameters_chain", "state"):
                 assert outcome[what] == run[what], f"{where}: {what}"
