@@ -327,7 +327,7 @@ def test_a_folder_that_is_gone_is_not_made_again_by_a_save(
     monkeypatch.setattr(Engine, "step", lost)
     monkeypatch.setattr(checkpoint.Saver, "begin", begin_and_finish)
     with pytest.raises(InputError, match=r"a: is gone \(unmounted, moved or removed\)"):
-        run("a", "--max-update=60", "--save-interval-updates=2")
+        run("a", "--max-update=4", "--save-interval-updates=2")
     assert not any((tmp_path / "a").glob("*checkpoint*"))
     assert last_weights(tmp_path / "away")
 
