@@ -61,8 +61,9 @@ class Ended(NamedTuple):
 
     @property
     def errors(self) -> list[str]:
-        """What all ranks have said was wrong."""
+        """What all ranks have said was wrong; a traceback is none."""
         lines = "\n".join(self.said).splitlines()
+        assert "Traceback (most recent call last):" not in lines, "\n".join(lines)
         return [line for line in lines if line.startswith("train: ") or "| ERROR |" in line]
 
 
@@ -232,6 +233,45 @@ def test_a_rank_that_cannot_write_its_share_is_named(
     ended = start().ended()
     assert ended.codes == [0, 0], ended.said
     check_nothing_is_lost(tmp_path / "run", undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A folder with room for so many kilobytes; another call makes it larger."""
+    require_hosts()  # so root
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kilobytes: int) -> Path:
+        size = f"size={kilobytes}k" + (",remount" if folder.is_mount() else "")
+        command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
+        subprocess.run(command, check=True)
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kilobytes", [300, 1000])
+def test_a_disk_that_is_full_for_all_ranks_ends_the_run_with_one_sentence(
+    kilobytes: int, small_disk: Callable[[int], Path], start: Start, undisturbed: Path
+) -> None:
+    """In the first save, or in the third; then there is more room."""
+    run = small_disk(kilobytes) / "run"
+    ended = start(save_dir=run).ended()
+    assert ended.codes == [2, 2], ended.said
+    (error,) = ended.errors
+    assert re.match(rf"train: error: rank [01] on {socket.gethostname()}: ", error), error
+    assert str(run) in error
+    assert "o space left on device" in error
+    if (run / checkpoint.LAST).exists():
+        assert whole_checkpoint(run) in (2, 4)
+    small_disk(100_000)
+    ended = start(save_dir=run).ended()
+    assert ended.codes == [0, 0], ended.said
+    check_nothing_is_lost(run, undisturbed)
 
 
 # ------------------------------------------------------------------------- a folder that is gone

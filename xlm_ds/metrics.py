@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -373,7 +374,15 @@ class RunLog:
             total=updates or None, initial=start, unit="update", disable=not sys.stderr.isatty()
         )
         self._monitor = monitor
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_ended
         self._profiler = _profiler(trace, profile) if profile else None
+
+    def _thread_ended(self, args: threading.ExceptHookArgs) -> None:
+        """A traceback, but not of TensorBoard's thread on a disk that fails: `write` says that in a sentence."""
+        of_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(args.exc_value, OSError)):
+            self._excepthook(args)
 
     def advance(self) -> None:
         """After each update."""
@@ -403,6 +412,7 @@ class RunLog:
             if self._board:
                 with contextlib.suppress(OSError):  # said by `write`
                     self._board.close()
+            threading.excepthook = self._excepthook
             self._bar.close()
             if self._profiler:
                 is_empty = self._profiler.step_num <= self.TRACE_AFTER
