@@ -473,7 +473,7 @@ def test_too_many_skipped_updates_end_both_ranks_with_one_sentence(
     assert "3 updates in a row were skipped, as their gradient was not finite: " in error
     assert "the first is update 3, of the samples 16 to 23" in error
     assert end_of(tmp_path / "run")["update"] == 5
-    assert whole_checkpoint(tmp_path / "run") == 4
+    assert whole_checkpoint(tmp_path / "run") in (2, 4)  # that of 4 may be under way
     ended = start("", json_of(stage)).ended()
     assert ended.codes == [0, 0], ended.said
     met = prove.compare(tmp_path / "run", undisturbed)
@@ -506,7 +506,7 @@ def test_a_rank_with_other_data_is_named_before_the_first_update(
     sentence = f"{name} (rank 1): has other data than {name} (rank 0): train.en.bin; "
     assert error.startswith(f"train: error: {sentence}"), error
     assert end_of(run)["update"] == 0
-    assert {path.name for path in run.iterdir()} == {"ended.json", "logs"}
+    assert {path.name for path in run.iterdir()} == {"ended.json", "logs", "train.log"}
     shutil.copy(hosts[0] / "data" / "train.en.bin", hosts[1] / "data")
     ended = start_here(["data", f"--save-dir={run}", *SHAPE], folders=hosts).ended()
     assert ended.codes == [0, 0], ended.said
