@@ -33,6 +33,7 @@ def main(argv):
     if what == "launched":
         stop.watch(lifeline.launcher_is_gone())
         stop.watch(lifeline.output_is_lost)
+        stop.watch(lifeline.connection_is_lost())
     stop.watch(lifeline.stop_file(Path(save_dir)))
     Path(save_dir, "ready").write_text(str(os.getpid()))
     if what in ("stuck", "joining"):
@@ -152,6 +153,29 @@ def test_output_that_nobody_reads_ends_a_launched_rank_only(what: str, tmp_path:
         assert process.poll() is None
         process.terminate()
         process.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [({"SSH_CONNECTION": "x"}, 75), ({"SSH_CONNECTION": "x", "SSH_TTY": "x"}, None), ({}, None)],
+)
+def test_an_input_that_is_closed_ends_a_rank_that_ssh_has_started(
+    variables: dict[str, str], code: int | None, tmp_path: Path
+) -> None:
+    """As pdsh's end closes it; what a user has piped in may end."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SSH_")}
+    process = start("launched", tmp_path, stdin=subprocess.PIPE, env={**inherited, **variables})
+    pid_of(tmp_path)
+    time.sleep(1)
+    assert process.poll() is None
+    assert process.stdin is not None
+    process.stdin.close()
+    if code is None:
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.terminate()
+    assert process.wait(10) == 75
+    assert ("connection to the launcher" in (tmp_path / "asked").read_text()) == (code == 75)
 
 
 @pytest.mark.parametrize(

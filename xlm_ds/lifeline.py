@@ -45,6 +45,7 @@ from xlm_ds.log import (
 )
 
 STOP_FILE, END_FILE, LOGS = "stop", "ended.json", "logs"
+LOST_CONNECTION = "the loss of its connection to the launcher"
 TICK_SECONDS = 0.5
 # How long ranks that have lost another look for what ended it, and for each other.
 ROLL_CALL_SECONDS = 3.0
@@ -154,16 +155,38 @@ def output_is_lost() -> tuple[int, str] | None:
 
     So ends the ssh connection of a rank's launcher; nothing on its host is told (OpenSSH 9.2, without a terminal).
     """
-    for descriptor in (1, 2):
-        with contextlib.suppress(OSError):
-            mode = os.fstat(descriptor).st_mode
-            if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-                continue
-            poll = select.poll()
-            poll.register(descriptor, 0)
-            if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
-                return signal.SIGTERM, "the loss of its connection to the launcher"
+    if any(_is_pipe(descriptor) and _is_closed(descriptor) for descriptor in (1, 2)):
+        return signal.SIGTERM, LOST_CONNECTION
     return None
+
+
+def connection_is_lost() -> Callable[[], tuple[int, str] | None]:
+    """For `StopSignal.watch`: whether the pipe that an ssh has made this process's input has been closed since.
+
+    So ends pdsh 2.34, killed or with its terminal: its ssh clients live on, and what they cannot write they drop. The
+    input that a user's own shell has made (with SSH_TTY where it came by ssh) may end at any time, and says nothing.
+    """
+    by_ssh = "SSH_CONNECTION" in os.environ and "SSH_TTY" not in os.environ
+    watched = by_ssh and _is_pipe(0) and not _is_closed(0)
+
+    def look() -> tuple[int, str] | None:
+        return (signal.SIGTERM, LOST_CONNECTION) if watched and _is_closed(0) else None
+
+    return look
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _is_closed(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def stop_file(save_dir: Path) -> Callable[[], tuple[int, str] | None]:

@@ -80,6 +80,7 @@ from xlm_ds.lifeline import (
     LOGS,
     Ending,
     StopSignal,
+    connection_is_lost,
     launcher_is_gone,
     leave,
     one_report,
@@ -698,6 +699,7 @@ def main(argv: Sequence[str]) -> int:
     if launched := "RANK" in os.environ:
         stop.watch(launcher_is_gone())
         stop.watch(output_is_lost)
+        stop.watch(connection_is_lost())
     ranks = start_ranks(config.run.heartbeat_timeout)
     stop.has_joined = True
     ending = Ending(config.run.save_dir)
