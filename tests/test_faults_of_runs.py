@@ -215,7 +215,7 @@ DISKS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("what", DISKS)
 def test_a_rank_that_cannot_write_its_share_is_named(
     what: str, start: Start, tmp_path: Path, undisturbed: Path
@@ -314,7 +314,7 @@ class Pauses:
         (self.folder / f"{update}-go").touch()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("save", [False, True])
 def test_the_runs_folder_is_gone_for_two_updates(
     save: bool, start: Start, tmp_path: Path, undisturbed: Path
@@ -438,7 +438,7 @@ def json_of(stage: str) -> str:
     return f"--deepspeed-config={CONFIG_DIRECTORY / f'{stage}.json'}"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     stage: str, start: Start, tmp_path: Path
@@ -461,7 +461,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert checkpoint.read_progress(manifest).skipped_updates == 2
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("stage", STAGES)
 def test_too_many_skipped_updates_end_both_ranks_with_one_sentence(
     stage: str, start: Start, tmp_path: Path, undisturbed: Path
@@ -489,7 +489,7 @@ def flip(path: Path, byte: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_rank_with_other_data_is_named_before_the_first_update(
     tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -522,7 +522,7 @@ def port_in_use() -> Iterator[str]:
         yield str(listener.getsockname()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_port_in_use_is_a_sentence_and_nobody_waits_longer_than_told(
     tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -539,7 +539,7 @@ def test_a_port_in_use_is_a_sentence_and_nobody_waits_longer_than_told(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_port_in_use_ends_every_launcher(launcher: str, tiny_data: Path, tmp_path: Path) -> None:
     """torchrun finds it itself, in words of its own."""
@@ -676,7 +676,7 @@ def in_the_name_of(user: int | None, folder: Path) -> "subprocess.Popen[str]":
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["flipped", "short", "gone"])
 def test_a_damaged_share_is_named_and_the_run_goes_on_from_the_one_before(
     how: str, start: Start, tmp_path: Path, undisturbed: Path
@@ -725,7 +725,7 @@ checkpoint._write_share, checkpoint._put_in_place = slow_write, slow_put
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_rank_killed_in_a_save_leaves_a_whole_checkpoint(
     start: Start, tmp_path: Path, undisturbed: Path
 ) -> None:

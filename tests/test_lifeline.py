@@ -35,6 +35,9 @@ def main(argv):
         stop.watch(lifeline.output_is_lost)
         stop.watch(lifeline.connection_is_lost())
     stop.watch(lifeline.stop_file(Path(save_dir)))
+    ending = lifeline.Ending(Path(save_dir))
+    ending.clear()
+    stop.claim = ending.claim
     Path(save_dir, "ready").write_text(str(os.getpid()))
     if what in ("stuck", "joining"):
         libc = ctypes.CDLL(None)
@@ -94,6 +97,8 @@ def test_a_rank_that_waits_for_others_ends_when_its_time_is_up(
     assert process.returncode == code
     assert 0.9 < time.monotonic() - begin < 3
     assert f"had not saved 1 seconds after {number.name}, and ends without" in output
+    ended = json.loads((tmp_path / END_FILE).read_text(encoding="utf-8"))
+    assert (ended["exit_code"], ended["what"]) == (code, output.split(": ", 1)[1].split(";")[0])
 
 
 def test_a_rank_that_has_not_joined_yet_has_nothing_to_save(tmp_path: Path) -> None:

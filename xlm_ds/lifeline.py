@@ -72,6 +72,9 @@ class StopSignal:
         self.requested = 0
         self.why = ""
         self.has_joined = False  # the others of the run; before, there is nothing to save
+        self.claim: Callable[[int, str], bool] = lambda *_: (
+            True
+        )  # Ending.claim, once there is a folder
         self._stop_seconds = stop_seconds
         self._deadline = float("inf")
         self._watched: list[Callable[[], tuple[int, str] | None]] = []
@@ -130,12 +133,11 @@ class StopSignal:
         self.request(number, signal.Signals(number).name)
 
     def _leave_unsaved(self) -> None:
-        if self.has_joined:
-            logger.error(
-                f"{place()}: had not saved {self._stop_seconds:g} seconds after {self.why}, and ends without; the last "
-                "checkpoint is whole"
-            )
-        _leave(ENDS_WITH[signal.Signals(self.requested)])
+        code = ENDS_WITH[signal.Signals(self.requested)]
+        what = f"had not saved {self._stop_seconds:g} seconds after {self.why}, and ends without"
+        if self.has_joined and self.claim(code, what):
+            logger.error(f"{place()}: {what}; the last checkpoint is whole")
+        _leave(code)
 
 
 def launcher_is_gone() -> Callable[[], tuple[int, str] | None]:

@@ -704,6 +704,7 @@ def main(argv: Sequence[str]) -> int:
     stop.has_joined = True
     ending = Ending(config.run.save_dir)
     with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
+        stop.claim = ending.claim
         code = train(config, ranks, stop, ending)
         if ranks.rank == 0:
             ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
