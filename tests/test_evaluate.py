@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_train import SHAPE, NeverStop
-from xlm_ds import checkpoint, evaluate, train
+from test_train import train_here
+from xlm_ds import checkpoint, evaluate
 from xlm_ds.batches import MaskedBatch, Masking
-from xlm_ds.config import EvaluateConfig, TrainConfig
+from xlm_ds.config import EvaluateConfig
 from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
 from xlm_ds.flags import parse
-from xlm_ds.lifeline import Ending
 from xlm_ds.log import InputError
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -158,8 +157,7 @@ def test_overall_counts_every_token_the_same() -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
-    argv = [str(tiny_data), f"--save-dir={save_dir}", *SHAPE, "--max-update=2"]
-    assert train.train(parse(TrainConfig, argv), ranks, NeverStop(), Ending(save_dir)) == 0  # type: ignore[arg-type]
+    train_here(tiny_data, save_dir, ranks, "--max-update=2")
     return save_dir / checkpoint.LAST
 
 
