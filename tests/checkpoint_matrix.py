@@ -8,27 +8,31 @@ without an interruption in FOLDER/save-N.jsonl; `continue` goes on from all that
 writes continue-N.jsonl.
 """
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from test_train import SHAPE
-from xlm_ds import checkpoint, train
-from xlm_ds.architectures import shape_from_config
+from xlm_ds import checkpoint
+from xlm_ds.checkpoint import Progress
 from xlm_ds.config import TrainConfig
-from xlm_ds.corpus import Corpus, micro_batch, open_corpus, update_targets, with_sample_numbers
+from xlm_ds.corpus import micro_batch, update_targets
 from xlm_ds.digests import Digests
 from xlm_ds.engine import Engine, Ranks, adam_steps, start_ranks, stop_ranks
 from xlm_ds.flags import parse
-from xlm_ds.geometry import Geometry
+from xlm_ds.lifeline import LOGS
 from xlm_ds.log import InputError
+from xlm_ds.run import Run, begin_run
+from xlm_ds.run import save as begin_save
 from xlm_ds.schedule import lr_at
 
 # 12 samples, which 1 to 4 ranks share in 3, 2, 1 and 1 micro-batches of 4, 3, 4 and 3 rows.
@@ -39,40 +43,21 @@ PLAIN_LINEAR = torch.nn.functional.linear
 BEFORE, AFTER, SKIPPED = 4, 3, 1  # updates; SKIPPED is the number of the one that is left out
 
 
-def configuration(folder: Path, name: str, data: str) -> tuple[TrainConfig, Corpus]:
-    """What train() makes of the flags."""
-    flags = [data, f"--save-dir={folder}", f"--deepspeed_config={folder.parent / name}.json"]
-    config = parse(TrainConfig, [*flags, *FLAGS])
-    config = dataclasses.replace(config, data=with_sample_numbers(config.data, batch=12))
-    corpus = open_corpus(config.data)
-    return train.with_languages(config, corpus.languages), corpus
-
-
-def build(
-    config: TrainConfig, corpus: Corpus, saved: train.Saved | None, ranks: Ranks
-) -> tuple[Engine, Geometry, checkpoint.Progress]:
+@contextlib.contextmanager
+def begun(folder: Path, name: str, data: str, ranks: Ranks) -> Iterator[tuple[Run, Progress]]:
+    """The run in `folder` with the JSON of that name: a new one, or gone on with."""
     torch.nn.functional.linear = PLAIN_LINEAR
-    geometry = train.run_geometry(config, saved, ranks.world_size)
-    shape = shape_from_config(
-        config.model,
-        vocab_size=len(corpus.dictionary),
-        languages=len(corpus.languages),
-        tokens_per_sample=config.data.tokens_per_sample,
-    )
-    engine, progress = train.build_engine(config, corpus, geometry, shape, ranks, saved)
-    return engine, geometry, progress
+    flags = [data, f"--save-dir={folder}", f"--deepspeed_config={folder.parent / name}.json"]
+    ranks.on_first(lambda: (folder / LOGS).mkdir(parents=True, exist_ok=True))
+    config = parse(TrainConfig, [*flags, *FLAGS])
+    run, progress = begin_run(config, ranks, hosts=["here"] * ranks.world_size)
+    with contextlib.closing(run.log):
+        yield run, progress
 
 
-def advance(
-    engine: Engine,
-    config: TrainConfig,
-    corpus: Corpus,
-    geometry: Geometry,
-    progress: checkpoint.Progress,
-    updates: int,
-) -> tuple[checkpoint.Progress, list[float]]:
+def advance(run: Run, progress: Progress, updates: int) -> tuple[Progress, list[float]]:
     """The progress after so many updates, and their losses in nats, over all ranks."""
-    ranks = engine.ranks
+    corpus, geometry, engine, ranks = run.corpus, run.geometry, run.engine, run.ranks
     digests = Digests(
         None,
         progress.chains,
@@ -93,7 +78,7 @@ def advance(
             scale = geometry.accumulation * ranks.world_size / targets
             bad = float("nan") if progress.update == SKIPPED else 1.0
             engine.backward(losses.sum() * (scale * bad))
-            engine.step(lr_at(progress.update, config.optimization, progress.plateau))
+            engine.step(lr_at(progress.update, run.config.optimization, progress.plateau))
             total += losses.detach().double().sum()
         found.append(float(ranks.sum(total)) / targets)
         digests.end_update(progress.update + 1, progress.samples, geometry.batch)
@@ -129,26 +114,22 @@ def state_digest(engine: Engine) -> str:
 
 
 def save(folder: Path, name: str, data: str, ranks: Ranks) -> dict[str, Any]:
-    config, corpus = configuration(folder / f"{name}-of-{ranks.world_size}", name, data)
-    engine, geometry, progress = build(config, corpus, None, ranks)
-    progress, _ = advance(engine, config, corpus, geometry, progress, BEFORE)
-    saver = checkpoint.Saver(ranks)
-    train.save(saver, config, corpus, geometry, engine, progress, [checkpoint.LAST])
-    saver.finish()
-    end = advance(engine, config, corpus, geometry, progress, AFTER)
-    here = config.run.save_dir.name
-    return {"saved": here, "state": state_digest(engine)} | outcome(engine, *end)
-
-
-def go_on(run: Path, name: str, data: str, ranks: Ranks) -> dict[str, Any]:
-    config, corpus = configuration(run, name, data)
-    saved = checkpoint.find_whole(run, checkpoint.LAST, ranks)
-    assert saved is not None
-    engine, geometry, progress = build(config, corpus, saved, ranks)
-    end = advance(engine, config, corpus, geometry, progress, AFTER)
     here = f"{name}-of-{ranks.world_size}"
-    state = {"state": state_digest(engine)} if here == run.name else {}
-    return {"saved": run.name, "continued": here} | state | outcome(engine, *end)
+    with begun(folder / here, name, data, ranks) as (run, progress):
+        progress, _ = advance(run, progress, BEFORE)
+        begin_save(run, progress, [checkpoint.LAST])
+        run.saver.finish()
+        end = advance(run, progress, AFTER)
+        return {"saved": here, "state": state_digest(run.engine)} | outcome(run.engine, *end)
+
+
+def go_on(folder: Path, name: str, data: str, ranks: Ranks) -> dict[str, Any]:
+    here = f"{name}-of-{ranks.world_size}"
+    with begun(folder, name, data, ranks) as (run, progress):
+        assert progress.update == BEFORE
+        end = advance(run, progress, AFTER)
+        state = {"state": state_digest(run.engine)} if here == folder.name else {}
+        return {"saved": folder.name, "continued": here} | state | outcome(run.engine, *end)
 
 
 def refusal(run: Path, file: str, ranks: Ranks) -> str:

@@ -29,6 +29,7 @@ FLOORS = [
     {"engine"},
     {"checkpoint"},
     {"evaluate"},
+    {"run"},
     {"train", "finetune", "convert", "report", "plan", "prove", "preflight", "supervise"},
     {"cli"},
     {"__main__"},

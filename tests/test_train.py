@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import xlm_ds.run
 from xlm_ds import checkpoint, train
 from xlm_ds.config import DataConfig, OptimizationConfig, RunConfig, TrainConfig
 from xlm_ds.corpus import open_corpus
@@ -26,6 +27,7 @@ from xlm_ds.geometry import Geometry, batch_geometry, divided
 from xlm_ds.lifeline import Ending
 from xlm_ds.log import InputError
 from xlm_ds.metrics import LossMeter
+from xlm_ds.run import run_geometry
 from xlm_ds.schedule import lr_at
 from xlm_ds.train import what_is_due
 
@@ -491,7 +493,7 @@ def test_a_steady_update_never_looks_at_a_tensor(
     monkeypatch.setattr(train, "lr_at", beginning)
     for name in ("cpu", "item", "tolist"):  # of which nothing is dispatched on a CPU
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name), name, reads))
-    monkeypatch.setattr(train, "validate", lambda *_: torch.ones(2, 3))
+    monkeypatch.setattr(xlm_ds.run, "validate", lambda *_: torch.ones(2, 3))
     with reads:
         run(
             "a",
@@ -635,7 +637,7 @@ def test_the_batch_stays_unless_a_flag_changes_it(
 
     def geometry(world: int, *flags: str) -> Geometry:
         config = parse(TrainConfig, [str(tiny_data), *SHAPE, *flags])
-        return train.run_geometry(config, saved, world)
+        return run_geometry(config, saved, world)
 
     assert geometry(1, "--update-freq=3") == Geometry(4, 3, 1)
     assert geometry(2, "--update-freq=3") == Geometry(3, 2, 2)

@@ -1,0 +1,478 @@
+"""A run: what it is made of, how it begins anew or goes on, and what is told and kept of it.
+
+    run, progress = begin_run(config, ranks, hosts)         # from the start, or from its last checkpoint
+    progress, best = validated(run, progress)
+    save(run, progress, [LAST, BEST] if best else [LAST])
+
+train.py has the loop.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xlm_ds import checkpoint
+from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
+from xlm_ds.batches import MaskedBatch
+from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
+from xlm_ds.config import OptimizationConfig, RunConfig, TrainConfig
+from xlm_ds.corpus import Corpus, micro_batch, open_corpus, order_facts, with_sample_numbers
+from xlm_ds.deepspeed_config import (
+    default_deepspeed_config,
+    precision_of,
+    read_deepspeed_config,
+    resolve_deepspeed_config,
+    with_monitor_folder,
+)
+from xlm_ds.dictionary import PAD
+from xlm_ds.digests import FILE, Digests, begin_file
+from xlm_ds.engine import Engine, Ranks
+from xlm_ds.evaluate import on_device, sum_over_split
+from xlm_ds.flags import to_dict, to_toml
+from xlm_ds.geometry import Geometry, batch_geometry, divided
+from xlm_ds.lifeline import LOGS
+from xlm_ds.log import InputError, logger
+from xlm_ds.metrics import (
+    NO_SAMPLE,
+    WORK,
+    LossMeter,
+    RunLog,
+    SlowHosts,
+    Stopwatch,
+    UnigramWatch,
+    loss_figures,
+)
+from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
+from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, plateau_after
+
+Saved = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
+GO_ON = (
+    "lower --lr or set --clip-norm and start again: the run goes on from its last checkpoint in "
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run is made of, from its begin to its end. Where it stands is its Progress."""
+
+    config: TrainConfig  # with the languages and sample numbers that it has come to
+    corpus: Corpus
+    geometry: Geometry
+    engine: Engine
+    digests: Digests
+    saver: Saver
+    log: RunLog
+    meter: LossMeter
+    unigram: UnigramWatch
+    stopwatch: Stopwatch
+    slow_hosts: SlowHosts
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.engine.ranks
+
+
+# ------------------------------------------------------------------------------------------ begin
+
+
+def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[Run, Progress]:
+    """The run from its start, or from the checkpoint that it goes on from; opens and says what there is to say.
+
+    `hosts`: each rank's. All ranks must call it. Raises InputError, OSError.
+    """
+    refuse_if_a_name_is_a_folder(config.run.save_dir)
+    saved = checkpoint.find_whole(config.run.save_dir, config.run.restore_file, ranks)
+    geometry = run_geometry(config, saved, ranks.world_size)
+    data = with_sample_numbers(config.data, batch_at_start(saved, geometry))
+    corpus = open_corpus(data)
+    data = dataclasses.replace(data, monolingual_langs=corpus.languages)
+    config = dataclasses.replace(config, data=data)
+    engine, progress = build_engine(config, corpus, geometry, ranks, saved)
+    run = Run(
+        config=config,
+        corpus=corpus,
+        geometry=geometry,
+        engine=engine,
+        digests=start_digests(config.run, engine, progress),
+        saver=Saver(ranks),
+        meter=LossMeter(len(corpus.languages), ranks.device),
+        unigram=UnigramWatch(
+            corpus.train,
+            corpus.valid,
+            config.optimization,
+            geometry.batch * data.tokens_per_sample,
+        ),
+        stopwatch=Stopwatch(
+            network_shape(config, corpus),
+            data.tokens_per_sample,
+            ranks.device,
+            ranks.world_size,
+            precision_of(engine.settings),
+        ),
+        slow_hosts=SlowHosts(hosts),
+        log=open_log(config, engine, progress),
+    )
+    describe(run, progress)
+    return run, progress
+
+
+def run_geometry(config: TrainConfig, saved: Saved | None, world_size: int) -> Geometry:
+    """How an update is divided: by the flags, or where they are those of the checkpoint, so that its batch stays.
+
+    Raises InputError if the batch cannot be divided among so many ranks.
+    """
+    by_flags = batch_geometry(config.optimization, config.data.tokens_per_sample, world_size)
+    if saved is None:
+        return by_flags
+    folder, manifest = saved
+    before = checkpoint.read_configuration(folder, manifest)
+    if batch_flags(before) != batch_flags(config):
+        return by_flags
+    return divided(int(manifest["batch_samples"]), by_flags.rows, world_size)
+
+
+def batch_flags(config: TrainConfig) -> tuple[int | None, ...]:
+    """Those that decide the batch of so many ranks."""
+    given = config.optimization
+    return (
+        *(given.max_tokens, given.update_freq, given.global_batch_tokens),
+        config.data.tokens_per_sample,
+    )
+
+
+def batch_at_start(saved: Saved | None, geometry: Geometry) -> int:
+    """Samples of an update when the run began: what 100000 in --sampling-alpha 0.7@0,0.5@100000 counts.
+
+    A run that goes on with another batch keeps what it was begun with, so that the same flags mean the same samples.
+    """
+    if saved is None:
+        return geometry.batch
+    _, manifest = saved
+    return checkpoint.read_progress(manifest).batch_at_start or int(manifest["batch_samples"])
+
+
+def refuse_if_a_name_is_a_folder(save_dir: Path) -> None:
+    """A run's folder that was copied with its links followed has folders where the links were."""
+    for name in (LAST, PREVIOUS, BEST):
+        if (save_dir / name).is_dir() and not (save_dir / name).is_symlink():
+            raise InputError(
+                f"{save_dir / name}: is a folder, where a run has a link; go on in a new --save-dir with "
+                f"--restore-file {save_dir / name}"
+            )
+
+
+def build_engine(
+    config: TrainConfig,
+    corpus: Corpus,
+    geometry: Geometry,
+    ranks: Ranks,
+    saved: Saved | None,
+) -> tuple[Engine, Progress]:
+    """The model in its engine, from the start or from the checkpoint that the run goes on from."""
+    check_schedule(config.optimization)
+    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device.type)
+    settings = resolve_deepspeed_config(
+        read_deepspeed_config(path, ranks.device.type),
+        config.optimization,
+        rows=geometry.rows,
+        accumulation=geometry.accumulation,
+        where=str(path),
+    )
+    settings = with_monitor_folder(settings, config.run.save_dir / "monitors")
+    shape = network_shape(config, corpus)
+    logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
+    model = build_model(shape, seed=config.data.seed)
+    compiles = ranks.device.type == "cuda" and not config.run.no_compile
+    if saved is None:
+        if config.model.init_output_bias == "unigram":
+            counts = np.stack([dataset.counts() for dataset in corpus.train])
+            probabilities = corpus.order.probabilities(0)
+            init_output_bias(
+                model, unigram_log_probabilities(counts, language_probabilities=probabilities)
+            )
+        return Engine(model, settings, ranks, compiles=compiles, where=str(path)), Progress(
+            batch_at_start=geometry.batch
+        )
+    folder, manifest = saved
+    check_same_data(config, corpus, geometry, manifest, folder)
+    state = checkpoint.stored_state(folder, manifest)
+    checkpoint.copy_weights(model, state["weight"], folder)
+    engine = Engine(model, settings, ranks, compiles=compiles, where=str(path))
+    progress = checkpoint.read_progress(manifest)
+    engine.load_state(
+        state,
+        update=progress.update,
+        skipped=progress.skipped_updates,
+        samples=progress.samples,
+        warm_up_batch=on_device(micro_batch(corpus, geometry, first=0), ranks.device),
+    )
+    logger.info(f"going on from {folder}: update {progress.update}, {progress.samples} samples")
+    return engine, progress
+
+
+def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:
+    return shape_from_config(
+        config.model,
+        vocab_size=len(corpus.dictionary),
+        languages=len(corpus.languages),
+        tokens_per_sample=config.data.tokens_per_sample,
+    )
+
+
+def check_same_data(
+    config: TrainConfig,
+    corpus: Corpus,
+    geometry: Geometry,
+    manifest: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Refuses a dictionary or languages that are not the checkpoint's; says what else changes the samples to come."""
+    if manifest["dictionary_sha256"] != corpus.dictionary.sha256:
+        raise InputError(
+            f"{config.data.data}: its dictionary is not the one {folder} was trained with; "
+            "binarize with the dict.txt in that folder as --srcdict"
+        )
+    if tuple(manifest["languages"]) != corpus.languages:
+        raise InputError(
+            f"--monolingual-langs {','.join(corpus.languages)}: {folder} was trained with "
+            f"{','.join(manifest['languages'])}, and the order gives the language ids"
+        )
+    trained = dataclasses.asdict(checkpoint.read_configuration(folder, manifest).data)
+    before = {**trained, "blocks": manifest["blocks"], "batch_samples": manifest["batch_samples"]}
+    now = {**dataclasses.asdict(config.data), **order_facts(corpus, geometry)}
+    for name in sorted(now.keys() - {"data", "monolingual_langs"}):
+        if before[name] != now[name]:
+            logger.info(
+                f"{name} was {before[name]} and is now {now[name]}: the samples from here on are others than they "
+                "would have been"
+            )
+
+
+def start_digests(run: RunConfig, engine: Engine, progress: Progress) -> Digests:
+    """The run's digests, which go on where the checkpoint's were."""
+    path = run.save_dir / FILE
+    names = [name for name, _, _ in engine.master_fragments()]
+    engine.ranks.on_first(
+        lambda: begin_file(path, names, update=progress.update, chains=progress.chains)
+    )
+    return Digests(
+        path if engine.ranks.rank == 0 else None,
+        progress.chains,
+        interval=run.digest_interval,
+        masters=engine.master_fragments,
+        sum_over_ranks=engine.ranks.sum,
+    )
+
+
+def open_log(config: TrainConfig, engine: Engine, progress: Progress) -> RunLog:
+    """Opens the run's files and writes the resolved configuration there."""
+    run = config.run
+    active = engine.ranks.rank == 0
+    log = RunLog(
+        run.save_dir,
+        run.tensorboard_logdir or run.save_dir / "tensorboard",
+        active=active,
+        updates=config.optimization.max_update,
+        start=progress.update,
+        profile=run.profile,
+        monitor=engine.write_events,
+    )
+    if active:
+        (run.save_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        settings = json.dumps(engine.settings, indent=1)
+        (run.save_dir / "deepspeed.json").write_text(settings + "\n", encoding="utf-8")
+    return log
+
+
+def describe(run: Run, progress: Progress) -> None:
+    """Says what will happen."""
+    corpus, geometry, data = run.corpus, run.geometry, run.config.data
+    tokens = geometry.batch * data.tokens_per_sample
+    epoch = corpus.order.epoch_samples
+    probabilities = corpus.order.probabilities(progress.samples)
+    shares = zip(corpus.train, probabilities, strict=True)
+    drawn = ", ".join(f"{d.language} {d.blocks} blocks drawn {p:.1%}" for d, p in shares)
+    logger.info(f"{len(corpus.dictionary)} symbols; {drawn}")
+    for name, steps in (("alpha", data.sampling_alpha), ("mask ratio", data.mask_ratio)):
+        if len(steps.values) > 1:
+            logger.info(f"{name} over the run: {steps}, now {steps.at(progress.samples)}")
+    logger.info(describe_schedule(run.config.optimization))
+    logger.info(
+        f"batch: {geometry.batch} samples = {tokens} tokens an update ({geometry.rows} rows x "
+        f"{geometry.accumulation} micro-batches x {geometry.world_size} ranks); an epoch is {epoch} samples, "
+        f"{math.ceil(epoch / geometry.batch)} updates; tokens per second are all tokens, not the masked ones alone"
+    )
+    logger.info(run.stopwatch.definition(corpus.mask_ratio.at(progress.samples)))
+    logger.info(run.unigram.definition())
+
+
+# ------------------------------------------------------------------------------- figures and saves
+
+
+def logged(run: Run, progress: Progress) -> Progress:
+    """Writes the figures since this was last called, and looks whether the run is to go on; `progress` with its chains.
+
+    All ranks must call it. Raises InputError if too many updates were skipped.
+    """
+    ranks, engine, optimization = run.ranks, run.engine, run.config.optimization
+    progress = dataclasses.replace(progress, chains=run.digests.write())
+    engine.check()
+    sums = ranks.sum(run.meter.take())
+    figures = loss_figures(sums, run.corpus.languages, run.unigram.train)
+    figures |= {
+        "lr": lr_at(progress.update - 1, optimization, progress.plateau),
+        "gradient_norm": engine.gradient_norm(),
+    }
+    check_skipped(run, progress)
+    progress = dataclasses.replace(progress, skipped_updates=engine.skipped_updates())
+    if progress.skipped_updates:
+        figures["skipped_updates"] = progress.skipped_updates
+    epoch = progress.samples / run.corpus.order.epoch_samples
+    figures |= {"epoch": epoch, **run.stopwatch.take(), **time_left(optimization, progress)}
+    run.log.write("train", progress.update, figures)
+    run.slow_hosts.watch(ranks.each(sum(figures["seconds"][part] for part in WORK)))
+    run.unigram.watch(sums, progress.update)
+    return progress
+
+
+def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str, int]:
+    if optimization.max_update == 0:
+        return {}
+    left = optimization.max_update - progress.update
+    return {"seconds_left": round(left * progress.seconds / progress.update)}
+
+
+def check_skipped(run: Run, progress: Progress) -> None:
+    """Raises InputError, on all ranks, if too many updates in a row were skipped; says what they were made of."""
+    length, begin = run.engine.skipped_in_a_row()
+    options = run.config.run
+    if length < options.max_skipped_updates or precision_of(run.engine.settings) == "fp16":
+        return
+    batch = run.geometry.batch
+    first = progress.samples - (progress.update - begin) * batch
+    bad = -run.ranks.any(-run.meter.bad_sample())
+    culprit = (
+        f"; the loss of {describe_sample(run.corpus, bad)} is not finite" if bad < NO_SAMPLE else ""
+    )
+    raise InputError(
+        f"{length} updates in a row were skipped, as their gradient was not finite: the first is update {begin + 1}, "
+        f"of the samples {first} to {first + batch - 1}{culprit}; {GO_ON}{options.save_dir}, if it has made one"
+    )
+
+
+def describe_sample(corpus: Corpus, sample: int) -> str:
+    found = corpus.order.samples(sample, 1)
+    language = corpus.languages[int(found.languages[0])]
+    return f"sample {sample} (block {found.blocks[0]} of train.{language})"
+
+
+def validated(run: Run, progress: Progress) -> tuple[Progress, bool]:
+    """Validates; returns the progress with the schedule moved, and whether this is the best so far (as good counts)."""
+    run.stopwatch.enter("validation")
+    figures = loss_figures(validate(run), run.corpus.languages, run.unigram.valid)
+    run.log.write("valid", progress.update, figures)
+    loss = float(figures["loss"])
+    check_finite(loss, progress, run.config.run)
+    best = progress.best_valid_loss is None or loss <= progress.best_valid_loss
+    optimization = run.config.optimization
+    plateau = plateau_after(progress.plateau, loss, optimization, update=progress.update)
+    progress = dataclasses.replace(
+        progress,
+        plateau=plateau,
+        best_valid_loss=loss if best else progress.best_valid_loss,
+        validation_due=False,
+    )
+    return progress, best
+
+
+def validate(run: Run) -> Tensor:
+    """(2, L): nats and targets of every language in full, under fixed masks."""
+
+    def measure(batch: MaskedBatch) -> Tensor:
+        """(2,): nats, targets."""
+        real = batch.targets != PAD
+        return torch.stack([x.double().sum() for x in (run.engine(batch), real)]).cpu()
+
+    run.engine.train(False)
+    sums = [
+        sum_over_split(
+            measure,
+            dataset,
+            language,
+            run.corpus.masking,
+            draw=0,
+            rows=run.geometry.rows,
+            ranks=run.ranks,
+        )
+        for language, dataset in enumerate(run.corpus.valid)
+    ]
+    return torch.stack(sums, dim=1)
+
+
+def check_finite(loss: float, progress: Progress, run: RunConfig) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the validation loss is not finite at update {progress.update}; {GO_ON}{run.save_dir}, if it has made one"
+        )
+
+
+def save(run: Run, progress: Progress, names: Sequence[str]) -> None:
+    """Begins to write a checkpoint; once it is whole, names it and deletes those that nothing keeps.
+
+    All ranks must call it.
+    """
+    run.stopwatch.enter("checkpoint")
+    config, corpus, geometry, options = run.config, run.corpus, run.geometry, run.config.run
+    epoch_samples = corpus.order.epoch_samples
+    # The epoch that has just ended, or else the one that is under way.
+    epoch = max((progress.samples - geometry.batch) // epoch_samples + 1, 1)
+    folder = options.save_dir / checkpoint.folder_name(epoch, progress.update)
+    description = {
+        "configuration": to_dict(config),
+        "languages": list(corpus.languages),
+        "vocab_size": len(corpus.dictionary),
+        "dictionary_sha256": corpus.dictionary.sha256,
+        "epoch_samples": epoch_samples,
+        **order_facts(corpus, geometry),
+        "interval_save": is_turn(options.save_interval_updates, progress.update),
+    }
+    companions = {"dict.txt": corpus.dictionary.text.encode()}
+    for path in (config.data.data / name for name in COMPANIONS):
+        if path.exists():
+            companions[path.name] = path.read_bytes()
+    run.ranks.on_first(lambda: refuse_if_gone(options.save_dir))
+    keep, interval = options.keep_interval_updates, options.save_interval_updates
+    first_kept = progress.update - interval * keep + 1 if keep >= 0 and interval else 0
+
+    def name() -> None:
+        checkpoint.name_checkpoint(
+            folder,
+            names,
+            keep_last_epochs=options.keep_last_epochs,
+            keep_update=lambda update: update >= first_kept,
+        )
+        logger.info(f"saved {folder} as {', '.join(names)}")
+
+    run.saver.begin(folder, run.engine, progress, description, companions, name)
+
+
+def refuse_if_gone(save_dir: Path) -> None:
+    """A checkpoint that is written where the run's folder was mounted would be hidden when it is mounted again."""
+    if not (save_dir / LOGS).exists():
+        raise InputError(
+            f"{save_dir}: is gone (unmounted, moved or removed), so nothing was saved; when it is back, the same "
+            "command goes on from its last checkpoint"
+        )
+
+
+def is_turn(interval: int, update: int) -> bool:
+    """Whether something that is done every `interval` updates (0: never) is due."""
+    return interval > 0 and update % interval == 0
