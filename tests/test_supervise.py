@@ -189,12 +189,51 @@ def test_so_many_restarts_and_no_more(start: Supervise, run: Path) -> None:
     assert "started again 2 times" in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("code", [2, 130])
-def test_bad_input_and_an_interrupted_run_are_not_started_again(
-    code: int, start: Supervise, run: Path
-) -> None:
-    assert ended(start(f"save(start); end({code}, leave=1)"))[0] == code
+def test_an_interrupted_run_is_not_started_again(start: Supervise, run: Path) -> None:
+    assert ended(start("save(start); end(130, leave=1)"))[0] == 130
     assert len(starts(run)) == 1
+
+
+def test_bad_input_gains_nothing_and_is_not_started_again(start: Supervise, run: Path) -> None:
+    code, output = ended(start("end(2, 'dict.txt: is no dictionary', leave=1)"))
+    assert code == 2
+    assert len(starts(run)) == 1
+    assert "dict.txt: is no dictionary" in output.splitlines()[-1]
+
+
+def test_a_run_that_a_full_disk_has_ended_goes_on(start: Supervise, run: Path) -> None:
+    assert ended(start("save(start); end(2 if start == 1 else 0, 'No space left')"))[0] == 0
+    assert len(starts(run)) == 2
+
+
+def test_a_run_whose_folder_is_gone_goes_on_when_it_is_back(start: Supervise, run: Path) -> None:
+    """Meanwhile nothing is started, which would begin anew in the folder under it."""
+    away = run.with_name("away")
+    body = f"save(start)\nif start == 1: os.rename(folder, '{away}'); sys.exit(2)\nend(0)"
+    process = start(body)
+    wait_for(away)
+    wait_until(lambda: "is gone" in (away / "supervise.log").read_text(), "it is missed")
+    time.sleep(0.5)
+    assert not run.exists()
+    away.rename(run)
+    assert ended(process)[0] == 0
+    assert len(starts(run)) == 2
+
+
+def test_a_signal_ends_the_wait_for_a_folder(start: Supervise, run: Path) -> None:
+    away = run.with_name("away")
+    process = start(f"save(start); os.rename(folder, '{away}'); sys.exit(2)")
+    wait_for(away)
+    wait_until(lambda: "is gone" in (away / "supervise.log").read_text(), "it is missed")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 75
+
+
+def test_learning_again_what_a_damaged_checkpoint_held_is_no_gain(
+    start: Supervise, run: Path
+) -> None:
+    assert ended(start("save([5, 3, 3, 9][start - 1]); end(1)"))[0] == 1
+    assert len(starts(run)) == 2
 
 
 def test_a_run_that_was_preempted_goes_on(start: Supervise, run: Path) -> None:
@@ -217,7 +256,7 @@ def test_a_launcher_s_zero_is_not_believed(start: Supervise, run: Path) -> None:
 
 def test_a_launcher_s_own_two_is_bad_input(start: Supervise, run: Path) -> None:
     """As of a wrong flag of torchrun's, before there is a run that could say anything."""
-    assert ended(start("save(start); sys.exit(2)"))[0] == 2
+    assert ended(start("sys.exit(2)"))[0] == 2
     assert len(starts(run)) == 1
 
 
@@ -581,6 +620,7 @@ def test_pauses_grow_to_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     updates = itertools.count()
     monkeypatch.setattr(supervise, "saved_update", lambda _: next(updates))
     monkeypatch.setattr(supervise, "run_once", lambda *_, **__: supervise.Ended(1, "it was so"))
+    monkeypatch.setattr(supervise, "wait_for", lambda *_: None)
     monkeypatch.setattr(supervise.Asked, "sleep", lambda _, seconds: pauses.append(seconds))
     launch = supervise.read_command([sys.executable, "xlm_ds/train.py", "OUT"])
     with default_signals(), pytest.raises(Fault):

@@ -4,7 +4,8 @@
     python -m xlm_ds.supervise -- torchrun --nproc-per-node 2 -m xlm_ds.train OUT --save-dir RUN
 
 What stands after -- is any command that starts the whole run. It is started again as long as each start gained an
-update. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 ends it: the run saves, and nothing of it is left.
+update, whatever ended it: a full disk may have room again, and what is wrong with the input gains nothing. Ctrl-C,
+SIGTERM, SIGHUP or SIGUSR1 ends it: the run saves, and nothing of it is left.
 
 Supervise and the run speak through files of the run's folder, as launchers mangle exit codes (torchrun makes 1 of all,
 deepspeed 0 of a signal) and signals. SAVE_DIR/stop, with a signal's name in it, asks the run to save and end;
@@ -42,6 +43,7 @@ from xlm_ds.log import (
     run_stage,
 )
 
+LOCK = ".supervise.lock"
 LAST = "checkpoint_last"  # checkpoint.LAST, whose room imports torch
 KEEPER = Path(__file__).with_name("keeper.py")
 PREFLIGHT = (sys.executable, "-m", "xlm_ds.preflight")
@@ -87,15 +89,16 @@ def supervise(config: SuperviseConfig, launch: Launch, asked: "Asked", lock: int
             + ("the beginning" if before is None else f"update {before}")
         )
         ended = run_once(command, save_dir, asked, lock)
+        wait_for(save_dir, asked)
         after = saved_update(save_dir)
-        logger.info(f"ended: {ended.how}; {gain(before, after)}")
-        if ended.code in (EXIT_OK, EXIT_BAD_INPUT):
+        logger.info(f"ended: {ended.how}; {describe_gain(before, after)}")
+        if ended.code == EXIT_OK:
             return ended.code
         if asked.signal:
             return asked.exit_code
         if ended.code == EXIT_INTERRUPTED:
             return ended.code
-        if after is None or after == before:
+        if not gained(before, after):
             return given_up(ended, "no update was gained, so it is not started again")
         if restarts_left == 0:
             return given_up(ended, f"it has been started again {config.restarts} times")
@@ -109,12 +112,19 @@ def supervise(config: SuperviseConfig, launch: Launch, asked: "Asked", lock: int
 
 
 def given_up(ended: Ended, why: str) -> int:
-    if (
-        ended.code == EXIT_PREEMPTED
-    ):  # nothing is wrong with the run: whoever has stopped it may want it again
+    # What was preempted has nothing wrong with it: whoever has stopped it may want it again. Bad input is the user's.
+    if ended.code in (EXIT_PREEMPTED, EXIT_BAD_INPUT):
         logger.error(f"{why}: {ended.how}")
-        return EXIT_PREEMPTED
+        return ended.code
     raise Fault(f"{why}: {ended.how}")
+
+
+def wait_for(save_dir: Path, asked: "Asked") -> None:
+    """Until the run's folder is there, should it be gone: a run started now would begin anew in the one under it."""
+    if not (save_dir / LOCK).exists():
+        logger.error(f"{save_dir}: is gone (unmounted, moved or removed); waiting until it is back")
+    while not (save_dir / LOCK).exists() and not asked.signal:
+        asked.sleep(POLL_SECONDS)
 
 
 def restart_command(launch: Launch) -> list[str]:
@@ -124,10 +134,16 @@ def restart_command(launch: Launch) -> list[str]:
     return [*launch.command, "--restore-file", LAST]
 
 
-def gain(before: int | None, after: int | None) -> str:
-    if after is None or after == before:
+def gained(before: int | None, after: int | None) -> int:
+    """Updates. Those learnt again, as where a damaged checkpoint was gone round, are none."""
+    return max((after or 0) - (before or 0), 0)
+
+
+def describe_gain(before: int | None, after: int | None) -> str:
+    more = gained(before, after)
+    if not more:
         return "no update gained"
-    return f"saved update {after}" + (f", {after - before} more" if before is not None else "")
+    return f"saved update {after}" + (f", {more} more" if before else "")
 
 
 # -------------------------------------------------------------------------------------- one start
@@ -327,7 +343,7 @@ def main(argv: Sequence[str]) -> int:
     save_dir = launch.run.save_dir
     make_folder(save_dir)
     busy = f"{save_dir}: another supervise has this run; wait for it, or stop it (Ctrl-C, SIGTERM)"
-    with locked(save_dir / ".supervise.lock", busy) as lock:
+    with locked(save_dir / LOCK, busy) as lock:
         add_log_file(save_dir / "supervise.log")
         logger.info(f"process {os.getpid()} supervises the run in {save_dir}")
         code = preflight(config, launch, asked, lock)
