@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent, each damage is named, and nothing is deleted that something keeps."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,19 @@ def engine(ranks: Ranks) -> Engine:
     return engine
 
 
+def save_whole(
+    folder: Path,
+    engine: Engine,
+    progress: Progress,
+    description: dict[str, Any],
+    companions: dict[str, bytes] | None = None,
+) -> None:
+    """Writes `folder` and waits for it."""
+    saver = checkpoint.Saver(engine.ranks)
+    saver.begin(folder, engine, progress, description, companions)
+    saver.finish()
+
+
 DESCRIPTION = {
     "configuration": {},
     "languages": ["en"],
@@ -45,7 +60,7 @@ DESCRIPTION = {
 def saved(tmp_path: Path, engine: Engine) -> Path:
     folder = tmp_path / "checkpoint_1_2"
     progress = Progress(update=2, samples=8, plateau=PlateauState(shrinks=1))
-    checkpoint.save_checkpoint(folder, engine, progress, DESCRIPTION)
+    save_whole(folder, engine, progress, DESCRIPTION)
     return folder
 
 
@@ -105,7 +120,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(
     for update in (2, 4, 6):
         folder = tmp_path / f"checkpoint_1_{update}"
         companions = {"dict.txt": b"a 1\n"}
-        checkpoint.save_checkpoint(folder, engine, Progress(update=update), DESCRIPTION, companions)
+        save_whole(folder, engine, Progress(update=update), DESCRIPTION, companions)
         checkpoint.name_checkpoint(
             folder, [checkpoint.LAST], keep_last_epochs=-1, keep_update=lambda _: True
         )
@@ -212,7 +227,7 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(
             keep_update=lambda _: True,
         )
         sha256 = checkpoint._write_share(temporary, tensors, {"dict.txt": b"a 1\n"}, (0, 1))
-        checkpoint._Save(path, temporary, manifest, put).complete(sha256)
+        checkpoint._Save(path, temporary, manifest, put, Future()).complete(sha256)
 
     (tmp_path / "before").mkdir()
     for update in (2, 4):
@@ -235,12 +250,74 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(
         assert whole is not None
         found.add(checkpoint.read_progress(whole[1]).update)
         assert not list(folder.glob(".*"))
+        save(folder, 8)
+        save(folder, 10)
+        left = sorted(path.name for path in folder.iterdir())
+        folders = ["checkpoint_1_10", "checkpoint_1_8"]
+        assert left == [*folders, checkpoint.LAST, checkpoint.PREVIOUS]
         shutil.rmtree(folder)
         if code == 0:
             break
         assert code == 9
     assert found == {4, 6}
     assert event > 20
+
+
+def test_the_one_before_is_the_run_s_own_and_not_one_of_another_branch(
+    tmp_path: Path, engine: Engine
+) -> None:
+    """--restore-file has led back to update 2, and the folder still has the 4 of what was left."""
+    for update in (2, 4, 6):
+        save_whole(
+            tmp_path / f"checkpoint_1_{update}", engine, Progress(update=update), DESCRIPTION
+        )
+    checkpoint.point(tmp_path / checkpoint.PREVIOUS, tmp_path / "checkpoint_1_2")
+    checkpoint.point(tmp_path / checkpoint.LAST, tmp_path / "checkpoint_1_6")
+    damage(tmp_path / "checkpoint_1_6" / "manifest.json", "missing")
+    whole = checkpoint.find_whole(tmp_path, checkpoint.LAST, engine.ranks)
+    assert whole is not None
+    assert whole[0].name == "checkpoint_1_2"
+
+
+def test_what_cannot_be_deleted_ends_no_run(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS where another process of the host reads an earlier checkpoint."""
+
+    def not_empty(self: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(self))
+
+    monkeypatch.setattr("os.rmdir", lambda path, **_: not_empty(path))
+    for update in (2, 4, 6):
+        save_whole(
+            tmp_path / f"checkpoint_1_{update}", engine, Progress(update=update), DESCRIPTION
+        )
+        checkpoint.name_checkpoint(
+            tmp_path / f"checkpoint_1_{update}",
+            [checkpoint.LAST],
+            keep_last_epochs=-1,
+            keep_update=lambda _: True,
+        )
+    assert not (tmp_path / "checkpoint_1_2").exists()
+    assert len(list(tmp_path.glob(".*.deleted"))) == 1
+    monkeypatch.undo()
+    checkpoint.discard_leftovers(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_table_of_words_is_written_by_three_ranks(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is most of a network, and who writes alone what is most of it makes all wait."""
+    shares = []
+    monkeypatch.setattr(Ranks, "raise_on_all", lambda *_: None)
+    for rank in range(4):
+        monkeypatch.setattr(engine, "ranks", engine.ranks._replace(rank=rank, world_size=4))
+        shares.append(checkpoint._own_share(engine, Path("run")))
+    written = [(kind, name) for share in shares for kind in share for name in share[kind]]
+    assert len(written) == len(set(written)) == 3 * len(list(engine.state()))
+    tables = ["token_embedding.weight" in tensors for share in shares for tensors in share.values()]
+    assert [sum(tables[at : at + 3]) for at in range(0, 12, 3)] == [1, 1, 1, 0]
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:
@@ -255,10 +332,18 @@ def test_a_damaged_manifest_is_named(saved: Path) -> None:
         checkpoint.read_manifest(saved)
 
 
-def test_a_later_format_is_refused(saved: Path) -> None:
+def test_a_later_format_is_refused(saved: Path, ranks: Ranks) -> None:
+    """And not gone round, as a damaged one is."""
+    save_dir, earlier = saved.parent, saved.with_name("checkpoint_1_1")
+    shutil.copytree(saved, earlier)
+    checkpoint.point(save_dir / checkpoint.LAST, saved)
     (saved / "manifest.json").write_text(json.dumps({"format": 99}), encoding="utf-8")
     with pytest.raises(InputError, match="format 99"):
-        checkpoint.read_manifest(saved)
+        checkpoint.find_whole(save_dir, checkpoint.LAST, ranks)
+    (saved / "manifest.json").write_text(json.dumps({"format": "x"}), encoding="utf-8")
+    whole = checkpoint.find_whole(save_dir, checkpoint.LAST, ranks)
+    assert whole is not None
+    assert whole[0] == earlier
     (saved / "manifest.json").write_text(json.dumps({"format": 1}), encoding="utf-8")
     with pytest.raises(InputError, match="configuration is missing"):
         checkpoint.read_manifest(saved)
@@ -292,13 +377,13 @@ def test_a_failed_save_leaves_nothing(
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_checkpoint(tmp_path / "checkpoint_1_2", engine, Progress(update=2), {})
+        save_whole(tmp_path / "checkpoint_1_2", engine, Progress(update=2), {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_the_same_update_again_replaces_it(saved: Path, engine: Engine) -> None:
     """A run that goes on from an older checkpoint with other flags comes by the same updates."""
-    checkpoint.save_checkpoint(saved, engine, Progress(update=2, samples=99), DESCRIPTION)
+    save_whole(saved, engine, Progress(update=2, samples=99), DESCRIPTION)
     assert checkpoint.read_progress(checkpoint.read_manifest(saved)).samples == 99
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
@@ -410,7 +495,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, ranks: Ranks)
     broken.backward(broken(random_batch(0)).sum())
     broken.step(float("inf"))
     with pytest.raises(InputError, match="is not finite, so nothing was saved"):
-        checkpoint.save_checkpoint(tmp_path / "checkpoint_1_1", broken, Progress(update=1), {})
+        save_whole(tmp_path / "checkpoint_1_1", broken, Progress(update=1), {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -345,6 +345,26 @@ def test_a_file_of_another_run_steps_aside(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("header", ['{"format": 1, "parameters": ["v"]}', "{"])
+def test_a_file_of_another_network_steps_aside(written: tuple[Path, str], header: str) -> None:
+    path, chains = written
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([header, *lines[1:4]]) + "\n", encoding="utf-8")
+    begin_file(path, ["w"], update=5, chains=chains)
+    assert path.with_name("digests.jsonl.old").read_text(encoding="utf-8").startswith(header)
+    assert path.read_text(encoding="utf-8").splitlines() == [lines[0]]
+
+
+def test_what_lost_power_has_left_inside_is_cut_off(written: tuple[Path, str]) -> None:
+    path, chains = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + b"\0" * 40 + b"\n" + b"".join(lines[4:]))
+    with pytest.raises(InputError, match="line 4: damaged"):
+        list(read_lines(path.parent))
+    begin_file(path, ["w"], update=5, chains=chains)
+    assert [line.update for line in read_lines(path.parent)] == [1, 2]
+
+
 def test_a_gap_is_said_and_bridged(
     written: tuple[Path, str], caplog: pytest.LogCaptureFixture
 ) -> None:

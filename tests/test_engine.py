@@ -60,9 +60,10 @@ def random_batch(seed: int) -> MaskedBatch:
 
 
 def settings_of(
-    name: str, stage: int, accumulation: int = 1, device: str = "cpu"
+    name: str, stage: int, accumulation: int = 1, device: str = "cpu", *, fused: bool = True
 ) -> dict[str, object]:
     template = read_deepspeed_config(CONFIG_DIRECTORY / f"{name}.json", device)
+    template["optimizer"]["params"]["fused"] = fused
     template["zero_optimization"]["stage"] = stage
     return resolve_deepspeed_config(template, OPTIMIZATION, rows=ROWS, accumulation=accumulation)
 
@@ -219,13 +220,14 @@ def test_accumulated_micro_batches_equal_one_batch(stage: int, ranks: Ranks) -> 
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", [*ON_CPU, "zero2_fp32"])
+@pytest.mark.parametrize("name", [*ON_CPU, "zero2_fp32", "zero1_bf16_not_fused"])
 def test_an_update_whose_gradient_is_not_finite_is_left_out(
     name: str, bad: float, ranks: Ranks
 ) -> None:
     """And counted; what comes after it is as if it had never been."""
     stage = int(name[4])
-    settings = settings_of("zero1_fp32" if name == "zero2_fp32" else name, stage)
+    file = {"zero2_fp32": "zero1_fp32", "zero1_bf16_not_fused": "zero1_bf16"}.get(name, name)
+    settings = settings_of(file, stage, fused=not name.endswith("not_fused"))
     engines = [Engine(small_model(), settings, ranks) for _ in range(2)]
     for update in range(6):
         for engine, poisoned in zip(engines, (True, False), strict=True):
@@ -455,6 +457,13 @@ def test_something_is_shipped() -> None:
         ({"gradient_clipping": 1.0}, "--clip-norm"),
         ({"train_batch_size": 64}, "--max-tokens"),
         ({"gradient_accumulation_steps": 4}, "--update-freq"),
+        (
+            {
+                "bf16": {"enabled": True, "check_grad_overflow": False},
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            },
+            "makes NaN weights",
+        ),
     ],
 )
 def test_a_number_owned_by_a_flag_is_refused(change: dict[str, object], expected: str) -> None:

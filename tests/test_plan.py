@@ -64,6 +64,12 @@ def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return capsys.readouterr().out
 
 
+def test_gradients_of_very_many_ranks_are_fp32() -> None:
+    """As engine.FlatGradients has them; beyond its limit bf16 loses too much of the sum."""
+    sizes = [job_of("--gpu=h100", f"--gpus={n}").gradient_size for n in (1, 2, 256, 264)]
+    assert sizes == [4, 2, 2, 4]
+
+
 # ----------------------------------------------------------------------------------- what is known
 
 

@@ -468,7 +468,7 @@ def test_files_of_others_are_left_alone(raw: Path, tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "D").mkdir()
-    other = os.open(tmp_path / "D", os.O_RDONLY)
+    other = os.open(tmp_path / "D" / ".prepare.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
     try:
         with pytest.raises(InputError, match="another prepare is at work"):

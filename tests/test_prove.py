@@ -77,6 +77,34 @@ def test_one_that_is_behind_is_identical_as_far_as_it_goes(
         assert parameters == "identical to update 2 (compared at 1 updates)"
 
 
+def test_what_differs_where_one_run_has_no_lines_is_told_by_the_chains(
+    whole: Path, train_in: Callable[..., Path], tiny_data: Path, tmp_path: Path, proved: Proved
+) -> None:
+    """As where its disk was full. Of two runs that are the same a gap hides nothing."""
+    copies = []
+    for name, source in (("same", whole), ("other", train_in("seed_two", tiny_data, "--seed=2"))):
+        shutil.copytree(source, tmp_path / name)
+        copies.append(tmp_path / name)
+    same, other = copies
+    lines = (whole / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    (same / FILE).write_text("".join(lines[:3] + lines[5:]), encoding="utf-8")
+    assert proved(whole, same)[:2] == (EXIT_OK, "identical to update 6")
+    content = [json.loads(line) for line in lines]
+    chain = content[2]["chain"]
+    others = [json.loads(line) for line in (other / FILE).read_text("utf-8").splitlines()]
+    content[3]["digest"] = others[3]["digest"]
+    for line in content[3:]:
+        link = chained(bytes.fromhex(chain), line["update"], bytes.fromhex(line["digest"]))
+        chain = line["chain"] = link.hex()
+    text = [json.dumps(line) + "\n" for line in content]
+    (other / FILE).write_text("".join(text[:3] + text[4:]), encoding="utf-8")
+    code, samples, _ = proved(whole, other)
+    assert (code, samples) == (
+        EXIT_DIFFERENT,
+        "identical to update 2, and from 4 to 6, but not between, where one run has no lines: their chains differ",
+    )
+
+
 # ----------------------------------------------------------------------------------------- samples
 
 

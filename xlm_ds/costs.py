@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from xlm_ds.architectures import ModelShape, flops_by_part, parameter_count, tensor_sizes
-from xlm_ds.deepspeed_config import precision_of, suits_flat_gradients
+from xlm_ds.deepspeed_config import looks_for_nan, precision_of, suits_flat_gradients, sums_in_fp32
 from xlm_ds.devices import GIB, Device, Speed
 from xlm_ds.geometry import Geometry
 
@@ -92,10 +92,10 @@ class Job:
 
     @property
     def gradient_size(self) -> int:
-        """Bytes of a number of the gradients: engine.FlatGradients has fp32 where they are added up, or not sent."""
+        """Bytes of a number of the gradients."""
         geometry = self.geometry
-        adds_up = geometry.accumulation > 1 or geometry.world_size == 1
-        return 4 if self.flat and adds_up else self.size
+        in_fp32 = self.flat and sums_in_fp32(geometry.accumulation, geometry.world_size)
+        return 4 if in_fp32 else self.size
 
     @property
     def sent_gradient_size(self) -> int:
@@ -302,7 +302,7 @@ def _optimizer(job: Job, speed: Speed) -> float:
     else:
         # To the bucket and divided; then flattened, its norm in float64, in fp32, and scaled.
         whole = micro_batches * 4 * size
-        checks = job.dtype != "fp32" and job.settings[job.dtype].get("check_grad_overflow", True)
+        checks = job.dtype != "fp32" and looks_for_nan(job.settings)
         partition = adam + 2 * size + 18 + 4 + size + 8 * job.clips + 28 * checks
     on_device = whole * job.parameters / (BANDWIDTH_SHARE * speed.memory)
     if job.offloads:

@@ -20,6 +20,7 @@ CONFIG_DIRECTORY = (
     else Path(__file__).parent.parent / "ds_configs"
 )
 # How gradients are sent, or scaled: what asks for it gets DeepSpeed's own path.
+RANKS_SUMMED_IN_BF16 = 256  # of a simulated sum 2 to 5 % are lost there (docs/decisions/0011)
 ONLY_DEEPSPEEDS = {
     "communication_data_type",
     "gradient_predivide_factor",
@@ -126,7 +127,25 @@ def resolve_deepspeed_config(
         template.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
     )
     optimizer["params"] = _filled(optimizer.get("params", {}), adam, where, "optimizer.params.")
-    return {**_filled(template, owned, where, ""), "optimizer": optimizer}
+    settings = {**_filled(template, owned, where, ""), "optimizer": optimizer}
+    if precision_of(settings) == "bf16":
+        settings["bf16"] = _with_grad_check(settings, where)
+    return settings
+
+
+def _with_grad_check(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The bf16 block, which says whether DeepSpeed itself looks for gradients that are not finite.
+
+    That reads every gradient once more. Fused Adam skips by the norm, which is there already, and stage 3 does as well
+    (0.19.8); anything else would step with NaN.
+    """
+    block = {**settings["bf16"], "check_grad_overflow": looks_for_nan(settings)}
+    if needs_look_for_nan(settings) and not block["check_grad_overflow"]:
+        raise InputError(
+            f'{where}: "check_grad_overflow": false makes NaN weights of a NaN gradient where Adam is not torch\'s '
+            'fused one; leave it out, or add "torch_adam": true and "fused": true to the optimizer\'s params'
+        )
+    return block
 
 
 def _filled(
@@ -178,6 +197,24 @@ def has_fused_adam(settings: Mapping[str, Any]) -> bool:
     params = settings["optimizer"]["params"]
     on_device = "offload_optimizer" not in settings["zero_optimization"]
     return bool(params.get("torch_adam") and params.get("fused") and on_device)
+
+
+def needs_look_for_nan(settings: Mapping[str, Any]) -> bool:
+    """Whether an update is skipped only if DeepSpeed itself has looked through all gradients for one not finite."""
+    return settings["zero_optimization"]["stage"] < 3 and not has_fused_adam(settings)
+
+
+def looks_for_nan(settings: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed looks through all gradients, if `settings` compute with half precision."""
+    if precision_of(settings) == "fp16":
+        return True
+    asked: bool = settings["bf16"].get("check_grad_overflow", needs_look_for_nan(settings))
+    return asked
+
+
+def sums_in_fp32(accumulation: int, ranks: int) -> bool:
+    """Whether engine.FlatGradients keeps and sends gradients as fp32, or else as what is computed with."""
+    return accumulation > 1 or ranks == 1 or ranks > RANKS_SUMMED_IN_BF16
 
 
 def suits_flat_gradients(settings: Mapping[str, Any]) -> bool:

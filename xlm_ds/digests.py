@@ -255,7 +255,8 @@ def begin_file(path: Path, parameters: Sequence[str], *, update: int, chains: st
             f"the checkpoint has no digests, as an earlier version wrote it: {path.name} begins at update {update + 1}"
         )
     last = _cut_off(path, update) if path.exists() else None
-    if chains and last is not None and last[0] == update and last[1] != chains[:_HEX]:
+    other_chain = chains and last is not None and last[0] == update and last[1] != chains[:_HEX]
+    if other_chain or (update > 0 and not _is_empty_or_of(path, parameters)):
         old = path.with_name(f"{path.name}.old")
         path.replace(old)
         logger.warning(
@@ -270,14 +271,27 @@ def begin_file(path: Path, parameters: Sequence[str], *, update: int, chains: st
         path.write_text(header + "\n", encoding="utf-8")
 
 
+def _is_empty_or_of(path: Path, parameters: Sequence[str]) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    try:
+        return read_names(path.parent) == tuple(parameters)
+    except InputError:
+        return False
+
+
 def _cut_off(path: Path, update: int) -> tuple[int, str] | None:
-    """Cuts off the lines after `update`, and an unfinished one; returns update and chain of the last that stays."""
+    """Cuts off the lines after `update`, and from the first that is damaged on.
+
+    Returns update and chain of the last that stays.
+    """
     last = None
     end = 0
     with path.open("rb+") as file:
         for line in file:
             found = _UPDATE.match(line)
-            if not line.endswith(b"\n") or (found and int(found[1]) > update):
+            is_ours = line.endswith(b"\n") and (found or end == 0)  # the first has names
+            if not is_ours or (found and int(found[1]) > update):
                 break
             end += len(line)
             if found:
@@ -332,7 +346,7 @@ def read_lines(run: Path) -> Iterator[Line]:
 
 def _parsed(text: bytes, parameters: int) -> Line:
     """Raises ValueError, KeyError or TypeError for what is no line of the file."""
-    content = json.loads(text)
+    content = json.loads(text.decode())
     if not isinstance(content, dict):
         raise TypeError("not an object")
     update, first_sample, samples = (content[key] for key in ("update", "first_sample", "samples"))

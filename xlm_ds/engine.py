@@ -28,7 +28,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from xlm_ds.batches import MaskedBatch
-from xlm_ds.deepspeed_config import check_monitors, has_fused_adam, suits_flat_gradients
+from xlm_ds.deepspeed_config import (
+    check_monitors,
+    has_fused_adam,
+    suits_flat_gradients,
+    sums_in_fp32,
+)
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_FAULT, Fault, InputError, logger
 from xlm_ds.model import XlmEncoder
 
@@ -52,7 +57,6 @@ FLAT_GRADIENTS_KNOW = ("0.19.8",)  # versions of DeepSpeed whose inside they hav
 PROBED_WEIGHTS = 4096
 # A weight of 0.02 has steps of 2e-9 in fp32: smaller updates may rightly move none (seen below 1e-12).
 LEAST_LR_THAT_MOVES = 1e-9
-RANKS_SUMMED_IN_BF16 = 256  # of a simulated sum 2 to 5 % are lost there (docs/decisions/0011)
 NORM_CHUNK = 1 << 20  # torch 2.13's norm of 3e7 numbers in fp32 on a CPU is off by 2e-3
 _REPORT = "that is a fault of the engine, please report it with deepspeed.json of the run's folder"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -92,9 +96,9 @@ class Ranks(NamedTuple):
         (assumed) are 8 ms for 128 ranks."""
         return -(-self.world_size // 128)
 
-    def any(self, flag: int) -> int:
-        """The largest `flag` of all ranks, on all ranks."""
-        return self.largest(flag)[0]
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank, on all ranks."""
+        return bool(self.largest(flag)[0])
 
     def largest(self, *flags: int) -> list[int]:
         """The largest of all ranks' of each, on all ranks."""
@@ -137,7 +141,7 @@ class Ranks(NamedTuple):
 
     def raise_on_all(self, error: InputError | OSError | None) -> None:
         """Raises `error` where there is one; if there is on any rank, the others end."""
-        if self.any(int(error is not None)):
+        if self.any(error is not None):
             if self.world_size > 1:
                 stop_ranks()  # or the end of this process may be an abort, and 134 the exit code
             raise error or SystemExit(EXIT_BAD_INPUT)
@@ -320,11 +324,10 @@ class FlatGradients:
         self._clip_norm = clip_norm
         # fp32 where micro-batches are added up, and on one rank, as Adam takes it; a single micro-batch's gradient is
         # as precise in its own dtype, and half as much to send; but not the sum of very many ranks'.
-        only_one = engine.gradient_accumulation_steps() == 1
-        sends = only_one and 1 < dist.get_world_size() <= RANKS_SUMMED_IN_BF16
+        in_fp32 = sums_in_fp32(engine.gradient_accumulation_steps(), dist.get_world_size())
         self._buffers, self._views = [], {}
         for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
-            dtype = weights.dtype if sends else torch.float32
+            dtype = torch.float32 if in_fp32 else weights.dtype
             buffer = torch.zeros_like(weights, dtype=dtype)
             self._buffers.append(buffer)
             for parameter in parameters:

@@ -216,18 +216,6 @@ def _lock_handle(path: Path, busy: str | None) -> int:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path, what: str) -> Iterator[None]:
-    """Holds `folder` for this process. Raises InputError if another one, doing `what`, has it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise InputError(
-            f"{folder}: another {what} is at work here; wait for it, or give another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(handle)
+def busy_with(folder: Path, what: str) -> str:
+    """For `locked`: what is said where another process does the same."""
+    return f"{folder}: another {what} is at work here; wait for it, or give another folder"

@@ -69,6 +69,9 @@ class LossMeter:
         self._sums.zero_()
         return taken
 
+    def forget_bad_sample(self) -> None:
+        self._bad_sample.fill_(NO_SAMPLE)
+
     def bad_sample(self) -> int:
         """The first whose loss was not finite, or NO_SAMPLE. Reads the device."""
         return int(self._bad_sample)

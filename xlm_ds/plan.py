@@ -433,10 +433,12 @@ class Reached(NamedTuple):
 
 
 def at_stage(job: Job, stage: int) -> Job:
-    """The same in another stage, with what our JSON of that stage says of ZeRO."""
+    """The same by our JSON of another stage; in another precision than bf16 with what that says of ZeRO alone."""
     if job.stage == stage:
         return job
     other, _ = with_settings(job, f"zero{stage}_bf16")
+    if job.dtype == other.dtype:
+        return other
     settings = {**job.settings, "zero_optimization": other.zero}
     return dataclasses.replace(job, settings=settings)
 

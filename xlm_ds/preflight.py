@@ -561,9 +561,9 @@ def _clock_beside_rank_0(ranks: "Ranks") -> tuple[float, float]:
     """
     best = (math.inf, 0.0, 0.0)
     for _ in range(CLOCK_ROUNDS):
-        ranks.any(0)  # so that all enter the next at once
+        ranks.any(False)  # so that all enter the next at once
         before = time.time()
-        ranks.any(0)
+        ranks.any(False)
         after = time.time()
         times = ranks.gathered(((after - before) / 2, (before + after) / 2))
         error, middle = times[ranks.rank]

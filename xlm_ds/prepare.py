@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.config import PrepareConfig, check_languages
-from xlm_ds.files import alone_in, make_folder, naming, read_lines
+from xlm_ds.files import busy_with, locked, make_folder, naming, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.merges import count_merges, learn_merges, load_bpe, sample_copies
@@ -71,7 +71,7 @@ def prepare(config: PrepareConfig) -> None:
     """
     sources = _sources(config)
     make_folder(config.destdir / TOKENISED)
-    with alone_in(config.destdir, "prepare"):
+    with locked(config.destdir / ".prepare.lock", busy_with(config.destdir, "prepare")):
         record = open_record(config, sources)
         if record.has(*file_names(sources)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)

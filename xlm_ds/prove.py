@@ -56,6 +56,7 @@ class Compared:
 
     first: Pair | None = None
     last: Pair | None = None  # before the first difference of the samples
+    parted: tuple[int, int] | None = None  # updates of both between which the samples differ
     differs: Pair | None = None  # the first whose samples differ
     parameters: int = 0  # updates where both have them, the same
     last_parameters: int = 0  # the last of those
@@ -76,6 +77,8 @@ def compare(run_a: Path, run_b: Path) -> Compared:
         met.first = met.first or pair
         if met.differs is None:
             if (a.first_sample, a.samples, a.digest) == (b.first_sample, b.samples, b.digest):
+                if met.parted is None and met.last is not None and _parted(met.last, pair):
+                    met.parted = met.last.update, pair.update
                 met.last = pair
             else:
                 met.differs = pair
@@ -90,6 +93,12 @@ def compare(run_a: Path, run_b: Path) -> Compared:
             f"no update is in both: the last in {run_a / FILE} is {met.end_a}, in {run_b / FILE} {met.end_b}"
         )
     return met
+
+
+def _parted(before: Pair, now: Pair) -> bool:
+    """Whether the runs differ in updates between these two, of which one of them has no lines: the chains know it."""
+    anew = now.a.begins_the_chain or now.b.begins_the_chain
+    return before.a.chain == before.b.chain and now.a.chain != now.b.chain and not anew
 
 
 def _side_by_side(
@@ -126,7 +135,7 @@ def samples_finding(run_a: Path, run_b: Path, met: Compared) -> Finding:
             True, f"update {a.update} differs: {_first_sample(run_a, run_b, met.differs)}"
         )
     assert met.last is not None
-    known = _how_far(met.first, met.last, run_a, run_b)
+    known = _how_far(met, run_a, run_b)
     if met.differs is not None:
         found = _first_sample(run_a, run_b, met.differs)
         return Finding(True, f"{known.sentence}; update {met.differs.update} differs: {found}")
@@ -137,11 +146,23 @@ def samples_finding(run_a: Path, run_b: Path, met: Compared) -> Finding:
     return Finding(known.differs, known.sentence + end)
 
 
-def _how_far(first: Pair, last: Pair, run_a: Path, run_b: Path) -> Finding:
-    """What is known of two runs that are the same from `first` to `last`: the chains know what was before."""
+def _how_far(met: Compared, run_a: Path, run_b: Path) -> Finding:
+    """What is known of two runs whose lines are the same to the last: the chains know what was where one has none."""
+    first, last = met.first, met.last
+    assert first is not None
+    assert last is not None
+    if met.parted:
+        end, again = met.parted
+        return Finding(
+            True,
+            f"identical to update {end}, and from {again} to {last.update}, but not between, where one run has no "
+            "lines: their chains differ",
+        )
     if last.a.chain == last.b.chain:
         return Finding(False, f"identical to update {last.update}")
     same = f"identical from update {first.update} to {last.update}"
+    if first.a.chain == first.b.chain:  # and one has begun its chain anew since
+        return Finding(False, f"{same}, as far as both have lines")
     begun = [run for run, line in ((run_a, first.a), (run_b, first.b)) if line.begins_the_chain]
     if begun:
         return Finding(False, f"{same}; of those before nothing is known of {begun[0]}")

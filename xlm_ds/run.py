@@ -36,7 +36,7 @@ from xlm_ds.digests import FILE, Digests, begin_file
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.evaluate import on_device, sum_over_split
 from xlm_ds.flags import to_dict, to_toml
-from xlm_ds.geometry import Geometry, batch_geometry, divided
+from xlm_ds.geometry import Geometry, batch_geometry, divided, rows_that_fit
 from xlm_ds.lifeline import LOGS
 from xlm_ds.log import InputError, logger
 from xlm_ds.metrics import (
@@ -70,6 +70,7 @@ class Run:
     digests: Digests
     saver: Saver
     log: RunLog
+    companions: Mapping[str, bytes]  # files of the data that go into each checkpoint; on rank 0
     meter: LossMeter
     unigram: UnigramWatch
     stopwatch: Stopwatch
@@ -103,6 +104,7 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
         engine=engine,
         digests=start_digests(config.run, engine, progress),
         saver=Saver(ranks),
+        companions=read_companions(corpus, data.data, ranks),
         meter=LossMeter(len(corpus.languages), ranks.device),
         unigram=UnigramWatch(
             corpus.train,
@@ -129,14 +131,14 @@ def run_geometry(config: TrainConfig, saved: Saved | None, world_size: int) -> G
 
     Raises InputError if the batch cannot be divided among so many ranks.
     """
-    by_flags = batch_geometry(config.optimization, config.data.tokens_per_sample, world_size)
-    if saved is None:
-        return by_flags
-    folder, manifest = saved
-    before = checkpoint.read_configuration(folder, manifest)
-    if batch_flags(before) != batch_flags(config):
-        return by_flags
-    return divided(int(manifest["batch_samples"]), by_flags.rows, world_size)
+    tokens = config.data.tokens_per_sample
+    if saved is not None:
+        folder, manifest = saved
+        before = checkpoint.read_configuration(folder, manifest)
+        if batch_flags(before) == batch_flags(config):
+            rows = rows_that_fit(config.optimization.max_tokens, tokens)
+            return divided(int(manifest["batch_samples"]), rows, world_size)
+    return batch_geometry(config.optimization, tokens, world_size)
 
 
 def batch_flags(config: TrainConfig) -> tuple[int | None, ...]:
@@ -216,6 +218,20 @@ def build_engine(
     )
     logger.info(f"going on from {folder}: update {progress.update}, {progress.samples} samples")
     return engine, progress
+
+
+def read_companions(corpus: Corpus, folder: Path, ranks: Ranks) -> dict[str, bytes]:
+    """What text needs to become ids, by name of the file; on rank 0."""
+    companions = {}
+
+    def read() -> None:
+        companions["dict.txt"] = corpus.dictionary.text.encode()
+        for path in (folder / name for name in COMPANIONS):
+            if path.exists():
+                companions[path.name] = path.read_bytes()
+
+    ranks.on_first(read)
+    return companions
 
 
 def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:
@@ -310,6 +326,13 @@ def describe(run: Run, progress: Progress) -> None:
         f"{geometry.accumulation} micro-batches x {geometry.world_size} ranks); an epoch is {epoch} samples, "
         f"{math.ceil(epoch / geometry.batch)} updates; tokens per second are all tokens, not the masked ones alone"
     )
+    fitting = rows_that_fit(run.config.optimization.max_tokens, data.tokens_per_sample)
+    if 2 * geometry.rows < fitting:
+        logger.warning(
+            f"{fitting} rows would fit into a micro-batch, but {geometry.batch} samples of {geometry.world_size} ranks "
+            f"can only be divided into {geometry.rows} at a time, which is slow; another number of ranks, or of "
+            "samples (--global-batch-tokens), may divide better"
+        )
     logger.info(run.stopwatch.definition(corpus.mask_ratio.at(progress.samples)))
     logger.info(run.unigram.definition())
 
@@ -354,13 +377,17 @@ def check_skipped(run: Run, progress: Progress) -> None:
     """Raises InputError, on all ranks, if too many updates in a row were skipped; says what they were made of."""
     length, begin = run.engine.skipped_in_a_row()
     options = run.config.run
+    if length == 0:
+        run.meter.forget_bad_sample()
     if length < options.max_skipped_updates or precision_of(run.engine.settings) == "fp16":
         return
     batch = run.geometry.batch
     first = progress.samples - (progress.update - begin) * batch
-    bad = -run.ranks.any(-run.meter.bad_sample())
+    bad = -run.ranks.largest(-run.meter.bad_sample())[0]
     culprit = (
-        f"; the loss of {describe_sample(run.corpus, bad)} is not finite" if bad < NO_SAMPLE else ""
+        f"; the loss of {describe_sample(run.corpus, bad)} is not finite"
+        if first <= bad < NO_SAMPLE  # or it is of an update that was skipped by itself
+        else ""
     )
     raise InputError(
         f"{length} updates in a row were skipped, as their gradient was not finite: the first is update {begin + 1}, "
@@ -444,10 +471,6 @@ def save(run: Run, progress: Progress, names: Sequence[str]) -> None:
         **order_facts(corpus, geometry),
         "interval_save": is_turn(options.save_interval_updates, progress.update),
     }
-    companions = {"dict.txt": corpus.dictionary.text.encode()}
-    for path in (config.data.data / name for name in COMPANIONS):
-        if path.exists():
-            companions[path.name] = path.read_bytes()
     run.ranks.on_first(lambda: refuse_if_gone(options.save_dir))
     keep, interval = options.keep_interval_updates, options.save_interval_updates
     first_kept = progress.update - interval * keep + 1 if keep >= 0 and interval else 0
@@ -461,7 +484,7 @@ def save(run: Run, progress: Progress, names: Sequence[str]) -> None:
         )
         logger.info(f"saved {folder} as {', '.join(names)}")
 
-    run.saver.begin(folder, run.engine, progress, description, companions, name)
+    run.saver.begin(folder, run.engine, progress, description, run.companions, name)
 
 
 def refuse_if_gone(save_dir: Path) -> None:

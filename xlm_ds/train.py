@@ -42,7 +42,7 @@ from xlm_ds.corpus import micro_batch, open_corpus, update_targets, with_sample_
 from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.engine import Ranks, collectives_timed, is_lost_rank, start_ranks, stop_ranks
 from xlm_ds.evaluate import on_device
-from xlm_ds.files import alone_in, make_folder
+from xlm_ds.files import busy_with, locked, make_folder
 from xlm_ds.lifeline import (
     ENDS_WITH,
     LOGS,
@@ -273,7 +273,7 @@ def run_folder(save_dir: Path, ending: Ending, ranks: Ranks) -> Iterator[None]:
 
         def take() -> None:
             make_folder(save_dir)
-            held.enter_context(alone_in(save_dir, "run"))
+            held.enter_context(locked(save_dir / ".run.lock", busy_with(save_dir, "run")))
             checkpoint.discard_leftovers(save_dir)
             ending.clear()
 
