@@ -5,5 +5,5 @@
 # With Open MPI: -hosts becomes --host node1:8,node2:8, -genv K V becomes -x K=V, -ppn goes, and the ranks are told by
 # OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_LOCAL_RANK.
 exec mpirun -hosts "$1" -n "$2" -ppn "$3" -genv WORLD_SIZE "$2" -genv LOCAL_WORLD_SIZE "$3" \
-  -genv MASTER_ADDR "$MASTER_ADDR" -genv MASTER_PORT "${MASTER_PORT:-29500}" sh -c \
+  -genv MASTER_ADDR "${MASTER_ADDR:?the first host}" -genv MASTER_PORT "${MASTER_PORT:-29500}" sh -c \
   'RANK=$PMI_RANK LOCAL_RANK=$MPI_LOCALRANKID exec python -m xlm_ds.train --config "$0"' "$4"

@@ -11,5 +11,5 @@
 # after a minute with "wait timeout after 60000ms, keys: …/MASTER_ADDR" (torch 2.13, two hosts, November 2026).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="${MIN:-1}:${MAX:-4}" --nproc-per-node="${SLOTS:-gpu}" --max-restarts=3 \
-  --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29400}" --rdzv-id="${RUN:-xlm}" \
+  --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?the host where all meet}:${PORT:-29400}" --rdzv-id="${RUN:-xlm}" \
   --module xlm_ds.train --config "$1"

@@ -552,7 +552,7 @@ def test_a_rank_that_is_killed_leaves_both_chains_as_they_would_be(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_torchrun_starts_a_run_again_whose_rank_is_killed(tiny_data: Path, tmp_path: Path) -> None:
     """Each rank once, at random updates; nobody else does anything, and the digests are an unbroken run's."""
     flags = ["--max-update=40", "--save-interval-updates=3", "--digest-interval=2"]

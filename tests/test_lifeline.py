@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from xlm_ds.lifeline import END_FILE, Ending
-from xlm_ds.log import write_to_log_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,26 +23,31 @@ import ctypes, os, sys, time
 from pathlib import Path
 from xlm_ds import lifeline
 from xlm_ds.lifeline import ENDS_WITH, StopSignal
-from xlm_ds.log import run_stage
+from xlm_ds.log import logger, run_stage
 
 def main(argv):
     what, save_dir, seconds = argv
     stop = StopSignal(float(seconds))
-    stop.has_joined = what != "joining"
-    if what == "launched":
-        stop.watch(lifeline.launcher_is_gone())
-        stop.watch(lifeline.output_is_lost)
+    if what in ("launched", "talking"):
+        stop.watch(lifeline.launcher_is_gone(os.getppid()))
+        stop.watch(lifeline.output_is_lost())
         stop.watch(lifeline.connection_is_lost())
     stop.watch(lifeline.stop_file(Path(save_dir)))
     ending = lifeline.Ending(Path(save_dir))
-    ending.clear()
-    stop.claim = ending.claim
+    ending.begin()
+    if what != "joining":
+        stop.joined(ending)
     Path(save_dir, "ready").write_text(str(os.getpid()))
+    if what == "blocked":
+        while True:
+            logger.info("x" * 1000)
     if what in ("stuck", "joining"):
         libc = ctypes.CDLL(None)
         while True:
             libc.usleep(500_000)
     while not stop.requested:
+        if what == "talking":
+            logger.info("an update")
         time.sleep(0.01)
     Path(save_dir, "asked").write_text(stop.why)
     if what == "slow":
@@ -101,6 +105,28 @@ def test_a_rank_that_waits_for_others_ends_when_its_time_is_up(
     assert (ended["exit_code"], ended["what"]) == (code, output.split(": ", 1)[1].split(";")[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_whose_output_nobody_takes_ends_when_its_time_is_up(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Its main thread is in the midst of a line, as in `| less`, and has the lock of all lines."""
+    with start("blocked", tmp_path, 0.5, stdout=subprocess.PIPE) as process:
+        pid = pid_of(tmp_path)
+        time.sleep(0.5)
+        os.kill(pid, number)
+        assert process.wait(5) == dict(CODES)[number]
+
+
+def test_a_folder_that_does_not_answer_delays_no_end(tmp_path: Path) -> None:
+    """A read of a fifo waits, as of a file on NFS that is mounted hard and gone."""
+    os.mkfifo(tmp_path / "stop")
+    process = start("stuck", tmp_path, 0.5)
+    pid = pid_of(tmp_path)
+    time.sleep(1)
+    os.kill(pid, signal.SIGTERM)
+    assert process.wait(5) == 75
+
+
 def test_a_rank_that_has_not_joined_yet_has_nothing_to_save(tmp_path: Path) -> None:
     process = start("joining", tmp_path, 60.0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     os.kill(pid_of(tmp_path), signal.SIGTERM)
@@ -140,6 +166,44 @@ def test_a_rank_whose_launcher_is_killed_ends_itself(tmp_path: Path) -> None:
     wait_until((tmp_path / "asked").exists, 5)
     assert (tmp_path / "asked").read_text() == "the end of its launcher"
     wait_until(lambda: not Path(f"/proc/{rank}").exists(), 5)
+
+
+def test_a_rank_whose_launcher_dies_while_it_imports_torch_ends_itself(tmp_path: Path) -> None:
+    """And does not train on as an orphan; it looks first for its launcher when all is imported."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-m", "xlm_ds.train", "OUT", f"--save-dir={tmp_path / 'run'}"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", ORPHANING, *command],
+        cwd=ROOT,
+        env={**os.environ, **ranks, **place},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    rank = int(launcher.stdout.readline())
+    maps = Path(f"/proc/{rank}/maps")
+    wait_until(lambda: "libtorch" in maps.read_text())
+    launcher.kill()
+    launcher.communicate()
+    wait_until(lambda: not maps.exists(), 60)
+    assert not (tmp_path / "run").exists()
+
+
+ORPHANING = """
+import subprocess, sys, time
+print(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_rank_that_logs_into_a_closed_pipe_has_lost_its_connection(tmp_path: Path) -> None:
+    """The log meets it first, and puts another file there."""
+    process = start("talking", tmp_path, stdout=subprocess.PIPE)
+    pid_of(tmp_path)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(10) == 75
 
 
 @pytest.mark.parametrize("what", ["launched", "willing"])
@@ -184,12 +248,15 @@ def test_an_input_that_is_closed_ends_a_rank_that_ssh_has_started(
 
 
 @pytest.mark.parametrize(
-    ("content", "code"), [("", 75), ("USR1\n", 75), ("TERM", 75), ("INT\n", 130)]
+    ("content", "code"), [(b"", 75), (b"USR1\n", 75), (b"TERM", 75), (b"INT\n", 130)]
 )
-def test_a_file_asks_for_an_end(content: str, code: int, tmp_path: Path) -> None:
+def test_a_file_asks_for_an_end(content: bytes, code: int, tmp_path: Path) -> None:
     process = start("willing", tmp_path)
     pid_of(tmp_path)
-    (tmp_path / "stop").write_text(content, encoding="utf-8")
+    (tmp_path / "stop").write_bytes(b"\xff\xfe")  # which says nothing, and is looked at again
+    time.sleep(1)
+    assert process.poll() is None
+    (tmp_path / "stop").write_bytes(content)
     assert process.wait(10) == code
 
 
@@ -206,12 +273,13 @@ class Lost(RuntimeError): pass
 
 def main(argv):
     save_dir = Path(argv[0])
-    how = argv[1:][place().rank]
+    how = argv[1:-1][place().rank]
     add_log_file(save_dir / "logs" / f"rank-{place().rank}.log")
     ending = Ending(save_dir)
     ending.hosts = ["a", "b", "c"]
+    ending.start = argv[-1]
     ending.update = 7
-    with one_report(ending, lambda error: isinstance(error, Lost)):
+    with one_report("train", ending, lambda error: isinstance(error, Lost)):
         if how == "silent": time.sleep(8)
         if how == "deaf": (save_dir / "logs").rename(save_dir / "gone")
         if how in ("waiting", "deaf"): raise Lost("Timed out waiting 8000ms for recv operation to complete")
@@ -230,11 +298,12 @@ sys.exit(run_stage("train", main))
 
 def end_of(folder: Path, *how: str) -> tuple[list[int], str, dict[str, object]]:
     """(exit codes, what all ranks said, ended.json)."""
-    Ending(folder).clear()
+    begun = Ending(folder)
+    begun.begin()
     ranks = []
     for rank in range(len(how)):
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(how))}
-        command = [sys.executable, "-c", FAILING, str(folder), *how]
+        command = [sys.executable, "-c", FAILING, str(folder), *how, begun.start]
         ranks.append(
             subprocess.Popen(
                 command,
@@ -293,6 +362,20 @@ def test_ranks_that_fail_alike_are_counted(tmp_path: Path) -> None:
     assert "and 2 other ranks failed" in said
 
 
+def test_one_that_fails_alike_is_counted(tmp_path: Path) -> None:
+    _, said, _ = end_of(tmp_path, "error", "error")
+    assert said.endswith("and 1 other rank failed\n")
+
+
+def test_each_rank_keeps_its_own_reason(tmp_path: Path) -> None:
+    """The console may be gone, and the next start removes ended.json."""
+    end_of(tmp_path, "input", "disk")
+    logs = [(tmp_path / "logs" / f"rank-{n}.log").read_text(encoding="utf-8") for n in (0, 1)]
+    assert "the text is bad" in logs[0]
+    assert "No space left" in logs[1]
+    assert all("Traceback" in log for log in logs)
+
+
 def test_a_rank_that_was_killed_is_named_by_those_who_lost_it(tmp_path: Path) -> None:
     codes, said, ended = end_of(tmp_path, "lost", "killed", "late")
     assert codes == [1, -9, 1]
@@ -331,11 +414,37 @@ def test_a_fault_that_was_noticed_has_no_traceback(tmp_path: Path) -> None:
 
 def test_the_first_end_is_the_only_one_and_the_next_run_clears_it(tmp_path: Path) -> None:
     ending = Ending(tmp_path)
-    ending.clear()
+    ending.begin()
     assert ending.claim(75, "stopped and saved")
     assert not ending.claim(1, "later")
     assert json.loads((tmp_path / END_FILE).read_text(encoding="utf-8"))["exit_code"] == 75
     assert not list(tmp_path.glob(".ended*"))
-    ending.clear()
+    ending.begin()
     assert not ending.is_claimed()
-    write_to_log_file("nobody listens")  # without a file it says nothing
+
+
+def test_a_rank_of_an_earlier_start_says_nothing_of_this_one(tmp_path: Path) -> None:
+    """It was stopped (SIGSTOP) or cut off when its run ended, and comes back when that has been started again."""
+    earlier, now = Ending(tmp_path), Ending(tmp_path)
+    earlier.begin()
+    now.begin()
+    earlier.mark()
+    assert not earlier.claim(1, "rank 0 has ended without a word")
+    assert earlier.lost(RuntimeError("Connection closed")) is None
+    assert not now.is_claimed()
+    assert now.marked(0) == set()
+    assert now.claim(0, "done")
+
+
+def test_an_end_is_told_once_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refused)
+    ending = Ending(tmp_path)
+    ending.begin()
+    assert ending.claim(75, "stopped and saved")
+    assert not ending.claim(1, "later")
+    assert json.loads((tmp_path / END_FILE).read_text(encoding="utf-8"))["exit_code"] == 75

@@ -354,7 +354,7 @@ def test_what_another_host_has_not_written_is_not_seen(
 
 
 SSH = """#!/bin/sh
-# Plays ssh to this machine; node2 cannot be reached, node3 has no such folder, node4 hangs, node5 greets.
+# Plays ssh to this machine; node2 cannot be reached, node3 has no such folder, node4 hangs, node5 greets, node6 logs.
 while [ "${1#-}" != "$1" ]; do case $1 in -o) shift 2;; *) shift;; esac; done
 host=$1; shift
 case $host in
@@ -362,6 +362,7 @@ case $host in
   node3) cd /nowhere || exit 2;;
   node4) exec sleep 60;;
   node5) echo welcome;;
+  node6) head -c 200000 /dev/zero | tr '\\0' x >&2;;
 esac
 exec sh -c "$*"
 """
@@ -388,7 +389,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("name", ["node1", "node5"])
+@pytest.mark.parametrize("name", ["node1", "node5", "node6"])
 def test_a_host_answers_over_ssh(name: str, ask: Callable[..., Any]) -> None:
     before = time.time()
     assert before <= ask(name, {"do": "clock"})["time"] <= time.time()
@@ -615,11 +616,14 @@ def test_ctrl_c_leaves_nothing_on_any_host(
     job = tmp_path / "job"
     before = set(job.iterdir())
     command = [sys.executable, "-m", "xlm_ds.preflight", "--hostfile=hostfile", "--save-dir=run"]
+    met = False
     for seconds in (0.4, 0.7, 0.9, 1.2, 2.5):
         process = hosts.popen(hosts.names[0], *command, cwd=job)
         time.sleep(seconds)
+        met = met or bool(hosts.processes(hosts.names[1]))
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
         assert "Traceback" not in stderr
         assert all(gone(hosts, name) for name in hosts.names)
         assert set(job.iterdir()) == before
+    assert met, "no ssh had come to the second host"

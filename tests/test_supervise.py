@@ -4,6 +4,7 @@ The runs are small programs that keep train's side of the bargain (SAVE_DIR/stop
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -422,6 +424,42 @@ def test_a_launcher_that_outlives_its_run_is_killed(
     assert not any(map(lives, pids(run)))
 
 
+def test_a_launcher_that_starts_its_run_again_by_itself_is_left_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun --max-restarts does: the new attempt removes what the last one said."""
+    monkeypatch.setattr(supervise, "LINGER_SECONDS", 0.5)
+    body = """
+(folder / "ended.json").write_text('{"exit_code": 1, "update": 7, "host": "h", "rank": 1, "what": "lost"}')
+time.sleep(0.3)
+(folder / "ended.json").unlink()
+time.sleep(1.5)
+end(0)
+"""
+    command = fake_command(tmp_path / "fake.py", body, run)
+    with default_signals(), (run / "lock").open("w") as lock:
+        assert supervise.run_once(command, run, supervise.Asked(60), lock.fileno()).code == 0
+
+
+def test_a_folder_that_does_not_answer_for_a_moment_ends_no_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale handle of NFS's, of which Path.exists makes an exception."""
+    real = os.stat
+    asked = itertools.count()
+
+    def stale(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).startswith(f"{run}/") and next(asked) < 5:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return real(path, *arguments, **options)
+
+    command = fake_command(tmp_path / "fake.py", "time.sleep(1); end(0)", run)
+    with default_signals(), (run / "lock").open("w") as lock:
+        monkeypatch.setattr(os, "stat", stale)
+        assert supervise.run_once(command, run, supervise.Asked(60), lock.fileno()).code == 0
+    assert next(asked) > 5
+
+
 def test_ranks_of_a_dead_launcher_are_asked_to_save_first(start: Supervise, run: Path) -> None:
     """Those of a killed single-node runner have a living parent (launch.py), and would never notice."""
     body = f"os.fork() and die(); os.setsid(); time.sleep(0.2); {WELL_BEHAVED}"
@@ -456,6 +494,22 @@ def test_killing_supervise_leaves_nothing_of_a_run_that_hangs(start: Supervise, 
     assert len(pids(run)) == 2
     assert not any(map(lives, pids(run)))
     assert ended(start("end(0)"))[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_CHILD_SUBREAPER is Linux's")
+@pytest.mark.parametrize("rank", ["code = wait_for_stop(); save(5); end(code)", "hang()"])
+def test_what_a_killed_keeper_leaves_is_ended_before_the_next_start(
+    rank: str, start: Supervise, run: Path
+) -> None:
+    """The ranks of deepspeed have a parent of their own (launch.py), which the keeper's end does not reach."""
+    body = f"if start > 1: end(0)\nsave(3)\nif os.fork(): os.wait()\nelif os.fork(): os.wait()\nelse: {rank}"
+    process = start(body, words=("--stop-seconds=1",))
+    wait_for(run / "ready")
+    keeper_of(process).kill()
+    assert ended(process)[0] == 0
+    assert len(starts(run)) == 2
+    assert not any(map(lives, pids(run)))
+    assert (run / "asked").exists() == ("stop" in rank)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
@@ -542,6 +596,7 @@ def test_a_program_that_cannot_be_run_is_bad_input(run: Path, tmp_path: Path) ->
         (["deepspeed", "--hostfile=H", "xlm_ds/train.py"], "H"),
         (["deepspeed", "-H", "H", "--module", "xlm_ds.train"], "H"),
         (["torchrun", "-m", "xlm_ds.train"], None),
+        (["deepspeed", "--module", "xlm_ds.train"], None),
     ],
 )
 def test_the_hostfile_is_found(launcher: list[str], hostfile: str | None) -> None:
@@ -549,12 +604,34 @@ def test_the_hostfile_is_found(launcher: list[str], hostfile: str | None) -> Non
 
 
 @pytest.mark.parametrize(
-    ("preflight_code", "flags", "code"), [(2, [], 2), (0, [], 0), (2, ["--no-preflight"], 0)]
+    "words", [["ds"], ["env", "A=1", "deepspeed"], ["python", "-m", "deepspeed.launcher.runner"]]
+)
+def test_deepspeed_has_several_names(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads a hostfile that it is not told of."""
+    monkeypatch.setattr(supervise, "DEEPSPEEDS_HOSTFILE", tmp_path / "hostfile")
+    (tmp_path / "hostfile").write_text("node1 slots=1\n", encoding="utf-8")
+    launcher = [*words, "--module", "xlm_ds.train"]
+    assert supervise.deepspeed_at(launcher) == len(words) - 1
+    assert supervise.hostfile_of(launcher) == str(tmp_path / "hostfile")
+
+
+@pytest.mark.parametrize(
+    ("preflight_code", "flags", "code", "more"),
+    [
+        (2, [], 2, []),
+        (0, [], 0, []),
+        (2, ["--no-preflight"], 0, []),
+        (0, [], 0, ["--master_port=29777", "--ssh_port=2222"]),
+        (2, [], 0, ["--include=node1@node2"]),
+    ],
 )
 def test_hosts_are_looked_at_before_the_first_start(
     preflight_code: int,
     flags: list[str],
     code: int,
+    more: list[str],
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -567,20 +644,18 @@ def test_hosts_are_looked_at_before_the_first_start(
     monkeypatch.setattr(supervise, "PREFLIGHT", (sys.executable, "-S", "-c", program))
     python, *words = fake_command(tmp_path / "fake.py", "end(0)", run)
     launcher = tmp_path / "launcher"  # which does not mind a hostfile
-    launcher.write_text(f'#!/bin/sh\nshift 2\nexec {python} "$@"\n', encoding="utf-8")
+    launcher.write_text(f'#!/bin/sh\nshift {2 + len(more)}\nexec {python} "$@"\n', encoding="utf-8")
     launcher.chmod(0o755)
     hostfile = tmp_path / "H"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n", encoding="utf-8")
-    command = [str(launcher), "--hostfile", str(hostfile), *words]
+    command = [str(launcher), "--hostfile", str(hostfile), *more, *words]
     with default_signals():
         assert supervise.main(["--first-pause=0", *flags, "--", *command]) == code
-    assert looked.exists() == (not flags)
+    is_asked = not flags and "--include=node1@node2" not in more
+    assert looked.exists() == is_asked
     told = words[supervise.words_before_flags(words) :]  # what train is told
-    assert flags or looked.read_text(encoding="utf-8").split() == [
-        "--hostfile",
-        str(hostfile),
-        *told,
-    ]
+    expected = [f"--hostfile={hostfile}", *more, *told]
+    assert not is_asked or looked.read_text(encoding="utf-8").split() == expected
     assert (run / "starts").exists() == (code == 0)
 
 

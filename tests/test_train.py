@@ -56,7 +56,7 @@ def train_here(data: Path, save_dir: Path, ranks: Ranks, *flags: str) -> None:
     config = parse(TrainConfig, [str(data), f"--save-dir={save_dir}", *SHAPE, *flags])
     save_dir.mkdir(exist_ok=True)
     ending = Ending(save_dir)
-    ending.clear()
+    ending.begin()
     assert train.train(config, ranks, NeverStop(), ending) == 0  # type: ignore[arg-type]
 
 
@@ -172,7 +172,7 @@ def test_a_validation_missed_by_a_stop_is_made_up_for(
     argv = [str(tiny_data), f"--save-dir={tmp_path / 'stopped'}", *SHAPE, *flags]
     (tmp_path / "stopped").mkdir()
     stop, ending = StopAt(4), Ending(tmp_path / "stopped")
-    ending.clear()
+    ending.begin()
     assert train.train(parse(TrainConfig, argv), ranks, stop, ending) == 75  # type: ignore[arg-type]
     assert set(losses_in(tmp_path / "stopped", "valid")) == {2}
     assert run("stopped", *flags) == whole

@@ -34,6 +34,7 @@ from xlm_ds.deepspeed_config import (
     suits_flat_gradients,
     sums_in_fp32,
 )
+from xlm_ds.lifeline import leave_at_once
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_FAULT, Fault, InputError, logger
 from xlm_ds.model import XlmEncoder
 
@@ -154,7 +155,14 @@ def start_ranks(timeout_seconds: float = 600.0) -> Ranks:
     five variables are set (LOCAL_RANK too).
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        told = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in told if name not in os.environ]:
+            raise InputError(
+                f"RANK is set, but not {', '.join(missing)}; a launcher sets all of them (deepspeed and torchrun do, "
+                "and launch/ has examples for others), and a run of one process none"
+            )
+    else:
         for name in TASK_COUNTS:
             if int(os.environ.get(name, "1")) > 1:
                 raise InputError(
@@ -219,9 +227,7 @@ def _given_up_after(seconds: float) -> Iterator[None]:
     )
 
     def give_up() -> None:
-        logger.error(sentence)
-        logging.shutdown()
-        os._exit(EXIT_FAULT)
+        leave_at_once(EXIT_FAULT, lambda: logger.error(sentence))
 
     timer = threading.Timer(seconds + 1, give_up)  # torch notices the other reasons itself, in time
     timer.daemon = True

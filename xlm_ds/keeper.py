@@ -16,6 +16,7 @@ that has said it takes them (PR_SET_CHILD_SUBREAPER, Linux), and without one to 
 others. No name and no command line decides what is killed. Standard library and psutil only: it is there for months.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -65,11 +66,11 @@ def heard() -> bytes | None:
     return os.read(0, 1) if ready else None
 
 
-def reap(launcher: subprocess.Popen[bytes]) -> None:
+def reap(launcher: subprocess.Popen[bytes] | None = None) -> None:
     """Takes the exit codes of children that have ended, also of those that were adopted; keeps the launcher's."""
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
-            if ended[0] == launcher.pid:
+            if launcher is not None and ended[0] == launcher.pid:
                 launcher.returncode = os.waitstatus_to_exitcode(ended[1])
     except ChildProcessError:
         return  # there are none
@@ -85,7 +86,7 @@ def kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         try:
             process.kill()
-        except psutil.NoSuchProcess:
+        except psutil.Error:  # it has ended, or is another user's (sudo), who has to do it
             continue
 
 
@@ -105,8 +106,14 @@ def complain(sentence: str) -> None:
         sys.stderr = None
 
 
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
 def die_with_parent() -> None:
-    """In the launcher, before it is one: even a killed keeper takes it along, and its ranks notice that."""
+    """In the launcher, before it is one: a killed keeper takes it along. What it has started is left to supervise."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
@@ -119,15 +126,15 @@ def main() -> int:
         signal.signal(number, lambda *_: None)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
         signal.signal(signal.SIGHUP, lambda *_: None)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     try:
         return keep(command, Path(stop_file), kill_after=float(kill_after))
     except OSError as error:
         complain(f"error: {error.filename}: {error.strerror}")
         return 2
     finally:
-        Path(stop_file).unlink(missing_ok=True)  # a run that was killed has left it
+        with contextlib.suppress(OSError):
+            Path(stop_file).unlink(missing_ok=True)  # a run that was killed has left it
 
 
 if __name__ == "__main__":

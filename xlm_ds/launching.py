@@ -93,7 +93,7 @@ def check_launch(
                 f"{word!r}: would not reach other hosts as it is, or as more than it is; give such values in the "
                 "run's TOML (--config run.toml), and the TOML a plain name"
             )
-    launcher = _option(words, "--launcher") or DEFAULT_LAUNCHER
+    launcher = option(words, "--launcher") or DEFAULT_LAUNCHER
     for name, value in exported(environment, folder).items():
         _check_variable(name, value, launcher.lower())
 
@@ -138,7 +138,7 @@ def _words_that_pass(words: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def _option(words: Sequence[str], flag: str) -> str | None:
+def option(words: Sequence[str], flag: str) -> str | None:
     """The value of `--flag V` or `--flag=V`."""
     for i, word in enumerate(words):
         if word == flag and i + 1 < len(words):

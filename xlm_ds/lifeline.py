@@ -1,13 +1,15 @@
 """What ends a run besides its own work, and how each rank's end is told.
 
     stop = StopSignal(stop_seconds=8)            # signals from here on
-    stop.watch(launcher_is_gone())
+    stop.watch(launcher_is_gone(parent))
     ending = Ending(save_dir)
-    with one_report(ending, is_lost_rank):
+    stop.joined(ending)                          # the others of the run
+    with one_report("train", ending, is_lost_rank):
         …                                        # now and then: stop.requested; ending.update = 12
 
-A signal's handler in Python waits for the main thread, which may itself wait for a rank that is gone. So a thread reads
-the signals from a pipe that the interpreter writes to at once, and ends the process when its time is up.
+A signal's handler in Python waits for the main thread, which may itself wait for a rank that is gone, or for whoever
+reads its output. So a thread reads the signals from a pipe that the interpreter writes to at once, and ends the process
+when its time is up; that thread does nothing else which could wait.
 
 SAVE_DIR/stop          asks the run to save and end: INT (exit code 130), TERM, or USR1 or nothing (75)
 SAVE_DIR/ended.json    how it has ended: exit_code, update, host, rank, what; the first rank to end writes it
@@ -20,6 +22,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -44,9 +47,12 @@ from xlm_ds.log import (
     write_to_log_file,
 )
 
-STOP_FILE, END_FILE, LOGS = "stop", "ended.json", "logs"
+STOP_FILE, END_FILE, LOGS, START_FILE = "stop", "ended.json", "logs", ".start"
 LOST_CONNECTION = "the loss of its connection to the launcher"
 TICK_SECONDS = 0.5
+LAST_WORDS_SECONDS = (
+    0.5  # at the end of a process; what is not told by then, as on a full pipe, is not
+)
 # How long ranks that have lost another look for what ended it, and for each other.
 ROLL_CALL_SECONDS = 3.0
 ENDS_WITH = {
@@ -71,27 +77,34 @@ class StopSignal:
     def __init__(self, stop_seconds: float) -> None:
         self.requested = 0
         self.why = ""
-        self.has_joined = False  # the others of the run; before, there is nothing to save
-        self.claim: Callable[[int, str], bool] = lambda *_: (
-            True
-        )  # Ending.claim, once there is a folder
+        self._ending: Ending | None = None
         self._stop_seconds = stop_seconds
         self._deadline = float("inf")
-        self._watched: list[Callable[[], tuple[int, str] | None]] = []
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        self._before = {number: signal.getsignal(number) for number in ENDS_WITH}
-        for number, before in self._before.items():
-            if before != signal.SIG_IGN or number != signal.SIGHUP:  # as nohup leaves it
+        for number in ENDS_WITH:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, lambda *_: None)  # the thread has read it already
-        self._wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._writer = writer
-        self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
-        self._thread.start()
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, name="lifeline", daemon=True).start()
+
+    def joined(self, ending: "Ending") -> None:
+        """The others are there, and the run's folder: before, there is nothing to save, and nobody to tell."""
+        self._ending = ending
 
     def watch(self, look: Callable[[], tuple[int, str] | None]) -> None:
-        """Calls `look` twice a second on another thread; it returns a signal and why, if the run should end."""
-        self._watched.append(look)
+        """Calls `look` twice a second on a thread of its own, as what it looks at may not answer.
+
+        It returns a signal and why, if the run should end.
+        """
+
+        def watch() -> None:
+            while not self.requested:
+                if found := look():
+                    self.request(*found)
+                time.sleep(TICK_SECONDS)
+
+        threading.Thread(target=watch, name="watch", daemon=True).start()
 
     def request(self, number: int, why: str) -> None:
         """As if this signal had come."""
@@ -99,31 +112,16 @@ class StopSignal:
             return
         self.requested, self.why = number, why
         if number != signal.SIGUSR1:
-            self._deadline = time.monotonic() + (self._stop_seconds if self.has_joined else 0)
+            self._deadline = time.monotonic() + (self._stop_seconds if self._ending else 0)
 
-    def close(self) -> None:
-        """Gives the signals back to who had them."""
-        signal.set_wakeup_fd(self._wakeup_before)
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        os.close(self._writer)
-        self._thread.join()
-        os.close(self._reader)
-
-    def _run(self) -> None:
+    def _read(self) -> None:
         while True:
             ready, _, _ = select.select([self._reader], [], [], TICK_SECONDS)
             if ready:
-                numbers = os.read(self._reader, 64)
-                if not numbers:
-                    return
-                for number in numbers:
+                for number in os.read(self._reader, 64):
                     self._came(number)
-            for look in self._watched:
-                if found := look():
-                    self.request(*found)
             if time.monotonic() >= self._deadline:
-                self._leave_unsaved()
+                leave_at_once(ENDS_WITH[signal.Signals(self.requested)], self._tell_unsaved)
 
     def _came(self, number: int) -> None:
         if number not in ENDS_WITH:
@@ -132,17 +130,15 @@ class StopSignal:
             os._exit(EXIT_INTERRUPTED)
         self.request(number, signal.Signals(number).name)
 
-    def _leave_unsaved(self) -> None:
+    def _tell_unsaved(self) -> None:
         code = ENDS_WITH[signal.Signals(self.requested)]
         what = f"had not saved {self._stop_seconds:g} seconds after {self.why}, and ends without"
-        if self.has_joined and self.claim(code, what):
+        if self._ending and self._ending.claim(code, what):
             logger.error(f"{place()}: {what}; the last checkpoint is whole")
-        _leave(code)
 
 
-def launcher_is_gone() -> Callable[[], tuple[int, str] | None]:
-    """For `StopSignal.watch`: whether the process that started this one has ended since."""
-    parent = os.getppid()
+def launcher_is_gone(parent: int) -> Callable[[], tuple[int, str] | None]:
+    """For `StopSignal.watch`: whether the process that started this one, by its id, has ended."""
 
     def look() -> tuple[int, str] | None:
         if os.getppid() == parent:
@@ -152,14 +148,20 @@ def launcher_is_gone() -> Callable[[], tuple[int, str] | None]:
     return look
 
 
-def output_is_lost() -> tuple[int, str] | None:
-    """For `StopSignal.watch`: whether a pipe that this process writes to has nobody at its other end.
+def output_is_lost() -> Callable[[], tuple[int, str] | None]:
+    """For `StopSignal.watch`: whether a pipe that this process writes to has nobody at its other end any more.
 
-    So ends the ssh connection of a rank's launcher; nothing on its host is told (OpenSSH 9.2, without a terminal).
+    So ends the ssh connection of a rank's launcher; nothing on its host is told (OpenSSH 9.2, without a terminal). The
+    log may have met that first, and put another file in the pipe's place.
     """
-    if any(_is_pipe(descriptor) and _is_closed(descriptor) for descriptor in (1, 2)):
-        return signal.SIGTERM, LOST_CONNECTION
-    return None
+    pipes = [descriptor for descriptor in (1, 2) if _is_pipe(descriptor)]
+
+    def look() -> tuple[int, str] | None:
+        if any(not _is_pipe(pipe) or _is_closed(pipe) for pipe in pipes):
+            return signal.SIGTERM, LOST_CONNECTION
+        return None
+
+    return look
 
 
 def connection_is_lost() -> Callable[[], tuple[int, str] | None]:
@@ -198,7 +200,7 @@ def stop_file(save_dir: Path) -> Callable[[], tuple[int, str] | None]:
     def look() -> tuple[int, str] | None:
         try:
             name = path.read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None
         number = {"INT": signal.SIGINT, "TERM": signal.SIGTERM}.get(name, signal.SIGUSR1)
         return number, str(path)
@@ -232,16 +234,28 @@ class Ending:
     def __init__(self, save_dir: Path) -> None:
         self.update = 0
         self.hosts: list[str] = []  # of each rank, once they are known
+        self.start = ""  # a word for this start of the run, the same on all ranks
         self._save_dir = save_dir
 
-    def clear(self) -> None:
-        """Removes what an earlier run has left. Raises OSError."""
+    def begin(self) -> None:
+        """Removes what an earlier start has left, and takes the folder from it. On one rank; raises OSError."""
         (self._save_dir / LOGS).mkdir(exist_ok=True)
         for path in (self._save_dir / STOP_FILE, self._save_dir / END_FILE, *self._marks()):
             path.unlink(missing_ok=True)
+        self.start = secrets.token_hex(8)
+        (self._save_dir / LOGS / START_FILE).write_text(self.start, encoding="utf-8")
+
+    def is_of_the_past(self) -> bool:
+        """Whether the run has been started again since: this rank was stopped, or cut off, and speaks for nobody."""
+        try:
+            return (self._save_dir / LOGS / START_FILE).read_text(encoding="utf-8") != self.start
+        except OSError:
+            return False  # the folder is gone
 
     def claim(self, code: int, what: str) -> bool:
         """Writes ended.json; False if another rank has."""
+        if self.is_of_the_past():
+            return False
         here = place()
         content = {"exit_code": code, "update": self.update, "host": here.host, "rank": here.rank}
         text = json.dumps({**content, "what": what}, ensure_ascii=False)
@@ -250,7 +264,7 @@ class Ending:
         )  # is there only if the run's folder is
         try:
             mine.write_text(text + "\n", encoding="utf-8")
-            os.link(mine, self._save_dir / END_FILE)  # whole, and only once
+            _put_once(mine, self._save_dir / END_FILE)
         except FileExistsError:
             return False
         except OSError:
@@ -261,10 +275,12 @@ class Ending:
         return True
 
     def is_claimed(self) -> bool:
-        return (self._save_dir / END_FILE).exists()
+        return os.path.exists(self._save_dir / END_FILE) or self.is_of_the_past()  # noqa: PTH110
 
     def mark(self) -> None:
         """For `marked`: this rank has failed."""
+        if self.is_of_the_past():
+            return
         with contextlib.suppress(OSError):
             (self._save_dir / LOGS / f"{place().rank}.failed").write_text("", encoding="utf-8")
 
@@ -307,8 +323,21 @@ class Ending:
         return f"{what}: {_first_sentence(error)}"
 
 
+def _put_once(path: Path, name: Path) -> None:
+    """Gives a file its name, whole; raises FileExistsError if that is another's, OSError."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: who opens it first writes it
+        with name.open("x", encoding="utf-8") as file:
+            file.write(path.read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
-def one_report(ending: Ending, is_lost_rank: Callable[[BaseException], bool]) -> Iterator[None]:
+def one_report(
+    stage: str, ending: Ending, is_lost_rank: Callable[[BaseException], bool]
+) -> Iterator[None]:
     """Tells the first failure of all ranks once, with its host, rank and traceback; the others end without a word.
 
     `is_lost_rank` says of an exception whether all it tells is another rank's end.
@@ -317,27 +346,35 @@ def one_report(ending: Ending, is_lost_rank: Callable[[BaseException], bool]) ->
         yield
     except (InputError, OSError) as error:
         ending.mark()
+        _note(ending)
         sentence = sentence_of(error)
-        if not ending.claim(EXIT_BAD_INPUT, sentence):
-            raise SystemExit(EXIT_BAD_INPUT) from error
-        if isinstance(error, OSError) and place().ranks > 1:
-            raise InputError(f"{place()}: {sentence}") from error  # a disk is one host's
-        raise
+        is_first = ending.claim(EXIT_BAD_INPUT, sentence)
+        if place().ranks == 1:
+            raise
+        # Python's own end would sometimes be an abort by a thread of gloo's, and 134 the exit code (engine.stop_ranks).
+        where = f"{place()}: " if isinstance(error, OSError) else ""  # a disk is one host's
+        said = f"{stage}: error: {where}{sentence}\n"
+        leave_at_once(EXIT_BAD_INPUT, lambda: sys.stderr.write(said) if is_first else None)
     except Exception as error:
         ending.mark()
-        write_to_log_file(f"after update {ending.update}:\n{traceback.format_exc()}")
+        _note(ending)
         if is_lost_rank(error):
             report = what = ending.lost(error)
         else:
             what = f"{type(error).__name__}: {error}"
             report = str(error) if isinstance(error, Fault) else traceback.format_exc()
         if what is not None and ending.claim(EXIT_FAULT, what):
-            others = len(ending.marked(1.0)) - 1 if not is_lost_rank(error) else 0
+            others = 0 if is_lost_rank(error) else len(ending.marked(1.0) - {place().rank})
             logger.error(
                 f"{place()}, after update {ending.update}: {report}"
-                + (f"\nand {others} other ranks failed" if others else "")
+                + (f"\nand {others} other rank{'s' * (others > 1)} failed" if others else "")
             )
-        _leave(EXIT_FAULT)
+        leave_at_once(EXIT_FAULT)
+
+
+def _note(ending: Ending) -> None:
+    """The traceback, for the rank's own log: the console may be gone, and the next start removes ended.json."""
+    write_to_log_file(f"after update {ending.update}:\n{traceback.format_exc()}")
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -349,12 +386,22 @@ def _first_sentence(error: BaseException) -> str:
 def leave(code: int) -> NoReturn:
     """Ends this process in good order but for what Python and torch take apart (3 CPU-seconds, torch 2.13)."""
     atexit._run_exitfuncs()
-    _leave(code)
+    leave_at_once(code)
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends this process at once: threads of a backend that has lost a rank may wait for it for ever."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+def leave_at_once(code: int, tell: Callable[[], object] = lambda: None) -> NoReturn:
+    """Ends this process: threads of a backend that has lost a rank may wait for it for ever.
+
+    Whatever `tell` does, and what is still to be written, has LAST_WORDS_SECONDS.
+    """
+
+    def last_words() -> None:
+        tell()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    thread = threading.Thread(target=last_words, daemon=True)
+    thread.start()
+    thread.join(LAST_WORDS_SECONDS)
     os._exit(code)

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -228,11 +229,14 @@ class Remote:
         options = ["-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *port]
         remote = ["cd", str(Path.cwd()), "&&", "exec", sys.executable, "-c", BOOTSTRAP]
         line = " ".join(word if word == "&&" else shlex.quote(word) for word in remote)
+        self._said = tempfile.TemporaryFile(  # noqa: SIM115 - closed by close()
+            mode="w+", encoding="utf-8", errors="surrogateescape"
+        )
         self._ssh = subprocess.Popen(
             ["ssh", *options, host.name, line],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,  # a pipe that is read at the end only would be full before (NCCL_DEBUG=INFO)
             text=True,
             encoding="utf-8",
             errors="surrogateescape",
@@ -272,10 +276,11 @@ class Remote:
         raise InputError(self._why_it_ended())
 
     def _why_it_ended(self) -> str:
-        assert self._ssh.stderr is not None
-        said = [line.strip() for line in self._ssh.stderr if line.strip()]
-        last = said[-1] if said else "no message"
         code = self._ssh.wait()
+        self._said.seek(0)
+        last = "no message"
+        for line in self._said:
+            last = line.strip() or last
         if code == 255:  # ssh's own
             return f"cannot be reached by ssh: {last}"
         return f"cannot run {sys.executable} in {Path.cwd()}, or it failed there (exit code {code}): {last}"
@@ -293,9 +298,9 @@ class Remote:
         except subprocess.TimeoutExpired:
             self._ssh.kill()
             self._ssh.wait()
-        for stream in (self._ssh.stdout, self._ssh.stderr):
-            assert stream is not None
-            stream.close()
+        assert self._ssh.stdout is not None
+        self._ssh.stdout.close()
+        self._said.close()
 
 
 @contextmanager
@@ -322,19 +327,26 @@ LIMIT_STEPS = 6  # times the limit of one step: after it the process on the host
 
 def serve() -> int:
     """Answers questions until its input ends, as it does when who asks is gone; then ends at once, whatever it does."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(os.environ.pop(LIMIT, "600")))  # where the network fails, no input ends
+    seconds = int(os.environ.pop(LIMIT, "600"))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     questions: queue.SimpleQueue[str] = queue.SimpleQueue()
     state = Serving()
 
-    def read() -> None:
-        for line in sys.stdin:
-            questions.put(line)
+    def end() -> None:
         state.clean()
         os._exit(EXIT_OK)
 
+    def read() -> None:
+        for line in sys.stdin:
+            questions.put(line)
+        end()
+
+    timer = threading.Timer(seconds, end)  # where the network fails, no input ends
+    timer.daemon = True
+    timer.start()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds + 5)  # nor a thread in a library that keeps Python from running
     threading.Thread(target=read, daemon=True).start()
     while True:
         answers.write(json.dumps(state.answer(json.loads(questions.get()))) + "\n")

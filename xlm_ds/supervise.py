@@ -25,10 +25,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from xlm_ds import keeper
 from xlm_ds.config import TRAIN_ANSWERED, RunConfig, SuperviseConfig, TrainConfig
 from xlm_ds.files import locked, make_folder, replacing
 from xlm_ds.flags import parse
-from xlm_ds.launching import check_launch, read_hostfile
+from xlm_ds.launching import check_launch, option, read_hostfile
 from xlm_ds.lifeline import END_FILE, ENDS_WITH, STOP_FILE
 from xlm_ds.log import (
     EXIT_BAD_INPUT,
@@ -45,8 +46,15 @@ from xlm_ds.log import (
 
 LOCK = ".supervise.lock"
 LAST = "checkpoint_last"  # checkpoint.LAST, whose room imports torch
-KEEPER = Path(__file__).with_name("keeper.py")
 PREFLIGHT = (sys.executable, "-m", "xlm_ds.preflight")
+# What preflight is told of a launcher's options, by its own name and deepspeed's.
+PREFLIGHT_TOLD = (
+    ("--master_addr", "--master_addr"),
+    ("--master_port", "--master_port"),
+    ("--ssh_port", "--ssh_port"),
+)
+SOME_HOSTS = ("--include", "-i", "--exclude", "-e", "--num_nodes")
+DEEPSPEEDS_HOSTFILE = Path("/job/hostfile")  # which it reads if it is told of none
 POLL_SECONDS = 0.1
 MARGIN_SECONDS = (
     1.0  # after its own --stop-seconds a run is killed; with 8 of them all is ended within ten
@@ -121,9 +129,9 @@ def given_up(ended: Ended, why: str) -> int:
 
 def wait_for(save_dir: Path, asked: "Asked") -> None:
     """Until the run's folder is there, should it be gone: a run started now would begin anew in the one under it."""
-    if not (save_dir / LOCK).exists():
+    if not is_there(save_dir / LOCK):
         logger.error(f"{save_dir}: is gone (unmounted, moved or removed); waiting until it is back")
-    while not (save_dir / LOCK).exists() and not asked.signal:
+    while not is_there(save_dir / LOCK) and not asked.signal:
         asked.sleep(POLL_SECONDS)
 
 
@@ -166,20 +174,23 @@ def kept(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> i
     stop, end = save_dir / STOP_FILE, save_dir / END_FILE
     for path in (stop, end):  # what a start before has left is not said of this one
         path.unlink(missing_ok=True)
-    words = [sys.executable, "-P", str(KEEPER), str(stop), str(asked.kill_after), *command]
+    keeper.adopt_orphans()
+    words = [sys.executable, "-P", keeper.__file__, str(stop), str(asked.kill_after), *command]
     told = killed = False
     late = float("inf")  # of time.monotonic(), once the run has said how it ended
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True, pass_fds=(lock,)
-    ) as keeper:
-        assert keeper.stdin is not None
-        while keeper.poll() is None:
+    ) as process:
+        assert process.stdin is not None
+        while process.poll() is None:
             if asked.signal and not told:
                 told = True
                 logger.info(f"{asked.signal.name}: the run is asked to save and end")
-            if asked.signal and not stop.exists():  # also again: a run that begins removes it
+            if asked.signal and not is_there(stop):  # also again: a run that begins removes it
                 ask_to_stop(stop, asked.wish)
-            if late == float("inf") and end.exists():
+            if not is_there(end):  # or a launcher has started its ranks again, which removes it
+                late = float("inf")
+            elif late == float("inf"):
                 late = time.monotonic() + LINGER_SECONDS
             lingers = time.monotonic() >= late
             if (asked.is_late() or lingers) and not killed:
@@ -187,15 +198,41 @@ def kept(command: Sequence[str], save_dir: Path, asked: "Asked", lock: int) -> i
                 what = "launcher" if lingers else "run"
                 logger.error(f"the {what} has not ended: killing what is left of it on this host")
                 with contextlib.suppress(BrokenPipeError):  # it has ended just now
-                    keeper.stdin.write(b"k")
+                    process.stdin.write(b"k")
             time.sleep(POLL_SECONDS)
-    stop.unlink(missing_ok=True)  # the keeper has, but it may have been written since
-    return keeper.returncode
+    if (
+        process.returncode < 0
+    ):  # a launcher that it had is killed with it; the ranks are this process's by now
+        clear_away(stop, asked.kill_after)
+    with contextlib.suppress(OSError):  # the keeper has, but it may have been written since
+        stop.unlink(missing_ok=True)
+    return process.returncode
+
+
+def clear_away(stop: Path, seconds: float) -> None:
+    """Ends what a killed keeper has left on this host: asks it to save, and kills it after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while left := keeper.descendants():
+        if time.monotonic() >= deadline + keeper.UNKILLABLE_SECONDS:
+            raise Fault(
+                f"process {left[0].pid} of a run that has ended is still there, and cannot be killed"
+            )
+        if not is_there(stop):
+            ask_to_stop(stop, "TERM")
+        if time.monotonic() >= deadline:
+            keeper.kill(left)
+        time.sleep(POLL_SECONDS)
+        keeper.reap()
 
 
 def ask_to_stop(stop: Path, name: str) -> None:
-    with replacing(stop) as temporary:  # a rank that looks meanwhile must not find it empty
+    with contextlib.suppress(OSError), replacing(stop) as temporary:  # no rank must find it empty
         temporary.write_text(name, encoding="utf-8")
+
+
+def is_there(path: Path) -> bool:
+    """False also where a folder does not answer as it should: Path.exists raises for a stale handle of NFS's."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def read_ended(save_dir: Path) -> Ended | None:
@@ -205,7 +242,7 @@ def read_ended(save_dir: Path) -> Ended | None:
         code, update, host, rank, what = (
             said[key] for key in ("exit_code", "update", "host", "rank", "what")
         )
-    except FileNotFoundError:
+    except OSError:
         return None
     except (ValueError, KeyError, TypeError):  # killed, or the disk full, while it was written
         return Ended(EXIT_FAULT, f"{save_dir / END_FILE} is damaged, as by a full disk")
@@ -232,7 +269,7 @@ def saved_update(save_dir: Path) -> int | None:
     path = save_dir / LAST / "manifest.json"
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["progress"]["update"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -308,29 +345,42 @@ def words_before_flags(command: Sequence[str]) -> int:
     )
 
 
-def hostfile_of(launcher: Sequence[str]) -> str | None:
-    for i, word in enumerate(launcher):
-        if word in ("--hostfile", "-H") and i + 1 < len(launcher):
-            return launcher[i + 1]
-        if word.startswith("--hostfile="):
-            return word.partition("=")[2]
-    return None
-
-
 def preflight(config: SuperviseConfig, launch: Launch, asked: Asked, lock: int) -> int:
     """Whether the hosts of the command's hostfile can run it: the exit code of `python -m xlm_ds.preflight`.
 
     Raises InputError if some of the command would not reach them as it is; OSError.
     """
-    hostfile = hostfile_of(launch.launcher)
+    words = launch.launcher
+    hostfile = hostfile_of(words)
     if hostfile is None:
         return EXIT_OK
-    if Path(launch.launcher[0]).name == "deepspeed":
-        check_launch(Path(hostfile), launch.command[1:], os.environ, Path.cwd())
+    deepspeed = deepspeed_at(words)
+    if deepspeed is not None:
+        check_launch(Path(hostfile), launch.command[deepspeed + 1 :], os.environ, Path.cwd())
     if config.no_preflight or len(read_hostfile(Path(hostfile))) == 1:
         return EXIT_OK
-    command = [*PREFLIGHT, "--hostfile", hostfile, *launch.command[len(launch.launcher) :]]
+    if some := [name for name in SOME_HOSTS if option(words, name) is not None]:
+        logger.info(f"no preflight, as {some[0]} leaves out hosts of {hostfile}")
+        return EXIT_OK
+    told = [(name, option(words, deepspeeds)) for name, deepspeeds in PREFLIGHT_TOLD]
+    flags = [f"{name}={value}" for name, value in told if value is not None]
+    command = [*PREFLIGHT, f"--hostfile={hostfile}", *flags, *launch.command[len(words) :]]
     return kept(command, launch.run.save_dir, asked, lock)
+
+
+def deepspeed_at(words: Sequence[str]) -> int | None:
+    """The place of DeepSpeed's runner among them, by one of its names."""
+    for i, word in enumerate(words):
+        if Path(word).name in ("deepspeed", "ds") or word == "deepspeed.launcher.runner":
+            return i
+    return None
+
+
+def hostfile_of(words: Sequence[str]) -> str | None:
+    given = option(words, "--hostfile") or option(words, "-H")
+    if given is None and deepspeed_at(words) is not None and DEEPSPEEDS_HOSTFILE.is_file():
+        return str(DEEPSPEEDS_HOSTFILE)
+    return given
 
 
 def main(argv: Sequence[str]) -> int:

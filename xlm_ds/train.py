@@ -31,6 +31,8 @@ from xlm_ds.log import (
     run_stage,
 )
 
+PARENT = os.getppid()  # by the time that torch is imported it may be gone, and an orphan train on
+
 if __name__ == "__main__":
     before_slow_imports(TrainConfig, description=__doc__)  # before torch is imported
 
@@ -275,9 +277,10 @@ def run_folder(save_dir: Path, ending: Ending, ranks: Ranks) -> Iterator[None]:
             make_folder(save_dir)
             held.enter_context(locked(save_dir / ".run.lock", busy_with(save_dir, "run")))
             checkpoint.discard_leftovers(save_dir)
-            ending.clear()
+            ending.begin()
 
         ranks.on_first(take)
+        ending.start = ranks.gathered(ending.start)[0]
         yield
 
 
@@ -287,14 +290,13 @@ def main(argv: Sequence[str]) -> int:
         return dry_run(config)
     stop = StopSignal(config.run.stop_seconds)
     if launched := "RANK" in os.environ:
-        stop.watch(launcher_is_gone())
-        stop.watch(output_is_lost)
+        stop.watch(launcher_is_gone(PARENT))
+        stop.watch(output_is_lost())
         stop.watch(connection_is_lost())
     ranks = start_ranks(config.run.heartbeat_timeout)
-    stop.has_joined = True
     ending = Ending(config.run.save_dir)
-    with run_folder(config.run.save_dir, ending, ranks), one_report(ending, is_lost_rank):
-        stop.claim = ending.claim
+    with run_folder(config.run.save_dir, ending, ranks), one_report("train", ending, is_lost_rank):
+        stop.joined(ending)
         code = train(config, ranks, stop, ending)
         if ranks.rank == 0:
             ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
