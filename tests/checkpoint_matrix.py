@@ -62,6 +62,7 @@ def advance(run: Run, progress: Progress, updates: int) -> tuple[Progress, list[
         None,
         progress.chains,
         interval=1,
+        computed="",
         masters=engine.master_fragments,
         sum_over_ranks=ranks.sum,
     )

@@ -402,6 +402,7 @@ def make_folders(save_dir: Path, *updates: int, interval_save: bool = False) -> 
         folder.mkdir()
         manifest: dict[str, object] = {key: {} for key in checkpoint.REQUIRED}
         manifest |= {"format": 1, "interval_save": interval_save}
+        manifest["manifest_sha256"] = checkpoint._manifest_sha256(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 

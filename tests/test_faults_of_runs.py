@@ -506,7 +506,7 @@ def test_a_rank_with_other_data_is_named_before_the_first_update(
     sentence = f"{name} (rank 1): has other data than {name} (rank 0): train.en.bin; "
     assert error.startswith(f"train: error: {sentence}"), error
     assert end_of(run)["update"] == 0
-    assert {path.name for path in run.iterdir()} == {"ended.json", "logs", "train.log"}
+    assert {path.name for path in run.iterdir()} == {".run.lock", "ended.json", "logs", "train.log"}
     shutil.copy(hosts[0] / "data" / "train.en.bin", hosts[1] / "data")
     ended = start_here(["data", f"--save-dir={run}", *SHAPE], folders=hosts).ended()
     assert ended.codes == [0, 0], ended.said

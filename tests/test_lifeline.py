@@ -29,7 +29,7 @@ def main(argv):
     what, save_dir, seconds = argv
     stop = StopSignal(float(seconds))
     if what in ("launched", "talking"):
-        stop.watch(lifeline.launcher_is_gone(os.getppid()))
+        stop.watch(lifeline.launcher_is_gone(lifeline.launcher()))
         stop.watch(lifeline.output_is_lost())
         stop.watch(lifeline.connection_is_lost())
     stop.watch(lifeline.stop_file(Path(save_dir)))
@@ -204,6 +204,36 @@ def test_a_rank_that_logs_into_a_closed_pipe_has_lost_its_connection(tmp_path: P
     assert process.stdout is not None
     process.stdout.close()
     assert process.wait(10) == 75
+
+
+@pytest.mark.parametrize("module", ["deepspeed.launcher.launch", "a shell's words"])
+def test_a_rank_whose_deepspeed_is_killed_ends_itself(module: str, tmp_path: Path) -> None:
+    """Its launch.py lives on, and waits for the ranks. What has started another launcher may be a shell that leaves."""
+    rank = [RANK, "launched", str(tmp_path), "8"]
+    launch = [LAUNCHER.replace("*sys.argv[1:]", "*sys.argv[2:]"), module, *rank]
+    runner = subprocess.Popen([sys.executable, "-c", LAUNCHER, *launch], cwd=ROOT)
+    pid = pid_of(tmp_path)
+    time.sleep(1)
+    runner.kill()
+    runner.wait()
+    if module != "deepspeed.launcher.launch":
+        time.sleep(1.5)
+        assert not (tmp_path / "asked").exists()
+        os.kill(pid, signal.SIGTERM)
+    wait_until((tmp_path / "asked").exists, 5)
+    expected = "the end of deepspeed" if module == "deepspeed.launcher.launch" else "SIGTERM"
+    assert (tmp_path / "asked").read_text() == expected
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 5)
+
+
+def test_a_signal_while_torch_is_imported_has_its_exit_code(tmp_path: Path) -> None:
+    """There is nothing to save; but who looks for 75 must not find 143."""
+    command = [sys.executable, "-m", "xlm_ds.train", "OUT", f"--save-dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: "libtorch" in maps.read_text())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 75
 
 
 @pytest.mark.parametrize("what", ["launched", "willing"])

@@ -369,7 +369,7 @@ def test_another_dictionary_is_refused(run: Any, tmp_path: Path) -> None:
     manifest_path = tmp_path / "a" / checkpoint.LAST / "manifest.json"
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     manifest["dictionary_sha256"] = "0" * 64
-    del manifest["manifest_sha256"]
+    manifest["manifest_sha256"] = checkpoint._manifest_sha256(manifest)
     manifest_path.write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(InputError, match="its dictionary is not the one"):
         run("a", "--max-update=2")

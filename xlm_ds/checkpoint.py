@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -43,7 +44,7 @@ FORMAT = 1
 TENSORS = ("weight", *MOMENTS)
 REQUIRED = (
     *("configuration", "languages", "dictionary_sha256", "blocks", "batch_samples"),
-    *("progress", "environment", "sha256"),
+    *("progress", "environment", "sha256", "manifest_sha256"),
 )
 LAST, PREVIOUS, BEST = "checkpoint_last", "checkpoint_previous", "checkpoint_best"
 _FOLDER = re.compile(r"checkpoint_(\d+)_(\d+)")
@@ -213,6 +214,9 @@ def _write_share(
             suffix = f"-{rank + 1:05}-of-{ranks:05}" if ranks > 1 else ""
             written.append(folder / f"{kind}{suffix}.safetensors")
             _save_tensors(share, written[-1])
+            written[-1].chmod(
+                folder.stat().st_mode & 0o666
+            )  # safetensors makes it its owner's alone
     for name, content in files.items():
         written.append(folder / name)
         with naming(written[-1]):
@@ -233,7 +237,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # a full disk, above all
         raise OSError(
-            f"cannot write {path}: {error}; the last checkpoint is whole, and the same command goes on from it"
+            f"cannot write {path}: {error}; what was saved before is whole, and the same command goes on from it"
         ) from error
 
 
@@ -359,9 +363,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         what = "has no manifest.json, so it is not a checkpoint" if folder.exists() else "not found"
         raise InputError(f"{folder}: {what}; give a folder such as SAVE_DIR/checkpoint_last")
+    if not path.is_file():
+        raise InputError(f"{path}: damaged: not a file")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: damaged: not an object")
@@ -373,7 +379,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:
         raise InputError(f"{path}: damaged: {missing[0]} is missing")
-    if manifest.get("manifest_sha256", (found := _manifest_sha256(manifest))) != found:
+    if manifest["manifest_sha256"] != _manifest_sha256(manifest):
         raise InputError(f"{path}: damaged: its SHA-256 is not the one it was written with")
     return manifest
 
@@ -397,7 +403,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], names: Iterable[str])
     """Raises InputError that names the first of these files that is not what the manifest says."""
     for name in names:
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             raise InputError(f"{path}: missing; the checkpoint is damaged, use another")
         with naming(path, "read"):
             found = file_sha256(path)
@@ -512,7 +518,9 @@ def find_whole(
 
 def _candidates(save_dir: Path, restore_file: str) -> list[Path]:
     """What --restore-file means, and if that is its default those before it, in the order in which they count."""
-    found = find_checkpoint(save_dir, restore_file)
+    last = save_dir / LAST
+    lost = restore_file == LAST and last.is_symlink() and not os.path.exists(last)  # noqa: PTH110
+    found = save_dir / last.readlink() if lost else find_checkpoint(save_dir, restore_file)
     if found is None:
         return []
     if restore_file != LAST:
@@ -523,14 +531,16 @@ def _candidates(save_dir: Path, restore_file: str) -> list[Path]:
         raise
     except (InputError, OSError):
         pass  # damaged, which is for all ranks to see
-    update, previous = _update_of(found), (save_dir / PREVIOUS).resolve()
-    earlier = [path.resolve() for before, path in reversed(_folders(save_dir)) if before < update]
-    return [found, *sorted(earlier, key=lambda path: path != previous)]
+    update, previous = _update_of(found), os.path.realpath(save_dir / PREVIOUS)
+    earlier = [
+        path for before, path in reversed(_folders(save_dir)) if before < update or update == 0
+    ]
+    return [found, *sorted(earlier, key=lambda path: os.path.realpath(path) != previous)]
 
 
 def _update_of(folder: Path) -> int:
-    """By its name, or what a link to it says; 0 where that is none of a checkpoint."""
-    match = _FOLDER.fullmatch(folder.resolve().name)
+    """By its name, or that of what a link points to; 0 where that is none of a checkpoint."""
+    match = _FOLDER.fullmatch(Path(os.path.realpath(folder)).name)
     return int(match[2]) if match else 0
 
 

@@ -438,7 +438,7 @@ class RunConfig:
     heartbeat_timeout: float = knob(
         "end the run when a rank has not answered the others for N seconds",
         default=600.0,
-        bounds="(0, inf)",
+        bounds="[1, 31536000]",
     )
     max_skipped_updates: int = knob(
         "stop when N updates in a row were skipped because the gradient was not finite; in fp16 the loss scale decides",

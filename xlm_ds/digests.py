@@ -131,6 +131,7 @@ class Digests:
 
     chains: where the run goes on, as `write` has returned it; "" if it begins, or nobody knows.
     interval: updates from one digest of the parameters to the next (0: never).
+    computed: by how many ranks, rows …: what the parameters' last bits depend on.
     masters: Engine.master_fragments.
     sum_over_ranks: of an int64 tensor on the CPU.
     """
@@ -141,12 +142,14 @@ class Digests:
         chains: str,
         *,
         interval: int,
+        computed: str,
         masters: Callable[[], Iterable[tuple[str, int, Tensor]]],
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
         self._file = Appended(path) if path else None
         self._chain, self._parameters_chain = _split_chains(chains)
         self._interval = interval
+        self._computed = computed
         self._masters = masters
         self._sum_over_ranks = sum_over_ranks
         self._digest = np.zeros(1, np.uint64)  # of the micro-batches of an update so far
@@ -189,6 +192,7 @@ class Digests:
             "samples": u.samples,
             "digest": digest.hex(),
             "chain": self._chain.hex(),
+            "computed": self._computed,
         }
         if parameters:
             self._parameters_chain = chained(self._parameters_chain, u.update, parameters)
@@ -234,6 +238,7 @@ class Line(NamedTuple):
     samples: int
     digest: bytes
     chain: bytes
+    computed: str
     parameters: bytes | None  # eight for each
     parameters_chain: bytes | None
 
@@ -264,8 +269,9 @@ def begin_file(path: Path, parameters: Sequence[str], *, update: int, chains: st
             f"{update + 1}"
         )
     elif chains and update > (last[0] if last else 0):
-        missing = f"updates {last[0] + 1 if last else 1} to {update}"
-        logger.info(f"{path} has no {missing}; it goes on with the checkpoint's chain")
+        missing = last[0] + 1 if last else 1
+        which = f"updates {missing} to {update}" if missing < update else f"update {update}"
+        logger.info(f"{path} has no {which}; it goes on with the checkpoint's chain")
     if update == 0 or not path.exists() or path.stat().st_size == 0:
         header = json.dumps({"format": FORMAT, "parameters": list(parameters)})
         path.write_text(header + "\n", encoding="utf-8")
@@ -303,7 +309,7 @@ def _cut_off(path: Path, update: int) -> tuple[int, str] | None:
 def read_names(run: Path) -> tuple[str, ...]:
     """Of a run's parameters. Raises InputError if `run` is no run's folder, or its file is not whole."""
     path = run / FILE
-    if not path.exists():
+    if not path.is_file():
         raise InputError(f"{path}: not found; give the --save-dir of a run")
     with path.open("rb") as file:
         line = file.readline()
@@ -337,7 +343,7 @@ def read_lines(run: Path) -> Iterator[Line]:
                 _check_chains(line, before, parameters_chain)
             except KeyError as error:
                 raise InputError(f"{path}, line {number}: damaged: no {error}") from error
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: damaged: {error}") from error
             parameters_chain = line.parameters_chain or parameters_chain
             before = line
@@ -359,14 +365,15 @@ def _parsed(text: bytes, parameters: int) -> Line:
         samples,
         digest=_bytes_of(content["digest"], 1),
         chain=_bytes_of(content["chain"], 1),
+        computed=str(content["computed"]),
         parameters=_bytes_of(content["parameters"], parameters) if has_parameters else None,
         parameters_chain=_bytes_of(content["parameters_chain"], 1) if has_parameters else None,
     )
 
 
-def _bytes_of(digests: str, count: int) -> bytes:
-    if not re.fullmatch(rf"[0-9a-f]{{{_HEX * count}}}", digests):
-        raise ValueError(f"expected {_HEX * count} hex digits where {digests[:20]} is")
+def _bytes_of(digests: object, count: int) -> bytes:
+    if not isinstance(digests, str) or not re.fullmatch(rf"[0-9a-f]{{{_HEX * count}}}", digests):
+        raise ValueError(f"expected {_HEX * count} hex digits where {str(digests)[:20]} is")
     return bytes.fromhex(digests)
 
 

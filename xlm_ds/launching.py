@@ -45,6 +45,8 @@ def read_hostfile(path: Path) -> list[Host]:
     DeepSpeed takes any name, and hands it to ssh or pdsh, which may read it as an option, a list or a command.
     """
     hosts: dict[str, Host] = {}
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file; write lines NAME slots=N")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

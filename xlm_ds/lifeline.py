@@ -1,7 +1,7 @@
 """What ends a run besides its own work, and how each rank's end is told.
 
     stop = StopSignal(stop_seconds=8)            # signals from here on
-    stop.watch(launcher_is_gone(parent))
+    stop.watch(launcher_is_gone(launcher()))
     ending = Ending(save_dir)
     stop.joined(ending)                          # the others of the run
     with one_report("train", ending, is_lost_rank):
@@ -18,6 +18,7 @@ SAVE_DIR/logs/         rank-N.log of the ranks but 0, which has train.log
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,6 +36,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import psutil
+
 from xlm_ds.log import (
     EXIT_BAD_INPUT,
     EXIT_FAULT,
@@ -42,6 +45,7 @@ from xlm_ds.log import (
     EXIT_PREEMPTED,
     Fault,
     InputError,
+    dropped,
     logger,
     sentence_of,
     write_to_log_file,
@@ -137,27 +141,65 @@ class StopSignal:
             logger.error(f"{place()}: {what}; the last checkpoint is whole")
 
 
-def launcher_is_gone(parent: int) -> Callable[[], tuple[int, str] | None]:
-    """For `StopSignal.watch`: whether the process that started this one, by its id, has ended."""
+class Launcher(NamedTuple):
+    """What has started this process."""
+
+    pid: int
+    runner: int | None  # of DeepSpeed's launch.py, the process that has started that
+
+
+def launcher() -> Launcher:
+    """To be asked early: what has ended by then cannot be told any more."""
+    pid = os.getppid()
+    try:
+        parent = psutil.Process(pid)
+        is_deepspeeds = "deepspeed.launcher.launch" in parent.cmdline()
+        return Launcher(pid, parent.ppid() if is_deepspeeds else None)
+    except psutil.Error:  # it has ended just now, as `launcher_is_gone` will see, or is another's
+        return Launcher(pid, None)
+
+
+def launcher_is_gone(launcher: Launcher) -> Callable[[], tuple[int, str] | None]:
+    """For `StopSignal.watch`: whether the process that started this one has ended.
+
+    Or the `deepspeed` that started its launch.py on this host, which nobody tells of that (0.19.8). The parent of
+    another launcher may be a shell that leaves.
+    """
 
     def look() -> tuple[int, str] | None:
-        if os.getppid() == parent:
-            return None
-        return signal.SIGTERM, "the end of its launcher"
+        if os.getppid() != launcher.pid:
+            return signal.SIGTERM, "the end of its launcher"
+        with contextlib.suppress(psutil.Error):
+            runner = psutil.Process(launcher.pid).ppid()
+            if launcher.runner is not None and runner != launcher.runner:
+                return signal.SIGTERM, "the end of deepspeed"
+        return None
 
     return look
+
+
+def end_by_signals() -> None:
+    """Until there is a StopSignal: the exit codes of signals, for a process that has nothing to save yet."""
+    for number, code in ENDS_WITH.items():
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, functools.partial(_end, code))
+
+
+def _end(code: int, *_: object) -> None:
+    os._exit(code)
 
 
 def output_is_lost() -> Callable[[], tuple[int, str] | None]:
     """For `StopSignal.watch`: whether a pipe that this process writes to has nobody at its other end any more.
 
     So ends the ssh connection of a rank's launcher; nothing on its host is told (OpenSSH 9.2, without a terminal). The
-    log may have met that first, and put another file in the pipe's place.
+    log may have met that first, and dropped it.
     """
     pipes = [descriptor for descriptor in (1, 2) if _is_pipe(descriptor)]
 
     def look() -> tuple[int, str] | None:
-        if any(not _is_pipe(pipe) or _is_closed(pipe) for pipe in pipes):
+        # One that is no pipe at the moment may be one of a library's that hides a compiler's words (DeepSpeed 0.19.8).
+        if any(pipe in dropped or (_is_pipe(pipe) and _is_closed(pipe)) for pipe in pipes):
             return signal.SIGTERM, LOST_CONNECTION
         return None
 

@@ -31,6 +31,7 @@ __all__ = [
     "Fault",
     "InputError",
     "add_log_file",
+    "dropped",
     "is_first_rank",
     "logger",
     "run_stage",
@@ -47,6 +48,7 @@ EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # as a shell says that SIGPIPE has ended a program
 
 logger = logging.getLogger("xlm_ds")
+dropped: set[int] = set()  # descriptors that could not be written to, and are so no more
 
 # fairseq's layout, so that scripts that read its logs read ours (spec: fairseq_cli/preprocess.py).
 _FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
@@ -108,6 +110,7 @@ def _end_output(last_words: str) -> None:
 
 def _drop_output(stream: TextIO) -> None:
     """Also what is still in its buffer."""
+    dropped.add(stream.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -272,7 +272,7 @@ class Remote:
             answer: dict[str, Any] = json.loads(line)
             return answer
         if too_late.is_set():
-            raise InputError(f"has not answered {question['do']} in {self._seconds} s")
+            raise InputError(f"did not answer in {self._seconds} s ({question['do']})")
         raise InputError(self._why_it_ended())
 
     def _why_it_ended(self) -> str:

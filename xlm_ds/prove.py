@@ -61,6 +61,9 @@ class Compared:
     parameters: int = 0  # updates where both have them, the same
     last_parameters: int = 0  # the last of those
     parameters_differ: Pair | None = None
+    computed_otherwise: Pair | None = (
+        None  # the first that is not computed by as many ranks, rows …
+    )
     end_a: int = 0
     end_b: int = 0
 
@@ -74,6 +77,8 @@ def compare(run_a: Path, run_b: Path) -> Compared:
         if a is None or b is None:
             continue
         pair = Pair(a, b)
+        if a.computed != b.computed:
+            met.computed_otherwise = met.computed_otherwise or pair
         met.first = met.first or pair
         if met.differs is None:
             if (a.first_sample, a.samples, a.digest) == (b.first_sample, b.samples, b.digest):
@@ -267,6 +272,13 @@ def parameters_finding(run_a: Path, run_b: Path, met: Compared) -> Finding:
     )
     differing = np.flatnonzero(digests_a != digests_b)
     before = f"{known}; " if met.parameters else ""
+    if met.computed_otherwise and met.computed_otherwise.update <= met.parameters_differ.update:
+        a, b = met.computed_otherwise
+        return Finding(
+            False,
+            f"{before}not comparable from update {a.update} on, as their last bits depend on what computes them: "
+            f"{a.computed}, and {b.computed}",
+        )
     return Finding(
         True,
         f"{before}update {met.parameters_differ.update} differs: {len(differing)} of {len(names_a)} parameters, first "

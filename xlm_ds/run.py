@@ -102,7 +102,7 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
         corpus=corpus,
         geometry=geometry,
         engine=engine,
-        digests=start_digests(config.run, engine, progress),
+        digests=start_digests(config.run, engine, geometry, progress),
         saver=Saver(ranks),
         companions=read_companions(corpus, data.data, ranks),
         meter=LossMeter(len(corpus.languages), ranks.device),
@@ -272,8 +272,11 @@ def check_same_data(
             )
 
 
-def start_digests(run: RunConfig, engine: Engine, progress: Progress) -> Digests:
+def start_digests(
+    run: RunConfig, engine: Engine, geometry: Geometry, progress: Progress
+) -> Digests:
     """The run's digests, which go on where the checkpoint's were."""
+    stage = engine.settings["zero_optimization"]["stage"]
     path = run.save_dir / FILE
     names = [name for name, _, _ in engine.master_fragments()]
     engine.ranks.on_first(
@@ -283,6 +286,8 @@ def start_digests(run: RunConfig, engine: Engine, progress: Progress) -> Digests
         path if engine.ranks.rank == 0 else None,
         progress.chains,
         interval=run.digest_interval,
+        computed=f"{geometry.world_size} ranks, {geometry.accumulation} x {geometry.rows} rows, ZeRO {stage} in "
+        f"{precision_of(engine.settings)}",
         masters=engine.master_fragments,
         sum_over_ranks=engine.ranks.sum,
     )

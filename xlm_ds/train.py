@@ -24,6 +24,7 @@ from xlm_ds.config import (
     TrainConfig,
 )
 from xlm_ds.flags import before_slow_imports, parse
+from xlm_ds.lifeline import end_by_signals, launcher
 from xlm_ds.log import (
     EXIT_OK,
     add_log_file,
@@ -31,9 +32,10 @@ from xlm_ds.log import (
     run_stage,
 )
 
-PARENT = os.getppid()  # by the time that torch is imported it may be gone, and an orphan train on
+LAUNCHER = launcher()  # by the time that torch is imported it may be gone, and an orphan train on
 
 if __name__ == "__main__":
+    end_by_signals()
     before_slow_imports(TrainConfig, description=__doc__)  # before torch is imported
 
 import torch
@@ -290,7 +292,7 @@ def main(argv: Sequence[str]) -> int:
         return dry_run(config)
     stop = StopSignal(config.run.stop_seconds)
     if launched := "RANK" in os.environ:
-        stop.watch(launcher_is_gone(PARENT))
+        stop.watch(launcher_is_gone(LAUNCHER))
         stop.watch(output_is_lost())
         stop.watch(connection_is_lost())
     ranks = start_ranks(config.run.heartbeat_timeout)
