@@ -210,9 +210,16 @@ def test_documents_stay_whole(raw: Path, tmp_path: Path) -> None:
         where: dict[str, set[str]] = {}
         sizes = Counter[str]()
         for split in ("train", "valid", "test"):
-            for line in lines(tmp_path / "D/tokenised" / f"{split}.{lang}"):
-                where.setdefault(line.split()[1], set()).add(split)
-                sizes[split] += 1
+            written = (tmp_path / "D/tokenised" / f"{split}.{lang}").read_text(encoding="utf-8")
+            # An empty line between two documents, and nowhere else, before and after BPE.
+            for document in written.removesuffix("\n").split("\n\n"):
+                numbers = {line.split()[1] for line in document.split("\n")}
+                assert len(numbers) == 1
+                where.setdefault(numbers.pop(), set()).add(split)
+                sizes[split] += document.count("\n") + 1
+            assert [not line for line in lines(tmp_path / "D" / f"{split}.{lang}")] == [
+                not line for line in written.removesuffix("\n").split("\n")
+            ]
         assert all(len(splits) == 1 for splits in where.values())
         assert sum(sizes.values()) == sum(map(len, documents))
         assert 9 <= sizes["valid"] <= 12

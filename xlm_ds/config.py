@@ -29,12 +29,17 @@ class PrepareConfig:
         "raw text to be split, one file per language: raw/{lang}.txt, or a prefix P for P.LANG",
         default=None,
     )
+    wiki_dump: str | None = knob(
+        "instead of --input: Wikipedia's dumps, as {lang}wiki-latest-pages-articles.xml.bz2; needs xlm_ds[wiki]",
+        default=None,
+    )
     trainpref: str | None = knob("raw text that is split already: PREF.LANG", default=None)
     validpref: str | None = knob("raw validation text is PREF.LANG", default=None)
     testpref: str | None = knob("raw test text is PREF.LANG", default=None)
-    split_by: str = knob(
-        "what goes to one split as a whole: a line, or a document (documents end at blank lines)",
-        default="line",
+    split_by: str | None = knob(
+        "what goes to one split as a whole: a line, or a document (documents end at blank lines, also in what is "
+        "written; default: line, of --wiki-dump document)",
+        default=None,
         choices=("line", "document"),
     )
     valid_lines: int | None = knob(
@@ -54,7 +59,8 @@ class PrepareConfig:
     )
     seed: int = knob("decides the split and the sample that codes are learnt on", default=0)
     tokenizer: str = knob(
-        "moses (sacremoses, with XLM's normalisation), or none for text that is tokenised already",
+        "moses (sacremoses, with XLM's normalisation; zh, ja and th need xlm_ds[zh], [ja], [th]), or none for text "
+        "that is tokenised already",
         default="moses",
         choices=("moses", "none"),
     )
@@ -89,6 +95,11 @@ class PrepareConfig:
         "redo what other settings or inputs than last time change, instead of refusing",
         default=False,
     )
+
+    @property
+    def unit(self) -> str:
+        """What goes to one split as a whole: as --split-by says, or else the nature of the text."""
+        return self.split_by or ("line" if self.wiki_dump is None else "document")
 
 
 # --------------------------------------------------------------------------------------- binarize

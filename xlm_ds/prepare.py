@@ -1,12 +1,14 @@
 """Raw text -> D/{train,valid,test}.LANG (tokenised, BPE'd), D/codes, D/vocab_mlm.
 
     python -m xlm_ds.prepare --input raw/{lang}.txt --langs ar,de,en --destdir D --bpe-codes 12000
+    python -m xlm_ds.prepare --wiki-dump {lang}wiki-latest-pages-articles.xml.bz2 --langs hi,th --destdir D
     python -m xlm_ds.binarize --langs ar,de,en --srcdict D/vocab_mlm --only-source \
         --trainpref D/train --validpref D/valid --testpref D/test --destdir OUT
 
-The text before BPE stays in D/tokenised. D/prepare.json says what everything was made from and counts the lines: of
-`lines` read, `kept` are written, `blank` had no text, `duplicate` were also in another split. The same command run
-again goes on where it was stopped; nothing has a final name before it is complete.
+The text before BPE stays in D/tokenised, that of dumps before both, a paragraph a line and a blank line after each
+article, in D/raw. D/prepare.json says what everything was made from and counts the lines: of `lines` read, `kept` are
+written, `blank` had no text, `duplicate` were also in another split. The same command run again goes on where it was
+stopped; nothing has a final name before it is complete.
 """
 
 import array
@@ -27,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -38,21 +40,34 @@ from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.merges import count_merges, learn_merges, load_bpe, sample_copies
 from xlm_ds.prepare_record import (
+    RAW,
     TOKENISED,
     Record,
     Sources,
     file_names,
     open_record,
+    raw_name,
     splits_of,
     text_names,
 )
-from xlm_ds.tokenisation import UNSEGMENTED, Tokenisation, tokenisation_of, tokenise_line
+from xlm_ds.tokenisation import Tokenisation, tokenisation_of, tokenise_line
+from xlm_ds.wiki_dump import chunks_of_articles, read_pages, read_unshown, texts_of_articles
 
 HELD_OUT_LINES = 5000  # per split and language: get-data-wiki.sh of XLM
 HELD_OUT_SHARE = 20  # of a small corpus, at most one line in this many
 CHUNKS_AHEAD = 4  # per process: read but not yet written, so that memory is bounded
 
 _BLANK_BUT_SPACE = re.compile(r"[^\S ]")
+
+Made = TypeVar("Made")
+
+
+class InOrder(Protocol):
+    """Work on chunks, in so many processes, with results in the chunks' order."""
+
+    def __call__(
+        self, work: Callable[[list[str]], Made], chunks: Iterable[list[str]], /
+    ) -> Iterator[Made]: ...
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,6 +86,8 @@ def prepare(config: PrepareConfig) -> None:
     """
     sources = _sources(config)
     make_folder(config.destdir / TOKENISED)
+    if config.wiki_dump is not None:
+        make_folder(config.destdir / RAW)
     with locked(config.destdir / ".prepare.lock", busy_with(config.destdir, "prepare")):
         record = open_record(config, sources)
         if record.has(*file_names(sources)):
@@ -100,31 +117,40 @@ def _make(record: Record, sources: Sources, config: PrepareConfig) -> None:
 
 def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
     """The raw files of every language, by split; under `all` if there is one file that is to be split."""
+    languages = sorted(config.langs)
+    check_languages(languages, "--langs")
+    if not languages:
+        raise InputError("--langs is empty; expected languages, as ar,de,en")
     prefs = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
     given = {split: pref for split, pref in prefs.items() if pref is not None}
-    if (config.input is None) == (config.trainpref is None):
+    whole = {"--input": config.input, "--wiki-dump": config.wiki_dump}
+    to_split = {flag: pref for flag, pref in whole.items() if pref is not None}
+    if len(to_split) + (config.trainpref is not None) != 1:
         raise InputError(
-            "expected either --input (text to be split) or --trainpref, --validpref, --testpref"
+            "expected either --input or --wiki-dump (text to be split) or --trainpref, --validpref, --testpref"
         )
-    if config.input is not None:
+    for flag, pref in to_split.items():
         if given:
-            raise InputError(
-                f"--{next(iter(given))}pref does not go with --input; give one of them"
-            )
-        given = {"all": config.input}
-    elif config.valid_lines or config.test_lines or config.split_by != "line":
-        raise InputError("--split-by, --valid-lines and --test-lines go with --input only")
+            raise InputError(f"--{next(iter(given))}pref does not go with {flag}; give one of them")
+        given = {"all": pref}
+    if not to_split and (config.valid_lines or config.test_lines or config.split_by):
+        raise InputError(
+            "--split-by, --valid-lines and --test-lines go with --input and --wiki-dump only"
+        )
+    if config.wiki_dump is not None and "{lang}" not in config.wiki_dump and len(languages) > 1:
+        raise InputError(
+            f"--wiki-dump {config.wiki_dump}: one file for {len(languages)} languages; put {{lang}} where their names "
+            "differ, as in {lang}wiki-latest-pages-articles.xml.bz2"
+        )
     if config.vocab is not None and config.codes is None:
         raise InputError(
             "--vocab goes with --codes: a vocabulary fits the codes it was counted with"
         )
-    languages = sorted(config.langs)
-    check_languages(languages, "--langs")
+    suffix = "" if config.wiki_dump is not None else ".{lang}"
     sources = {
-        lang: {split: _path(pref, lang) for split, pref in given.items()} for lang in languages
+        lang: {split: _path(pref, lang, suffix) for split, pref in given.items()}
+        for lang in languages
     }
-    if not sources:
-        raise InputError("--langs is empty; expected languages, as ar,de,en")
     for path in itertools.chain.from_iterable(splits.values() for splits in sources.values()):
         if not path.is_file():
             what = "not a file" if path.exists() else "no such file"
@@ -132,8 +158,31 @@ def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
     return sources
 
 
-def _path(pref: str, lang: str) -> Path:
-    return Path(pref.replace("{lang}", lang) if "{lang}" in pref else f"{pref}.{lang}")
+def _path(pref: str, lang: str, suffix: str) -> Path:
+    return Path((pref if "{lang}" in pref else pref + suffix).replace("{lang}", lang))
+
+
+def _extract(record: Record, lang: str, dump: Path, in_order: InOrder) -> Path:
+    """The text of a dump's articles."""
+    name = raw_name(lang)
+    if record.has(name):
+        logger.info("%s: there already", name)
+        return record.path(name)
+    counts = dict.fromkeys(("pages", "articles", "empty", "lines"), 0)
+    work = functools.partial(texts_of_articles, unshown=read_unshown(dump))
+    temporary = record.temporary(name)
+    with temporary.open("wb") as file:
+        for texts in in_order(work, chunks_of_articles(read_pages(dump), counts)):
+            for lines in texts:
+                counts["lines"] += len(lines)
+                counts["empty"] += not lines
+                with naming(temporary):
+                    file.writelines(f"{line}\n".encode() for line in [*lines, ""] if lines)
+    if counts["lines"] == 0:
+        raise InputError(f"{dump}: no article with text: {_shown(counts)}")
+    record.publish(name, counts)
+    logger.info("%s: %s", name, _shown(counts))
+    return record.path(name)
 
 
 # --------------------------------------------------------------------------------------- splitting
@@ -195,7 +244,7 @@ def _take(
 
 def _held_out(path: Path, lang: str, config: PrepareConfig) -> HeldOut:
     unit_lines = array.array("I")  # 4 bytes per line of text is all that is held in memory
-    for numbered in _units(read_lines(path), config.split_by):
+    for numbered in _units(read_lines(path), config.unit):
         for unit, line in numbered:
             if not line.isspace():
                 unit_lines.extend([0] * (unit + 1 - len(unit_lines)))
@@ -227,16 +276,11 @@ def tokenise_chunk(lines: list[str], language: str, settings: Tokenisation) -> T
     return TokenisedChunk([tokenise_line(line, language, settings) for line in lines], blanks)
 
 
-InOrder = Callable[
-    [Callable[[list[str]], TokenisedChunk], Iterable[list[str]]], Iterator[TokenisedChunk]
-]
-
-
 @contextlib.contextmanager
 def _workers(count: int) -> Iterator[InOrder]:
     """A map() that runs in `count` processes; they start when there is work, and end with this one however it ends."""
     if count == 1:
-        yield map
+        yield _one_by_one
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
@@ -256,14 +300,20 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+def _one_by_one(
+    work: Callable[[list[str]], Made], chunks: Iterable[list[str]], /
+) -> Iterator[Made]:
+    return map(work, chunks)
+
+
 def _in_order(
     pool: ProcessPoolExecutor,
     ahead: int,
-    work: Callable[[list[str]], TokenisedChunk],
+    work: Callable[[list[str]], Made],
     chunks: Iterable[list[str]],
-) -> Iterator[TokenisedChunk]:
+) -> Iterator[Made]:
     """`work` on every chunk, results in the chunks' order, at most `ahead` of them in memory."""
-    pending: deque[Future[TokenisedChunk]] = deque()
+    pending: deque[Future[Made]] = deque()
     for chunk in chunks:
         pending.append(pool.submit(work, chunk))
         if len(pending) == ahead:
@@ -283,19 +333,18 @@ def _tokenise_language(
     if record.has(*tokenised.values()):
         logger.info("%s: tokenised already", lang)
         return
-    if config.tokenizer == "moses" and lang in UNSEGMENTED:
-        logger.info("%s: not segmented into words; XLM used %s before", lang, UNSEGMENTED[lang])
+    if config.wiki_dump is not None:
+        sources = {"all": _extract(record, lang, sources["all"], in_order)}
     work = functools.partial(tokenise_chunk, language=lang, settings=tokenisation_of(config))
     held_out = _held_out(sources["all"], lang, config) if "all" in sources else None
     made: list[Path] = []
     for split, name in tokenised.items():
         if not record.has(name):
             path = sources.get(split) or sources["all"]
-            lines = (
-                _lines_of(path, split, held_out, config.split_by) if held_out else read_lines(path)
-            )
+            lines = _lines_of(path, split, held_out, config.unit) if held_out else read_lines(path)
             elsewhere = _digests(made) if config.duplicates == "remove" else frozenset()
-            counts = _write_kept(record.temporary(name), in_order(work, lines), elsewhere)
+            chunks = in_order(work, lines)
+            counts = _write_kept(record.temporary(name), chunks, elsewhere, config.unit)
             if counts["kept"] == 0:
                 raise InputError(f"{path}: no line of text for {split}.{lang}: {_shown(counts)}")
             record.publish(name, counts)
@@ -304,21 +353,33 @@ def _tokenise_language(
 
 
 def _write_kept(
-    path: Path, chunks: Iterable[TokenisedChunk], elsewhere: frozenset[bytes]
+    path: Path, chunks: Iterable[TokenisedChunk], elsewhere: frozenset[bytes], unit: str
 ) -> dict[str, int]:
-    """Writes the lines that have text and are not `elsewhere`; returns counts: lines = kept + blank + duplicate."""
+    """Writes the lines that have text and are not `elsewhere`; returns counts: lines = kept + blank + duplicate.
+
+    Documents are written with an empty line between them, by which complete_doc knows them (docs/formats.md).
+    """
     counts = dict.fromkeys(("lines", "kept", "blank", "duplicate", "normalised_blanks"), 0)
+    documents, begins = 0, True
     with naming(path), path.open("wb") as file:
         for chunk in chunks:
             counts["lines"] += len(chunk.lines)
             counts["normalised_blanks"] += chunk.normalised_blanks
-            with_text = [line.encode() + b"\n" for line in chunk.lines if line]
-            counts["blank"] += len(chunk.lines) - len(with_text)
-            kept = [line for line in with_text if not elsewhere or _digest(line) not in elsewhere]
-            counts["duplicate"] += len(with_text) - len(kept)
-            counts["kept"] += len(kept)
-            file.writelines(kept)
-    return counts
+            for text in chunk.lines:
+                line = text.encode() + b"\n"
+                if not text:
+                    counts["blank"] += 1
+                    begins = True
+                elif elsewhere and _digest(line) in elsewhere:
+                    counts["duplicate"] += 1
+                else:
+                    if begins and documents and unit == "document":
+                        file.write(b"\n")
+                    documents += begins
+                    begins = False
+                    counts["kept"] += 1
+                    file.write(line)
+    return counts | ({"documents": documents} if unit == "document" else {})
 
 
 def _digest(line: bytes) -> bytes:

@@ -18,12 +18,14 @@ from xlm_ds.files import file_sha256, replacing, sync_file
 from xlm_ds.log import InputError
 from xlm_ds.merges import load_bpe
 from xlm_ds.tokenisation import tokenisation_of
+from xlm_ds.wiki_dump import parser_version
 
 # Valid is made after test and train after both, as each leaves out the lines of those before it.
 SPLITS = ("test", "valid", "train")
 RECORD = "prepare.json"
 RECORD_FORMAT = 1
 TOKENISED = "tokenised"
+RAW = "raw"
 
 Sources: TypeAlias = Mapping[str, Mapping[str, Path]]
 """The raw files of every language, by split; under `all` if there is one file that is to be split."""
@@ -41,6 +43,11 @@ def text_names(sources: Sources) -> list[str]:
 def file_names(sources: Sources) -> list[str]:
     """The files that are made of these sources and stay, but for the record; tokenised text may be deleted."""
     return ["codes", "vocab_mlm", *text_names(sources)]
+
+
+def raw_name(lang: str) -> str:
+    """The file of a dump's text."""
+    return f"{RAW}/wiki.{lang}"
 
 
 class Record:
@@ -93,7 +100,10 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
     folder = config.destdir
     old = _load_record(folder / RECORD)
     new = _describe(config, sources, known=old["inputs"])
-    for name in [*file_names(sources), *(f"{TOKENISED}/{text}" for text in text_names(sources))]:
+    names = [*file_names(sources), *(f"{TOKENISED}/{text}" for text in text_names(sources))]
+    if config.wiki_dump is not None:
+        names += map(raw_name, sources)
+    for name in names:
         if name not in old["files"] and (folder / name).exists():
             raise InputError(
                 f"{folder / name}: is there but was not made here; move it away or give another --destdir"
@@ -135,6 +145,9 @@ def _describe(
     config: PrepareConfig, sources: Sources, *, known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What decides the bytes of every file; `known` inputs are not hashed again if they look the same."""
+    # What is not installed is said before files are hashed for hours.
+    tokenisation = dataclasses.asdict(tokenisation_of(config))
+    extraction = {} if config.wiki_dump is None else {"mwparserfromhell": parser_version()}
     inputs = {
         lang: {
             split: _identity(path, known.get(lang, {}).get(split)) for split, path in splits.items()
@@ -142,9 +155,10 @@ def _describe(
         for lang, splits in sources.items()
     }
     splitting: dict[str, Any] = {"duplicates": config.duplicates}
-    if config.input is not None:
-        names = ("split_by", "valid_lines", "test_lines", "seed")
-        splitting |= {name: getattr(config, name) for name in names}
+    if config.trainpref is None:
+        held_out = ("valid_lines", "test_lines", "seed")
+        splitting |= {name: getattr(config, name) for name in held_out}
+        splitting["split_by"] = config.unit
     if config.codes is not None:
         load_bpe(config.codes, config.vocab)  # refused before hours of tokenising
         codes = {
@@ -158,7 +172,8 @@ def _describe(
     return {
         "format": RECORD_FORMAT,
         "inputs": inputs,
-        "tokenisation": dataclasses.asdict(tokenisation_of(config)),
+        "extraction": extraction,
+        "tokenisation": tokenisation,
         "splitting": splitting,
         "codes": codes,
         "files": {},
@@ -196,15 +211,25 @@ def _is_edited(path: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def _stale(files: Iterable[str], changes: Iterable[str], edited: Iterable[str]) -> list[str]:
-    """The files to be made again: tokenised ones if their text or its treatment changed, others if anything did."""
+    """The files to be made again: text if what it is made of, or how, changed; others if anything did."""
     changes, edited = list(changes), list(edited)
     if not changes and not edited:
         return []
-    languages = {place.split(".")[1] for place in changes if place.startswith("inputs.")}
-    languages |= {name.rpartition(".")[2] for name in edited if name.startswith(TOKENISED)}
-    all_text = any(place.startswith(("tokenisation.", "splitting.")) for place in changes)
-    return [
-        name
-        for name in files
-        if not name.startswith(TOKENISED) or all_text or name.rpartition(".")[2] in languages
-    ]
+    segmenters = "tokenisation.segmenters."
+    extraction = any(place.startswith("extraction.") for place in changes)
+    all_text = extraction or any(
+        place.startswith(("tokenisation.", "splitting.")) and not place.startswith(segmenters)
+        for place in changes
+    )
+    raw = {place.split(".")[1] for place in changes if place.startswith("inputs.")}
+    raw |= {name.rpartition(".")[2] for name in edited if name.startswith(RAW)}
+    tokenised = raw | {name.rpartition(".")[2] for name in edited if name.startswith(TOKENISED)}
+    tokenised |= {place.split(".")[2] for place in changes if place.startswith(segmenters)}
+
+    def is_stale(name: str) -> bool:
+        lang = name.rpartition(".")[2]
+        if name.startswith(RAW):
+            return extraction or lang in raw
+        return not name.startswith(TOKENISED) or all_text or lang in tokenised
+
+    return [name for name in files if is_stale(name)]
