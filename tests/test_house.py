@@ -20,7 +20,7 @@ FLOORS = [
         *("architectures", "geometry", "deepspeed_config"),
     },
     {"prepare", "binarize", "pairs", "xlm_pth", "shards", "costs"},
-    {"dataset"},
+    {"dataset", "streams"},
     {"order", "host_facts"},
     {"batches"},
     {"corpus", "digests"},

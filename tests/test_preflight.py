@@ -208,6 +208,7 @@ def look(tmp_path: Path) -> Iterator[Callable[..., Facts]]:
         request = Request(
             data=named,
             languages=languages,
+            mlm_steps=(),
             save_dir=str(save_dir),
             token=token,
             settings={"a": "b"},
@@ -412,7 +413,9 @@ def test_a_host_that_does_not_answer_is_a_sentence(
 def test_what_was_written_on_a_host_goes_when_who_asks_is_gone(
     ask: Callable[..., Any], tmp_path: Path
 ) -> None:
-    request = Request(data=None, languages=(), save_dir=str(tmp_path), token="t", settings={})
+    request = Request(
+        data=None, languages=(), mlm_steps=(), save_dir=str(tmp_path), token="t", settings={}
+    )
     question = {"do": "facts", "request": dataclasses.asdict(request), "toml": "no such.toml"}
     facts = from_json(ask("node1", question)["facts"])
     assert facts.written.startswith(str(tmp_path))
