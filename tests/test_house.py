@@ -16,7 +16,7 @@ FLOORS = [
     {"flags", "files", "ranks", "steps", "devices", "lifeline", "launching"},
     {"config", "dictionary"},
     {
-        *("tokenisation", "merges", "texts", "pair_record", "prepare_record"),
+        *("tokenisation", "merges", "texts", "alignment", "pair_record", "prepare_record"),
         *("architectures", "geometry", "deepspeed_config"),
     },
     {"prepare", "binarize", "pairs", "xlm_pth", "shards", "costs"},

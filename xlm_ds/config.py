@@ -103,6 +103,21 @@ class BinarizeConfig:
     source_lang: str | None = knob(
         "one language (the recipe's loop); --langs does all at once", default=None, aliases=("-s",)
     )
+    target_lang: str | None = knob(
+        "the other language of parallel text: PREF.SOURCE and PREF.TARGET, where line i translates line i, become "
+        "SPLIT.SOURCE-TARGET.SOURCE and .TARGET",
+        default=None,
+        aliases=("-t",),
+    )
+    unaligned: str = knob(
+        "parallel text whose sides have not as many lines, or an empty line: stop, or skip such lines on both sides",
+        default="refuse",
+        choices=("refuse", "skip"),
+    )
+    only_source: bool = knob(
+        "as fairseq's recipe has it; there is no other side unless --target-lang is given",
+        default=False,
+    )
     srcdict: Path | None = knob(
         "dictionary (lines `symbol count`); without it, one is built from the training text",
         default=None,
@@ -161,10 +176,6 @@ class BinarizeConfig:
 
 
 BINARIZE_ANSWERED = (
-    Answered(
-        "--only-source", False, ""
-    ),  # it is all we do, and what the recipe means: nothing to say
-    Answered("--target-lang", True, "--target-lang is ignored: there is no target side here"),
     Answered(
         "--joined-dictionary",
         False,
