@@ -55,8 +55,8 @@ class Unaligned(NamedTuple):
             longer = (first, second)[int(self.lines[1] > self.lines[0])]
             return (
                 f"{first} has {self.lines[0]} lines and {second} {self.lines[1]}, but each must translate that of the "
-                f"same number: line {shorter + 1} of {longer} is the first without one, unless a line is missing before "
-                f"it; {skip}, and those at the end"
+                f"same number: line {shorter + 1} of {longer} is the first without one, or one is missing before; {skip}, "
+                "and those at the end"
             )
         if not self.left_out:
             return ""
