@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xlm_ds import binarize
+from xlm_ds import binarize, shards
 from xlm_ds.log import InputError
+from xlm_ds.pairs import split_and_language
 
 WORDS = ["alpha", "beta", "gamma", "unknown", "<mask>", "</s>"]
 KINDS = ("bin", "idx", "counts.npy")
@@ -78,6 +79,21 @@ def test_a_change_of_one_side_makes_both_anew(
     with caplog.at_level("INFO", logger="xlm_ds"):
         run(vocabulary, text, out, "--unaligned=skip")
     assert "not redone" not in caplog.text
+
+
+def test_the_tools_for_pairs_know_the_sides(
+    vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    write_sides(text, ["alpha", "beta beta"], ["gamma", "delta"])
+    run(vocabulary, text, out)
+    assert shards.main(["verify", str(out)]) == 0
+    assert shards.main(["inspect", str(out / "train.en-fr.fr"), "--lines=0:2"]) == 0
+    assert "delta" in capsys.readouterr().out
+    joined = tmp_path / "twice" / "train.en-fr.en"
+    assert shards.main(["merge", str(joined), *[str(out / "train.en-fr.en")] * 2]) == 0
+    assert record(joined.parent, "train.en-fr.en")["lines"] == 4
+    assert split_and_language(Path("OUT/train.ar-None.ar")) == ("train", "ar")
 
 
 REFUSED = {

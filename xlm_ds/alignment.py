@@ -49,14 +49,13 @@ class Unaligned(NamedTuple):
 
     def refusal(self, first: str, second: str) -> str:
         """What is to be said of texts of these names, in a sentence, or "" if all is well."""
-        skip = "--unaligned skip leaves out such lines on both sides"
+        skip = "--unaligned skip leaves such lines out"
         if self.lines[0] != self.lines[1]:
             shorter = min(self.lines)
             longer = (first, second)[int(self.lines[1] > self.lines[0])]
             return (
                 f"{first} has {self.lines[0]} lines and {second} {self.lines[1]}, but each must translate that of the "
-                f"same number: line {shorter + 1} of {longer} is the first without one, or one is missing before; {skip}, "
-                "and those at the end"
+                f"same number: line {shorter + 1} of {longer} is the first without one, or one is lost before; {skip}"
             )
         if not self.left_out:
             return ""
