@@ -60,6 +60,7 @@ def open_corpus(job: Job) -> Any:
     from xlm_ds.dictionary import Dictionary
     from xlm_ds.order import build_order
     from xlm_ds.steps import Steps
+    from xlm_ds.streams import alone
 
     datasets = open_split(
         Path(job["folder"]),
@@ -73,7 +74,7 @@ def open_corpus(job: Job) -> Any:
     order = build_order([datasets[0].blocks], alpha=0.7, seed=0)
     masking = Masking(seed=0, mask_ratio=MASK_RATIO, vocab_size=job["vocab_size"])
     dictionary = Dictionary(symbols=(), counts=())
-    return Corpus(dictionary, datasets, (), order, masking, Steps((MASK_RATIO,)))
+    return Corpus(dictionary, ("xx",), alone(datasets), (), order, masking, Steps((MASK_RATIO,)))
 
 
 def ours(job: Job) -> Figures:
@@ -103,15 +104,22 @@ def fill_batch(job: Job) -> Figures:
         masked = ROWS * _core.masked_count(MASK_RATIO, LENGTH - 1)
         ids = np.empty((ROWS, LENGTH), np.int64)
         positions, targets = np.empty(masked, np.int64), np.empty(masked, np.int64)
-        cores = [dataset.core for dataset in corpus.train]
+        cores = [stream.core for stream in corpus.train]
+        columns = np.empty((3, ROWS), np.int64)
         for first in itertools.count(0, ROWS):
+            streams, passes, blocks = corpus.order.samples(first, ROWS)
             _core.fill_batch(
                 cores,
-                **corpus.order.samples(first, ROWS)._asdict(),
+                numbers=streams,
+                passes=passes,
+                blocks=blocks,
                 seed=0,
                 mask_ratio=MASK_RATIO,
                 vocab_size=job["vocab_size"],
                 input_ids=ids,
+                languages=columns[0],
+                second_languages=columns[1],
+                second_starts=columns[2],
                 masked_positions=positions,
                 targets=targets,
             )

@@ -71,6 +71,26 @@ def tiny_data(tiny_corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def parallel_data(tiny_corpus: Path, tiny_data: Path) -> Path:
+    """ar and en of the same, and the demo corpus's pairs ar-en and hi-en, without a test split; hi only in a pair."""
+    from xlm_ds import binarize
+
+    destination = tiny_corpus.parent / "parallel"
+    common = [
+        f"--srcdict={tiny_data / 'dict.txt'}",
+        f"--destdir={destination}",
+        "--workers=1",
+    ]
+    prefs = [f"--{split}pref={tiny_corpus / split}" for split in ("train", "valid")]
+    assert binarize.main([*common, *prefs, "--langs=ar,en"]) == 0
+    for source in ("ar", "hi"):
+        text = DATA / "demo" / "para"
+        prefs = [f"--{split}pref={text / split}.{source}-en" for split in ("train", "valid")]
+        assert binarize.main([*common, *prefs, f"-s={source}", "--target-lang=en"]) == 0
+    return destination
+
+
+@pytest.fixture(scope="session")
 def ranks() -> Iterator["object"]:
     """This test process as the only rank of a run."""
     import torch

@@ -369,15 +369,40 @@ def batch_row(
     )
 
 
+def pair_row(first: Sequence[int], second: Sequence[int], size: int) -> tuple[list[int], int]:
+    """What follows the eos of a row of two lines (at most `size` tokens), and where in the row the second half begins.
+
+    While it is too long, the longer line loses a word, the second where they are as long; each keeps its last token.
+    """
+    one, two = list(first), list(second)
+    while len(one) + 1 + len(two) > size:
+        line = one if len(one) > len(two) else two
+        del line[-2]
+    return [*one, _EOS, *two], len(one) + 1
+
+
+def stream_key(language: int, second: int | None = None) -> int:
+    """What masks are keyed with, instead of the place in the run's list of streams."""
+    return language if second is None else language + (second + 1) * 2**32
+
+
 # --------------------------------------------------------------------------------------- digests
 
 
-def sample_digest(number: int, language: int, ids: Sequence[int], masks: Mapping[int, int]) -> int:
-    """Of a masked row; `masks`: position -> what was there."""
+def sample_digest(
+    number: int,
+    language: int,
+    ids: Sequence[int],
+    masks: Mapping[int, int],
+    second: tuple[int, int] | None = None,
+) -> int:
+    """Of a masked row; `masks`: position -> what was there; `second`: language and start of its second half."""
     words = [language, *ids, *(word for place in sorted(masks) for word in (place, masks[place]))]
     content = b"".join(word.to_bytes(4, "little") for word in words)
     salt = number.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=salt).digest(), "big")
+    person = b"".join(word.to_bytes(4, "little") for word in second or ())
+    digest = hashlib.blake2b(content, digest_size=8, salt=salt, person=person).digest()
+    return int.from_bytes(digest, "big")
 
 
 def parameter_digest(weights: Sequence[float]) -> int:

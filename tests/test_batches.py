@@ -24,12 +24,13 @@ from xlm_ds.batches import (
     rank_slice,
 )
 from xlm_ds.corpus import Corpus, micro_batch, update_targets
-from xlm_ds.dataset import TokenDataset, open_split
+from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.geometry import Geometry
 from xlm_ds.log import InputError
 from xlm_ds.order import Samples, build_order
 from xlm_ds.steps import Steps
+from xlm_ds.streams import Stream, alone
 
 V = 1000
 MASKING = Masking(seed=5, mask_ratio=0.15, vocab_size=V)
@@ -38,15 +39,17 @@ PAD, EOS, MASK = 1, 2, 4
 
 def open_all(
     folder: Path, languages: str = "ab", *, length: int = 256, mode: str = "none"
-) -> tuple[TokenDataset, ...]:
-    return open_split(
-        folder,
-        "train",
-        list(languages),
-        tokens_per_sample=length,
-        break_mode=mode,
-        vocab_size=V,
-        dictionary_sha256="",
+) -> tuple[Stream, ...]:
+    return alone(
+        open_split(
+            folder,
+            "train",
+            list(languages),
+            tokens_per_sample=length,
+            break_mode=mode,
+            vocab_size=V,
+            dictionary_sha256="",
+        )
     )
 
 
@@ -61,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def datasets(folder: Path) -> tuple[TokenDataset, ...]:
+def datasets(folder: Path) -> tuple[Stream, ...]:
     return open_all(folder)
 
 
@@ -127,13 +130,13 @@ def test_batches_equal_their_twin(
 # ------------------------------------------------------------------------------------------ laws
 
 
-def test_a_batch_is_eos_and_the_block(datasets: tuple[TokenDataset, ...]) -> None:
+def test_a_batch_is_eos_and_the_block(datasets: tuple[Stream, ...]) -> None:
     batch = build_batch(datasets, samples_of((0, 0, 3), (1, 2, 9), (0, 0, 40)), MASKING)
     assert [tuple(t.shape) for t in batch[:4]] == [(3, 256), (3,), (117,), (117,)]
     assert {t.dtype for t in batch[:4]} == {torch.int64}
     assert batch.languages.tolist() == [0, 1, 0]
     assert batch.has_padding
-    blocks = [datasets[0].block(3), datasets[1].block(9), datasets[0].block(40)]
+    blocks = [datasets[stream].sides[0].block(k) for stream, k in ((0, 3), (1, 9), (0, 40))]
     assert originals(batch).tolist() == [
         [EOS, *block, *[PAD] * (255 - len(block))] for block in blocks
     ]
@@ -143,7 +146,7 @@ def test_a_batch_is_eos_and_the_block(datasets: tuple[TokenDataset, ...]) -> Non
     assert not build_batch(datasets, samples_of((0, 0, 3)), MASKING).has_padding
 
 
-def test_exactly_39_of_255_in_ascending_order(datasets: tuple[TokenDataset, ...]) -> None:
+def test_exactly_39_of_255_in_ascending_order(datasets: tuple[Stream, ...]) -> None:
     samples = build_order([40, 10], alpha=1, seed=0).samples(0, 500)
     rows = build_batch(datasets, samples, MASKING).masked_positions.view(500, 39)
     inside = rows - 256 * torch.arange(500)[:, None]
@@ -152,7 +155,7 @@ def test_exactly_39_of_255_in_ascending_order(datasets: tuple[TokenDataset, ...]
     assert (rows.diff(dim=1) > 0).all()
 
 
-def test_eighty_ten_ten_and_uniform(datasets: tuple[TokenDataset, ...]) -> None:
+def test_eighty_ten_ten_and_uniform(datasets: tuple[Stream, ...]) -> None:
     """Shares within 4.5 standard deviations; chi-square of words and positions within 5 of its mean."""
     rows = 4000
     samples = build_order([40, 10], alpha=1, seed=0).samples(0, rows)
@@ -178,7 +181,7 @@ def test_eighty_ten_ten_and_uniform(datasets: tuple[TokenDataset, ...]) -> None:
         assert abs(chi_square - cells) < 5 * (2 * cells) ** 0.5
 
 
-def test_every_position_meets_every_choice_alike(datasets: tuple[TokenDataset, ...]) -> None:
+def test_every_position_meets_every_choice_alike(datasets: tuple[Stream, ...]) -> None:
     """One random number decides a position and what it shows: the two must not know of each other."""
     samples = build_order([40, 10], alpha=1, seed=0).samples(0, 4000)
     batch = build_batch(datasets, samples, MASKING)
@@ -190,7 +193,7 @@ def test_every_position_meets_every_choice_alike(datasets: tuple[TokenDataset, .
 
 
 def test_masks_change_with_pass_block_language_and_seed(
-    datasets: tuple[TokenDataset, ...],
+    datasets: tuple[Stream, ...],
 ) -> None:
     """A sample's masks are its own: static masks would be learnt by heart (RoBERTa, section 4.1)."""
     rows = [(0, 0, 3), (0, 1, 3), (0, 2, 3), (0, 0, 4), (1, 0, 3)]
@@ -208,7 +211,7 @@ def test_masks_change_with_pass_block_language_and_seed(
 
 
 def test_a_larger_ratio_keeps_the_smaller_ones_positions(
-    datasets: tuple[TokenDataset, ...],
+    datasets: tuple[Stream, ...],
 ) -> None:
     """The masked positions are the first of one permutation."""
     sets = [
@@ -226,7 +229,7 @@ def test_a_larger_ratio_keeps_the_smaller_ones_positions(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_same_samples_for_any_world_size_and_micro_batch(
-    datasets: tuple[TokenDataset, ...], world_size: int, rows: int
+    datasets: tuple[Stream, ...], world_size: int, rows: int
 ) -> None:
     order = build_order([d.blocks for d in datasets], alpha=0.7, seed=2)
     first, count = 1234, 42
@@ -246,7 +249,7 @@ def test_same_samples_for_any_world_size_and_micro_batch(
     assert count_targets(datasets, everything, 0.15) == real
 
 
-def test_count_targets_sees_short_blocks(datasets: tuple[TokenDataset, ...]) -> None:
+def test_count_targets_sees_short_blocks(datasets: tuple[Stream, ...]) -> None:
     assert count_targets(datasets, samples_of((0, 0, 3), (1, 0, 0)), 0.15) == 78
     assert count_targets(datasets, samples_of((0, 0, 40), (1, 0, 0)), 0.15) == 41
 
@@ -264,10 +267,10 @@ def test_rank_slices_cover_the_range_once(first: int, count: int, world_size: in
 # ------------------------------------------------------------------------- a ratio that changes
 
 
-def corpus_of(datasets: tuple[TokenDataset, ...], mask_ratio: Steps) -> Corpus:
+def corpus_of(datasets: tuple[Stream, ...], mask_ratio: Steps) -> Corpus:
     order = build_order([d.blocks for d in datasets], alpha=0.7, seed=2)
     dictionary = Dictionary(symbols=("a",), counts=(1,))
-    return Corpus(dictionary, datasets, datasets, order, MASKING, mask_ratio)
+    return Corpus(dictionary, ("a", "b"), datasets, datasets, order, MASKING, mask_ratio)
 
 
 def row_sets(batch: MaskedBatch) -> list[tuple[list[int], dict[int, int]]]:
@@ -284,7 +287,7 @@ def row_sets(batch: MaskedBatch) -> list[tuple[list[int], dict[int, int]]]:
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("steps", ["0.15@0,0.3@40samples", "0.15@0,0.1@3samples,0.5@4samples"])
 def test_a_samples_masks_do_not_depend_on_the_batch_a_new_ratio_falls_in(
-    datasets: tuple[TokenDataset, ...], rows: int, steps: str
+    datasets: tuple[Stream, ...], rows: int, steps: str
 ) -> None:
     """A run that goes on with another batch meets the new ratio inside an update: still at its sample."""
     corpus = corpus_of(datasets, Steps.parse(steps))
@@ -305,7 +308,7 @@ def test_a_samples_masks_do_not_depend_on_the_batch_a_new_ratio_falls_in(
 
 
 def test_batches_of_different_ratios_are_joined_to_the_wider(
-    datasets: tuple[TokenDataset, ...],
+    datasets: tuple[Stream, ...],
 ) -> None:
     parts = [
         build_batch(datasets, samples_of(*rows), Masking(seed=5, mask_ratio=ratio, vocab_size=V))
@@ -325,16 +328,16 @@ def test_batches_of_different_ratios_are_joined_to_the_wider(
 
 
 def test_evaluation_sees_every_block_once_and_no_tail_is_lost(
-    datasets: tuple[TokenDataset, ...],
+    datasets: tuple[Stream, ...],
 ) -> None:
     def run(rows: int, blocks: range | None = None) -> list[MaskedBatch]:
-        batches = evaluation_batches(datasets[0], 0, MASKING, draw=1, rows=rows, blocks=blocks)
+        batches = evaluation_batches(datasets[0], MASKING, draw=1, rows=rows, blocks=blocks)
         return list(batches)
 
     batches = run(8)
     assert [len(b.languages) for b in batches] == [8, 8, 8, 8, 8, 1]
     tokens = torch.cat([originals(b) for b in batches])[:, 1:]
-    stream = np.concatenate([datasets[0].block(k) for k in range(41)])
+    stream = np.concatenate([datasets[0].sides[0].block(k) for k in range(41)])
     assert tokens.flatten()[: len(stream)].tolist() == stream.tolist()
     ids = torch.cat([b.input_ids for b in batches])
     assert torch.equal(torch.cat([b.input_ids for b in run(41)]), ids)
@@ -343,21 +346,21 @@ def test_evaluation_sees_every_block_once_and_no_tail_is_lost(
 
 
 def test_evaluation_masks_belong_to_the_language_id_and_draw(
-    datasets: tuple[TokenDataset, ...],
+    datasets: tuple[Stream, ...],
 ) -> None:
     """A language evaluated alone has the masks it has among all."""
-    (alone,) = evaluation_batches(datasets[1], 1, MASKING, draw=2, rows=16)
+    (alone,) = evaluation_batches(datasets[1], MASKING, draw=2, rows=16)
     together = build_batch(datasets, samples_of(*((1, 2, k) for k in range(10))), MASKING)
     assert torch.equal(alone.input_ids, together.input_ids)
     assert alone.languages.tolist() == [1] * 10
-    (other,) = evaluation_batches(datasets[1], 1, MASKING, draw=3, rows=16)
+    (other,) = evaluation_batches(datasets[1], MASKING, draw=3, rows=16)
     assert not torch.equal(alone.input_ids, other.input_ids)
 
 
 # ------------------------------------------------------------------------------------- bad input
 
 
-def test_another_dictionary_is_seen_in_the_ids(datasets: tuple[TokenDataset, ...]) -> None:
+def test_another_dictionary_is_seen_in_the_ids(datasets: tuple[Stream, ...]) -> None:
     small = Masking(seed=0, mask_ratio=0.15, vocab_size=500)
     with pytest.raises(InputError, match="made with another dictionary"):
         build_batch(datasets, samples_of((0, 0, 0)), small)
@@ -368,29 +371,31 @@ def test_another_dictionary_is_seen_in_the_ids(datasets: tuple[TokenDataset, ...
     [(1.5, V, "mask ratio"), (-0.1, V, "mask ratio"), (0.15, 5, "dictionary of 5 symbols")],
 )
 def test_masking_that_cannot_be_done_is_refused(
-    datasets: tuple[TokenDataset, ...], ratio: float, vocab_size: int, message: str
+    datasets: tuple[Stream, ...], ratio: float, vocab_size: int, message: str
 ) -> None:
     masking = Masking(seed=0, mask_ratio=ratio, vocab_size=vocab_size)
     with pytest.raises(InputError, match=message):
         build_batch(datasets, samples_of((0, 0, 0)), masking)
 
 
-def test_what_is_not_there_is_refused(datasets: tuple[TokenDataset, ...]) -> None:
+def test_what_is_not_there_is_refused(datasets: tuple[Stream, ...]) -> None:
     for row in [(2, 0, 0), (-1, 0, 0), (0, 0, 41), (0, 0, -1)]:
         with pytest.raises(IndexError):
             build_batch(datasets, samples_of(row), MASKING)
-    with pytest.raises(IndexError, match="no dataset for language 0"):
+    with pytest.raises(IndexError, match="no stream 0"):
         build_batch([None, datasets[1]], samples_of((0, 0, 0)), MASKING)
 
 
-def test_datasets_of_different_length_are_refused(folder: Path) -> None:
+def test_streams_of_different_length_are_refused(folder: Path) -> None:
     mixed = [open_all(folder, "a")[0], open_all(folder, "b", length=128)[0]]
     with pytest.raises(ValueError, match="differ in block size"):
         build_batch(mixed, samples_of((0, 0, 0), (1, 0, 0)), MASKING)
 
 
-def fill(datasets: tuple[TokenDataset, ...], **arrays: np.ndarray) -> bool:
-    fitting = {name: np.zeros(2, np.int64) for name in ("languages", "passes", "blocks")}
+def fill(datasets: tuple[Stream, ...], **arrays: np.ndarray) -> tuple[bool, bool]:
+    fitting = {name: np.zeros(2, np.int64) for name in ("numbers", "passes", "blocks")}
+    columns = ("languages", "second_languages", "second_starts")
+    fitting |= {name: np.empty(2, np.int64) for name in columns}
     fitting |= {name: np.empty(78, np.int64) for name in ("masked_positions", "targets")}
     fitting |= {"input_ids": np.empty((2, 256), np.int64)}
     cores = [dataset.core for dataset in datasets]
@@ -410,17 +415,18 @@ READ_ONLY.flags.writeable = False
         ("targets", np.empty(78, np.int32), TypeError),
         ("targets", READ_ONLY, ValueError),
         ("passes", np.zeros(1, np.int64), ValueError),
+        ("second_starts", np.empty(1, np.int64), ValueError),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(
-    datasets: tuple[TokenDataset, ...], name: str, array: np.ndarray, error: type[Exception]
+    datasets: tuple[Stream, ...], name: str, array: np.ndarray, error: type[Exception]
 ) -> None:
-    assert fill(datasets) is False
+    assert fill(datasets) == (False, False)
     with pytest.raises(error):
         fill(datasets, **{name: array})
 
 
-def test_threads_fill_the_same(datasets: tuple[TokenDataset, ...]) -> None:
+def test_threads_fill_the_same(datasets: tuple[Stream, ...]) -> None:
     """Datasets are shared between threads and the interpreter's lock is released."""
     order = build_order([d.blocks for d in datasets], alpha=0.7, seed=2)
     alone = [build_batch(datasets, order.samples(32 * i, 32), MASKING) for i in range(16)]

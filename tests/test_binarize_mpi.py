@@ -113,6 +113,31 @@ def test_more_ranks_than_lines(tmp_path: Path) -> None:
 
 
 @needs_mpi
+def test_ranks_leave_out_the_lines_that_one_process_leaves_out(
+    expected: Path, tmp_path: Path
+) -> None:
+    """A side's lines are in the parts of several ranks, and its other side's in those of others."""
+    generator = random.Random(1)
+    for language, lines in (("en", 3000), ("fr", 2990)):
+        text = (" ".join(["a"] * generator.choice([0, 1, 9, 30])) for _ in range(lines))
+        (tmp_path / f"train.{language}").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (tmp_path / "bad.en").write_text("a\n" * 99, encoding="utf-8")
+    (tmp_path / "bad.fr").write_text("a\n" * 50 + "\n" + "a\n" * 48, encoding="utf-8")
+    common = [*STAGE, "-s=en", "-t=fr", f"--srcdict={expected / 'dict.txt'}"]
+    skip = [f"--trainpref={tmp_path / 'train'}", "--unaligned=skip"]
+    for ranks in (1, 3):
+        result = mpirun(ranks, *common, *skip, f"--destdir={tmp_path / str(ranks)}")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.count("left out") == 1
+    assert files_in(tmp_path / "1") == files_in(tmp_path / "3")
+    refused = [f"--trainpref={tmp_path / 'bad'}", f"--destdir={tmp_path / 'bad'}"]
+    result = mpirun(3, *common, *refused)
+    assert result.returncode == 2
+    assert result.stderr.count("bad.fr, line 51: is empty") == result.stderr.count("\n") == 1
+    assert {path.name for path in (tmp_path / "bad").iterdir()} == {"dict.txt", "preprocess.log"}
+
+
+@needs_mpi
 def test_a_bad_byte_in_a_later_share_ends_all_with_one_sentence(
     corpus: Path, expected: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ from xlm_ds.batches import Masking, build_batch
 from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
 from xlm_ds.log import InputError
 from xlm_ds.order import Samples, build_order
+from xlm_ds.streams import alone
 
 DATA = Path(__file__).parent / "data" / "blocks"
 LINES = [[10, 11, 12, 2], [2], [13, 14, 2]]
@@ -619,7 +620,7 @@ def test_beyond_2_31_tokens_and_2_32_bytes(
         places = np.arange(255 * block, min(255 * (block + 1), TOKENS))
         assert stream.block(block).tolist() == id_at(places).tolist()
     samples = Samples(np.zeros(9, np.int64), np.zeros(9, np.int64), np.array(around, np.int64))
-    batch = build_batch([stream], samples, Masking(seed=0, mask_ratio=0.0, vocab_size=1002))
+    batch = build_batch(alone([stream]), samples, Masking(seed=0, mask_ratio=0.0, vocab_size=1002))
     rows = [[2, *id_at(np.arange(255 * block, 255 * (block + 1))).tolist()] for block in around]
     assert batch.input_ids.tolist() == rows
 
@@ -700,7 +701,7 @@ def test_the_first_batch_of_200_million_tokens_is_there_in_5_ms(tmp_path: Path) 
         started = time.perf_counter()
         dataset = open_one(tmp_path, mode=mode)
         samples = build_order([dataset.blocks], alpha=0.7, seed=0).samples(0, 32)
-        build_batch([dataset], samples, Masking(seed=0, mask_ratio=0.15, vocab_size=20))
+        build_batch(alone([dataset]), samples, Masking(seed=0, mask_ratio=0.15, vocab_size=20))
         return time.perf_counter() - started
 
     for mode in ("none", "eos"):

@@ -51,6 +51,7 @@ from xlm_ds.lifeline import END_FILE
 from xlm_ds.log import InputError
 from xlm_ds.order import build_order
 from xlm_ds.steps import Steps
+from xlm_ds.streams import alone
 
 LENGTH = 16
 BATCH = 12  # samples
@@ -68,19 +69,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     write_mmap(
         folder / "train.b", [rng.integers(5, 90, n).tolist() for n in rng.integers(1, 20, 40)]
     )
-    datasets = open_split(
-        folder,
-        "train",
-        ["a", "b"],
-        tokens_per_sample=LENGTH,
-        break_mode="eos",
-        vocab_size=90,
-        dictionary_sha256="",
+    streams = alone(
+        open_split(
+            folder,
+            "train",
+            ["a", "b"],
+            tokens_per_sample=LENGTH,
+            break_mode="eos",
+            vocab_size=90,
+            dictionary_sha256="",
+        )
     )
-    order = build_order([d.blocks for d in datasets], alpha=0.7, seed=3)
+    order = build_order([stream.blocks for stream in streams], alpha=0.7, seed=3)
     masking = Masking(seed=3, mask_ratio=0.15, vocab_size=90)
     ratio = Steps.parse("0.15@0,0.6@17samples,0.3@30samples")
-    return Corpus(Dictionary((), ()), datasets, datasets, order, masking, ratio)
+    dictionary = Dictionary((), ())
+    return Corpus(dictionary, ("a", "b"), streams, streams, order, masking, ratio)
 
 
 def batch_of(corpus: Corpus, first: int, count: int) -> MaskedBatch:

@@ -14,12 +14,12 @@ from test_train import train_here
 from xlm_ds import checkpoint, evaluate
 from xlm_ds.batches import MaskedBatch, Masking
 from xlm_ds.config import EvaluateConfig
-from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
+from xlm_ds.streams import Stream, choose, open_streams
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -29,30 +29,27 @@ def dictionary(tiny_data: Path) -> Dictionary:
     return Dictionary.load(tiny_data / "dict.txt")
 
 
-def open_english(tiny_data: Path, dictionary: Dictionary, split: str) -> TokenDataset:
-    (dataset,) = open_split(
+def open_english(tiny_data: Path, dictionary: Dictionary, split: str) -> Stream:
+    (stream,) = open_streams(
         tiny_data,
         split,
-        ["en"],
+        choose(["en"], (), tiny_data),
         tokens_per_sample=32,
         break_mode="none",
         vocab_size=len(dictionary),
         dictionary_sha256=dictionary.sha256,
     )
-    return dataset
+    return stream
 
 
 def masking_of(dictionary: Dictionary) -> Masking:
     return Masking(seed=0, mask_ratio=0.15, vocab_size=len(dictionary))
 
 
-def score_with(
-    logits: Any, dataset: TokenDataset, dictionary: Dictionary, unigram: Tensor
-) -> Score:
+def score_with(logits: Any, stream: Stream, dictionary: Dictionary, unigram: Tensor) -> Score:
     return score(
         SimpleNamespace(logits=logits),  # type: ignore[arg-type]
-        dataset,
-        0,
+        stream,
         masking_of(dictionary),
         unigram_log_probabilities=unigram,
         draws=2,
@@ -65,9 +62,9 @@ def test_the_unigram_model_scores_the_unigram_level(
     tiny_data: Path, dictionary: Dictionary
 ) -> None:
     unigram = smoothed_log_probabilities(open_english(tiny_data, dictionary, "train").counts())
-    dataset = open_english(tiny_data, dictionary, "test")
+    stream = open_english(tiny_data, dictionary, "test")
     found = score_with(
-        lambda batch: unigram.expand(len(batch.targets), -1), dataset, dictionary, unigram
+        lambda batch: unigram.expand(len(batch.targets), -1), stream, dictionary, unigram
     )
     assert found.perplexity == pytest.approx(found.unigram_perplexity, rel=1e-5)
     assert found.below_unigram == pytest.approx(0, abs=1e-3)
@@ -78,19 +75,19 @@ def test_the_perfect_model_scores_one(tiny_data: Path, dictionary: Dictionary) -
     def perfect(batch: MaskedBatch) -> Tensor:
         return 100.0 * torch.nn.functional.one_hot(batch.targets, len(dictionary))
 
-    unigram = torch.zeros(len(dictionary))
+    unigram = torch.zeros(1, len(dictionary))
     found = score_with(perfect, open_english(tiny_data, dictionary, "test"), dictionary, unigram)
     assert found.perplexity == pytest.approx(1)
     assert found.accuracy == pytest.approx(100)
 
 
 def test_smoothing_adds_one_to_every_symbol(tiny_data: Path, dictionary: Dictionary) -> None:
-    dataset = open_english(tiny_data, dictionary, "train")
-    probabilities = smoothed_log_probabilities(dataset.counts()).double().exp()
+    stream = open_english(tiny_data, dictionary, "train")
+    probabilities = smoothed_log_probabilities(stream.counts()).double().exp()
     assert float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
-    unseen = int((dataset.counts() == 0).nonzero()[0][0])
-    expected = 1 / (int(dataset.counts().sum()) + len(dictionary))
-    assert float(probabilities[unseen]) == pytest.approx(expected, rel=1e-4)
+    unseen = int((stream.counts()[0] == 0).nonzero()[0][0])
+    expected = 1 / (int(stream.counts().sum()) + len(dictionary))
+    assert float(probabilities[0, unseen]) == pytest.approx(expected, rel=1e-4)
 
 
 class OneOfTwo(Ranks):
@@ -104,7 +101,7 @@ class OneOfTwo(Ranks):
 def test_every_token_is_measured_once_however_it_is_divided(
     rows: int, tiny_data: Path, dictionary: Dictionary
 ) -> None:
-    dataset = open_english(tiny_data, dictionary, "valid")
+    stream = open_english(tiny_data, dictionary, "valid")
 
     def measure(batch: MaskedBatch) -> Tensor:
         real = batch.targets != PAD
@@ -112,7 +109,7 @@ def test_every_token_is_measured_once_however_it_is_divided(
 
     def total(ranks: Ranks, rows: int) -> Tensor:
         return sum_over_split(
-            measure, dataset, 0, masking_of(dictionary), draw=0, rows=rows, ranks=ranks
+            measure, stream, masking_of(dictionary), draw=0, rows=rows, ranks=ranks
         )
 
     expected = total(ALONE, 7)
@@ -121,23 +118,23 @@ def test_every_token_is_measured_once_however_it_is_divided(
     assert torch.equal(total(ALONE, rows), expected)
     assert torch.equal(halves[0] + halves[1], expected)
     # Every block of n tokens has ceil(0.15 n) targets: 31 -> 5.
-    full, rest = divmod(dataset.tokens, 31)
+    full, rest = divmod(stream.sides[0].tokens, 31)
     assert expected[0] == full * 5 + math.ceil(rest * 0.15)
 
 
 def test_ranks_make_the_same_number_of_calls(tiny_data: Path, dictionary: Dictionary) -> None:
     """ZeRO 3 gathers parameters in every call: a rank that called less often would hang the others."""
-    dataset = open_english(tiny_data, dictionary, "valid")
+    stream = open_english(tiny_data, dictionary, "valid")
     calls = []
-    for rank in range(dataset.blocks + 1):  # more ranks than blocks: the last has none
-        ranks = OneOfTwo(rank, dataset.blocks + 1, torch.device("cpu"), None)
+    for rank in range(stream.blocks + 1):  # more ranks than blocks: the last has none
+        ranks = OneOfTwo(rank, stream.blocks + 1, torch.device("cpu"), None)
         made: list[int] = []
 
         def measure(batch: MaskedBatch, made: list[int] = made) -> Tensor:
             made.append(1)
             return (batch.targets != PAD).sum().double()[None]
 
-        sum_over_split(measure, dataset, 0, masking_of(dictionary), draw=0, rows=2, ranks=ranks)
+        sum_over_split(measure, stream, masking_of(dictionary), draw=0, rows=2, ranks=ranks)
         calls.append(len(made))
     assert set(calls) == {1}
 

@@ -123,8 +123,8 @@ def test_only_take_waits_for_the_device(clock: tuple[Clock, Any]) -> None:
 
 class Counted:
     def __init__(self, language: str, *counts: int) -> None:
-        self.language = language
-        self._counts = np.array(counts, dtype=np.uint64)
+        self.name = language
+        self._counts = np.array([counts], dtype=np.uint64)
 
     def counts(self) -> Any:
         return self._counts

@@ -152,7 +152,7 @@ def test_passes_go_on_across_a_border(border: int) -> None:
 @pytest.mark.parametrize("border", [1000, 1015, 10**12 + 3])
 def test_quotas_hold_from_a_border_on(border: int) -> None:
     order = build_order(SKEWED_100, alpha=Steps((1.0, 0.2), (0, border), True), seed=3)
-    languages = order.samples(border, 20_000).languages
+    languages = order.samples(border, 20_000).streams
     counts = np.cumsum(languages[:, None] == np.arange(100), axis=0)
     quotas = np.arange(1, 20_001)[:, None] * order.probabilities(border)
     worst = np.abs(counts - quotas).max(axis=0)
@@ -173,7 +173,7 @@ def quota_bound(order: Order, sample: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
 def test_every_language_keeps_its_quota_at_every_prefix(blocks: list[int], alpha: float) -> None:
     order = build_order(blocks, alpha=alpha, seed=3)
-    languages = order.samples(0, 50_000).languages
+    languages = order.samples(0, 50_000).streams
     counts = np.cumsum(languages[:, None] == np.arange(len(blocks)), axis=0)
     quotas = np.arange(1, len(languages) + 1)[:, None] * order.probabilities(0)
     worst = np.abs(counts - quotas).max(axis=0)
@@ -195,7 +195,7 @@ def test_quota_holds_far_out(first: int) -> None:
 
 def test_languages_are_mixed_without_a_fixed_pattern() -> None:
     order = build_order([100] * 5, alpha=0.7, seed=1)
-    languages = order.samples(0, 16_000).languages
+    languages = order.samples(0, 16_000).streams
     batches = languages.reshape(-1, 8)
     assert min(len(set(batch)) for batch in batches.tolist()) >= 2
     windows = {tuple(window) for window in languages.reshape(-1, 16).tolist()}
@@ -231,7 +231,7 @@ def test_order_does_not_depend_on_how_it_is_read(seed: int, pieces: list[int]) -
 
 def test_seeds_give_different_orders() -> None:
     first, second = (build_order([100, 30], alpha=0.7, seed=s).samples(0, 64) for s in (0, 1))
-    assert (first.languages != second.languages).any()
+    assert (first.streams != second.streams).any()
     assert (first.blocks != second.blocks).any()
 
 
@@ -247,7 +247,7 @@ def test_shares_are_those_of_alpha(alpha: float) -> None:
 
 
 def test_what_cannot_be_ordered_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one language"):
+    with pytest.raises(ValueError, match="at least one stream"):
         Order(seed=0, blocks=(), segments=(Segment(0, ()),))
     with pytest.raises(ValueError, match="blocks must be from 1"):
         Order(seed=0, blocks=(0,), segments=(Segment(0, (1,)),))
@@ -256,7 +256,7 @@ def test_what_cannot_be_ordered_is_refused() -> None:
 
 
 def test_evaluation_takes_blocks_in_sequence() -> None:
-    languages, draws, blocks = evaluation_samples(2, range(5, 8), draw=1)
-    assert (languages == 2).all()
+    streams, draws, blocks = evaluation_samples(range(5, 8), draw=1)
+    assert (streams == 0).all()
     assert (draws == 1).all()
     assert blocks.tolist() == [5, 6, 7]

@@ -203,12 +203,17 @@ def look(tmp_path: Path) -> Iterator[Callable[..., Facts]]:
     requests: list[Request] = []
 
     def call(
-        folder: Path | None, *languages: str, save_dir: Path = tmp_path, token: str = "t"
+        folder: Path | None,
+        *languages: str,
+        save_dir: Path = tmp_path,
+        token: str = "t",
+        steps: tuple[str, ...] = (),
     ) -> Facts:
         named = None if folder is None else str(folder)
         request = Request(
             data=named,
             languages=languages,
+            mlm_steps=steps,
             save_dir=str(save_dir),
             token=token,
             settings={"a": "b"},
@@ -272,6 +277,20 @@ def test_fairseqs_names_and_chosen_languages(data: Path, look: Callable[..., Fac
         path.rename(data / f"{split}.en-None.en.{kind}")
     assert "train.en-None.en.bin" in look(data).files
     assert {name.split(".")[1] for name in look(data, "hi").files} == {"txt", "hi"}
+
+
+def test_pairs_that_a_run_reads_are_compared(
+    parallel_data: Path, tmp_path: Path, look: Callable[..., Facts]
+) -> None:
+    data = Path(shutil.copytree(parallel_data, tmp_path / "data"))
+    steps = ("ar", "en-hi")  # stored as hi-en
+    before = look(data, steps=steps)
+    assert before.errors == ()
+    assert before.languages == 3
+    assert len(before.files) == 1 + 2 * 4 * (1 + 2)  # a dictionary; splits, files, ar and two sides
+    flip(data / "train.hi-en.hi.bin", 40)
+    assert "train.hi-en.hi.bin" in said(before, look(data, steps=steps), need_bytes=0)[0]
+    assert look(data).files == look(parallel_data).files
 
 
 def test_of_large_files_pages_are_read(
@@ -414,7 +433,9 @@ def test_a_host_that_does_not_answer_is_a_sentence(
 def test_what_was_written_on_a_host_goes_when_who_asks_is_gone(
     ask: Callable[..., Any], tmp_path: Path
 ) -> None:
-    request = Request(data=None, languages=(), save_dir=str(tmp_path), token="t", settings={})
+    request = Request(
+        data=None, languages=(), mlm_steps=(), save_dir=str(tmp_path), token="t", settings={}
+    )
     question = {"do": "facts", "request": dataclasses.asdict(request), "toml": "no such.toml"}
     facts = from_json(ask("node1", question)["facts"])
     assert facts.written.startswith(str(tmp_path))

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from pairs import write_mmap
 from xlm_ds.batches import Masking, build_batch
-from xlm_ds.dataset import TokenDataset, open_split
+from xlm_ds.dataset import open_split
 from xlm_ds.order import Samples, build_order
+from xlm_ds.streams import Stream, alone
 
 Numbers: TypeAlias = NDArray[Any]
 LIMIT, LIMIT_OF_MANY = 4.5, 5.5
@@ -124,7 +125,7 @@ def test_seeds_0_and_1_give_independent_orders(size: int, passes: int) -> None:
 def test_languages_are_shuffled_evenly_in_every_window() -> None:
     """Four languages, four times each in a window of 16."""
     first, second = (
-        build_order([10] * 4, alpha=1, seed=seed).samples(0, 16 * 50_000).languages.reshape(-1, 16)
+        build_order([10] * 4, alpha=1, seed=seed).samples(0, 16 * 50_000).streams.reshape(-1, 16)
         for seed in (0, 1)
     )
     cells = np.bincount((np.arange(16) * 4 + first).ravel(), minlength=64)
@@ -146,19 +147,21 @@ MASK, ORIGINAL = 4, 3
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenDataset, ...]:
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stream, ...]:
     """Two languages of nothing but <unk>, which no random word is: what was left as it was shows."""
     folder = tmp_path_factory.mktemp("unk")
     for language in "ab":
         write_mmap(folder / f"train.{language}", [[ORIGINAL] * (BLOCKS * N)])
-    return open_split(
-        folder,
-        "train",
-        ["a", "b"],
-        tokens_per_sample=N + 1,
-        break_mode="none",
-        vocab_size=V,
-        dictionary_sha256="",
+    return alone(
+        open_split(
+            folder,
+            "train",
+            ["a", "b"],
+            tokens_per_sample=N + 1,
+            break_mode="none",
+            vocab_size=V,
+            dictionary_sha256="",
+        )
     )
 
 
@@ -166,7 +169,7 @@ Draw: TypeAlias = Callable[..., tuple[Numbers, Numbers]]
 
 
 @pytest.fixture(scope="module")
-def draw(datasets: tuple[TokenDataset, ...]) -> Draw:
+def draw(datasets: tuple[Stream, ...]) -> Draw:
     """Of every block in every pass: positions (passes, blocks, K) from 0, and what is shown there."""
     known: dict[tuple[int, int], tuple[Numbers, Numbers]] = {}
 

@@ -7,7 +7,7 @@ Arrays that are filled belong to the caller: C-contiguous, int64, never converte
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +165,31 @@ class TokenDataset:
     def count_cut(self) -> int:
         """Lines longer than a block (0 in mode none). O(lines)."""
 
+class Stream:
+    """What samples are drawn from: the blocks of a language, or pairs of lines that translate each other.
+
+    Keeps its datasets. A row is an eos and a block; of a pair, an eos, the first line, an eos, the second line, each
+    line with the eos that ends it. If that is longer than block_size + 1, the lines are cut and keep that eos: each to
+    half of the room, and what one does not need of its half goes to the other.
+    """
+
+    @overload
+    def __init__(self, blocks: TokenDataset, language: int) -> None: ...
+    @overload
+    def __init__(
+        self, first: TokenDataset, language: int, second: TokenDataset, second_language: int
+    ) -> None:
+        """Both in break mode eos. Raises ValueError unless they have as many lines and one block size, at least 5."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks, or pairs of lines."""
+
+    @property
+    def block_size(self) -> int: ...
+    def count_cut(self) -> int:
+        """Lines (0 in mode none), or pairs of lines, that lose tokens. O(lines)."""
+
 class Dtype:
     """The integer types that ids are stored in; uint8 … int64."""
 
@@ -246,21 +271,21 @@ class Permutation:
         """Where `index` goes. Raises IndexError unless 0 <= index < size."""
 
 class Order:
-    """Sample number -> (language, pass, block). Immutable."""
+    """Sample number -> (stream, pass, block). Immutable."""
 
     def __init__(
         self, *, seed: int, segments: Sequence[tuple[int, Sequence[int]]], blocks: Sequence[int]
     ) -> None:
         """`segments`: (first sample, weights); the first begins at 0, the others in ascending order below 2^62.
 
-        Per language: a weight from 1 to 2^32 in every segment and a number of blocks, at least 1. Else ValueError.
+        Per stream: a weight from 1 to 2^32 in every segment and a number of blocks, at least 1. Else ValueError.
         """
 
     def fill_samples(
         self,
         first: int,
         *,
-        languages: NDArray[np.int64],
+        streams: NDArray[np.int64],
         passes: NDArray[np.int64],
         blocks: NDArray[np.int64],
     ) -> None:
@@ -270,30 +295,36 @@ def masked_count(mask_ratio: float, tokens: int) -> int:
     """ceil(mask_ratio * tokens): masked positions of a block. Raises InputError unless 0 <= mask_ratio <= 1."""
 
 def fill_batch(
-    datasets: Sequence[TokenDataset | None],
+    streams: Sequence[Stream | None],
     *,
-    languages: NDArray[np.int64],
+    numbers: NDArray[np.int64],
     passes: NDArray[np.int64],
     blocks: NDArray[np.int64],
     seed: int,
     mask_ratio: float,
     vocab_size: int,
     input_ids: NDArray[np.int64],
+    languages: NDArray[np.int64],
+    second_languages: NDArray[np.int64],
+    second_starts: NDArray[np.int64],
     masked_positions: NDArray[np.int64],
     targets: NDArray[np.int64],
-) -> bool:
-    """Gathers and masks the blocks named by languages, passes, blocks (B,); True if some row is padded.
+) -> tuple[bool, bool]:
+    """Gathers and masks the blocks named by numbers (of streams), passes, blocks (B,).
+
+    Returns whether some row is padded, and whether some row is a pair.
 
     With T = block_size + 1 and K = masked_count(mask_ratio, block_size), it fills input_ids (B, T) with eos, the masked
-    block, PAD; masked_positions (B * K,) with indices into the B * T ids, ascending within a row, and where a short row
-    has fewer, with that of the row's eos; targets (B * K,) with what was there, and PAD for those.
+    block, PAD; languages (B,); second_languages and second_starts (B,), of the second half of a pair's row, -1 and T
+    where there is none; masked_positions (B * K,) with indices into the B * T ids, ascending within a row, and where a
+    short row has fewer, with that of the row's eos; targets (B * K,) with what was there, and PAD for those.
     Raises InputError for a damaged block, an id beyond the dictionary, or masking that cannot be done.
     """
 
 def count_targets(
-    datasets: Sequence[TokenDataset | None],
+    streams: Sequence[Stream | None],
     *,
-    languages: NDArray[np.int64],
+    numbers: NDArray[np.int64],
     passes: NDArray[np.int64],
     blocks: NDArray[np.int64],
     mask_ratio: float,

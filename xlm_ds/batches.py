@@ -1,32 +1,37 @@
 """Samples to tensors: gathers and masks blocks into a batch of static shape.
 
     masking = Masking(seed=0, mask_ratio=0.15, vocab_size=len(dictionary))
-    batch = build_batch(datasets, order.samples(first, rows), masking)
+    batch = build_batch(streams, order.samples(first, rows), masking)
     losses = model(batch)  # (B * K,) nats
 
-With T = tokens_per_sample, a row is eos and a block of up to T - 1 tokens; K = ceil(mask_ratio * (T - 1)).
+With T = tokens_per_sample, a row is eos and a block of up to T - 1 tokens, or of a pair eos and a line, eos and its
+translation, cut to T tokens; K = ceil(mask_ratio * (T - 1)).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xlm_ds import _core
-from xlm_ds.dataset import TokenDataset
 from xlm_ds.dictionary import PAD
 from xlm_ds.order import Samples, evaluation_samples
+from xlm_ds.streams import Stream
 
 
 class MaskedBatch(NamedTuple):
     """Tensors on the CPU, int64, owned by the batch.
 
     input_ids         (B, T): eos, the masked block, padding
-    languages         (B,)
+    languages         (B,): of a pair, of the first half
     masked_positions  (B * K,): index into the B * T positions, ascending within a row
     targets           (B * K,): what was at that position; PAD where a short row fills up with its own first position
     has_padding       some row is short
+    second_languages  (B,): of the second half of a pair, else -1; None if no row is a pair
+    second_starts     (B,): where in the row the second half begins, with its eos, else T; None if no row is a pair
     """
 
     input_ids: torch.Tensor
@@ -34,11 +39,13 @@ class MaskedBatch(NamedTuple):
     masked_positions: torch.Tensor
     targets: torch.Tensor
     has_padding: bool
+    second_languages: torch.Tensor | None = None
+    second_starts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
-    """Masks are decided by (seed, language, pass, block); random words are the dictionary's, not special ones."""
+    """Masks are decided by (seed, languages, pass, block); random words are the dictionary's, not special ones."""
 
     seed: int
     mask_ratio: float
@@ -46,30 +53,36 @@ class Masking:
 
 
 def build_batch(
-    datasets: Sequence[TokenDataset | None], samples: Samples, masking: Masking
+    streams: Sequence[Stream | None], samples: Samples, masking: Masking
 ) -> MaskedBatch:
-    """A batch of these samples; `datasets` are in the order of the language ids.
+    """A batch of these samples of `streams`.
 
     Raises: InputError for a damaged file, or one made with another dictionary.
     """
     rows = len(samples.blocks)
-    length = next(d.tokens_per_sample for d in datasets if d is not None)
+    length = next(s.tokens_per_sample for s in streams if s is not None)
     targets_per_row = _core.masked_count(masking.mask_ratio, length - 1)
     input_ids = torch.empty((rows, length), dtype=torch.int64)
+    languages, second_languages, second_starts = torch.empty((3, rows), dtype=torch.int64)
     masked_positions = torch.empty(rows * targets_per_row, dtype=torch.int64)
     targets = torch.empty(rows * targets_per_row, dtype=torch.int64)
-    has_padding = _core.fill_batch(
-        _cores(datasets),
-        **samples._asdict(),
+    has_padding, has_pairs = _core.fill_batch(
+        _cores(streams),
+        **_numbers(samples),
         seed=masking.seed,
         mask_ratio=masking.mask_ratio,
         vocab_size=masking.vocab_size,
         input_ids=input_ids.numpy(),
+        languages=languages.numpy(),
+        second_languages=second_languages.numpy(),
+        second_starts=second_starts.numpy(),
         masked_positions=masked_positions.numpy(),
         targets=targets.numpy(),
     )
-    languages = torch.from_numpy(samples.languages)
-    return MaskedBatch(input_ids, languages, masked_positions, targets, has_padding)
+    batch = MaskedBatch(input_ids, languages, masked_positions, targets, has_padding)
+    if not has_pairs:
+        return batch
+    return batch._replace(second_languages=second_languages, second_starts=second_starts)
 
 
 def join_batches(parts: Sequence[MaskedBatch]) -> MaskedBatch:
@@ -96,34 +109,39 @@ def join_batches(parts: Sequence[MaskedBatch]) -> MaskedBatch:
         masked_positions.flatten(),
         targets.flatten(),
         any(p.has_padding for p in parts),
+        *_joined_halves(parts),
     )
 
 
-def count_targets(
-    datasets: Sequence[TokenDataset | None], samples: Samples, mask_ratio: float
-) -> int:
+def _joined_halves(parts: Sequence[MaskedBatch]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Second languages and starts, (B,) each, or None if no part has any."""
+    if all(p.second_starts is None for p in parts):
+        return None, None
+    languages, starts = [], []
+    for p in parts:
+        length = p.input_ids.shape[1]
+        missing = torch.full_like(p.languages, -1), torch.full_like(p.languages, length)
+        languages.append(missing[0] if p.second_languages is None else p.second_languages)
+        starts.append(missing[1] if p.second_starts is None else p.second_starts)
+    return torch.cat(languages), torch.cat(starts)
+
+
+def count_targets(streams: Sequence[Stream | None], samples: Samples, mask_ratio: float) -> int:
     """How many targets a batch of these samples has, without reading a token: every rank can know it for all."""
-    return _core.count_targets(_cores(datasets), **samples._asdict(), mask_ratio=mask_ratio)
+    return _core.count_targets(_cores(streams), **_numbers(samples), mask_ratio=mask_ratio)
 
 
 def evaluation_batches(
-    dataset: TokenDataset,
-    language: int,
-    masking: Masking,
-    *,
-    draw: int,
-    rows: int,
-    blocks: range | None = None,
+    stream: Stream, masking: Masking, *, draw: int, rows: int, blocks: range | None = None
 ) -> Iterator[MaskedBatch]:
-    """All blocks of one language in sequence (or a rank's share of them) under the fixed masks of one draw.
+    """All blocks of one stream in sequence (or a rank's share of them) under the fixed masks of one draw.
 
-    `language` is its id. The last batch may have fewer rows; a block's masks do not depend on its batch.
+    The last batch may have fewer rows; a block's masks do not depend on its batch.
     """
-    by_language = [*[None] * language, dataset]
-    blocks = range(dataset.blocks) if blocks is None else blocks
+    blocks = range(stream.blocks) if blocks is None else blocks
     for first in range(0, len(blocks), rows):
-        samples = evaluation_samples(language, blocks[first : first + rows], draw=draw)
-        yield build_batch(by_language, samples, masking)
+        samples = evaluation_samples(blocks[first : first + rows], draw=draw)
+        yield build_batch([stream], samples, masking)
 
 
 def rank_slice(first: int, count: int, *, rank: int, world_size: int) -> tuple[int, int]:
@@ -135,5 +153,9 @@ def rank_slice(first: int, count: int, *, rank: int, world_size: int) -> tuple[i
     return first + rank * share + min(rank, rest), share + (rank < rest)
 
 
-def _cores(datasets: Sequence[TokenDataset | None]) -> list[_core.TokenDataset | None]:
-    return [None if dataset is None else dataset.core for dataset in datasets]
+def _cores(streams: Sequence[Stream | None]) -> list[_core.Stream | None]:
+    return [None if stream is None else stream.core for stream in streams]
+
+
+def _numbers(samples: Samples) -> dict[str, NDArray[np.int64]]:
+    return {"numbers": samples.streams, "passes": samples.passes, "blocks": samples.blocks}

@@ -7,6 +7,10 @@ writes OUT/dict.txt and for every split and language SPLIT.LG.bin and .idx (docs
 checksums) and SPLIT.LG.counts.npy (occurrences of every id). A pair gets its final name when whole, its .idx last; one
 that is there already and was made from the same is not made again.
 
+    python -m xlm_ds.binarize --source-lang en --target-lang fr --srcdict D/vocab_mlm --trainpref P/train --destdir OUT
+
+is for parallel text: line i of P/train.fr translates line i of P/train.en. It writes train.en-fr.en.* and .fr.*.
+
     --trainpref a/train,b/train     several files: for train joined, for valid and test valid, valid1, valid2, …
     xz -dc train.ar.xz | python -m xlm_ds.binarize --source-lang ar --srcdict D/vocab_mlm --trainpref - --destdir OUT
     mpirun -n 64 python -m xlm_ds.binarize …     many machines with a shared folder (pip install 'xlm_ds[mpi]')
@@ -20,15 +24,18 @@ from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
+from xlm_ds.alignment import compare_lengths, remove_lines
 from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
-from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary, build_dictionary
+from xlm_ds.dictionary import SPECIAL_SYMBOLS, UNK, Dictionary, build_dictionary
 from xlm_ds.files import copy_file, file_sha256, locked, make_folder, naming, save_array, sync_file
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, add_log_file, logger, run_stage
@@ -99,7 +106,7 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
         core_dictionary = _core.Dictionary(dictionary.symbols)
         job = Job(config, dictionary, core_dictionary, bpe, bpe_sha256, kind, threads, ranks, bar)
         announced: set[str] = set()
-        for group in [[text] for text in texts] if ranks.size == 1 else [texts]:
+        for group in one_after_another(texts) if ranks.size == 1 else [texts]:
             made = make_pairs(group, job)
             for text in group:
                 if text.language not in announced:
@@ -107,6 +114,17 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
                     announced.add(text.language)
                 tell(text, made.get(text.pair))
     logger.info(f"Wrote preprocessed data to {config.destdir}")
+
+
+def one_after_another(texts: Sequence[Text]) -> list[list[Text]]:
+    """Texts that can be made each by itself; the two sides of parallel text stand together."""
+    groups: list[list[Text]] = []
+    for text in texts:
+        if groups and text.translation and text.split == groups[-1][-1].split:
+            groups[-1].append(text)
+        else:
+            groups.append([text])
+    return groups
 
 
 def tell(text: Text, counts: Counts | None) -> None:
@@ -311,15 +329,21 @@ def make_pairs(texts: Sequence[Text], job: Job) -> dict[str, Counts]:
     have come so far.
     """
     ranks = job.ranks
-    wanted = ranks.on_first(lambda: [text for text in texts if not is_there(text, job)])
+    wanted = ranks.on_first(lambda: [text for text in texts if is_wanted(text, job)])
     shares = ranks.on_first(lambda: divide(wanted, ranks.size))
     own = [number for number in range(len(wanted)) if owner(shares, number) == ranks.rank]
     with ExitStack() as stack:
         ranks.together(lambda: [stack.enter_context(alone_at(wanted[n], job)) for n in own])
         ranks.together(lambda: encode_share(wanted, shares[ranks.rank], job))
+        ranks.together(lambda: join_parts(wanted, shares, own, job))
+        alone = ranks.together(lambda: {n: lines_without_partner(wanted[n], job) for n in own})
         made = ranks.together(
-            lambda: {wanted[n].pair: finish_pair(wanted[n], readers(shares, n), job) for n in own}
+            lambda: {
+                wanted[n].pair: finish_pair(wanted[n], readers(shares, n), alone[n], job)
+                for n in own
+            }
         )
+        ranks.together(lambda: withdraw([wanted[number] for number in own], job))
         ranks.together(lambda: publish([wanted[number] for number in own], job))
     return {pair: counts for part in ranks.gathered(made) for pair, counts in part.items()}
 
@@ -370,7 +394,25 @@ def made_from(text: Text, job: Job) -> dict[str, Any]:
         "dictionary_sha256": job.dictionary.sha256,
         "dataset_impl": job.kind.name,
         **job.bpe_sha256,
+        **({"translation": translated_from(text.translation, job)} if text.translation else {}),
     }
+
+
+def translated_from(other: Text, job: Job) -> dict[str, Any]:
+    """What the other side decides of a side's bytes: which lines are left out."""
+    (file,) = other.inputs
+    return {
+        **{"name": file.path.name, "bytes": file.size, "mtime_ns": file.mtime_ns},
+        "unaligned": job.config.unaligned,
+    }
+
+
+def is_wanted(text: Text, job: Job) -> bool:
+    """Whether it is to be made. Both sides of parallel text are, or none."""
+    if text.translation is None:
+        return not is_there(text, job)
+    other = text.translation._replace(translation=text)
+    return not (is_there(text, job) and is_there(other, job))
 
 
 def is_there(text: Text, job: Job) -> bool:
@@ -411,16 +453,79 @@ def encode(pieces: Sequence[_core.Piece], data: Path, lengths: Path, job: Job) -
         )
 
 
-def finish_pair(text: Text, ranks: Sequence[int], job: Job) -> Counts:
-    """Joins the parts of `ranks` and adds what belongs to a pair; all is on disk then, under temporary names."""
-    job.ranks.check_stop()
+def join_parts(
+    texts: Sequence[Text], shares: Sequence[Share], own: Sequence[int], job: Job
+) -> None:
+    """Makes what all ranks have encoded of the texts numbered `own` one .bin and one file of lengths each."""
+    for number, what in product(own, ("bin", "lengths")):
+        job.ranks.check_stop()
+        parts = [temporary(texts[number], job, what, rank) for rank in readers(shares, number)]
+        join(parts, temporary(texts[number], job, what))
+
+
+def lines_without_partner(text: Text, job: Job) -> NDArray[np.int64]:
+    """Numbers, from 0, of lines to be left out. Raises InputError if there are any, without --unaligned skip.
+
+    Of monolingual text there are none.
+    """
+    if text.translation is None:
+        return np.empty(0, np.int64)
+    sides = sorted((text, text.translation), key=lambda text: text.side)
+    found = compare_lengths(*(temporary(side, job, "lengths") for side in sides))
+    first, second = map(str, sides)
+    refusal = found.refusal(first, second)
+    if refusal and job.config.unaligned == "refuse":
+        raise InputError(refusal)
+    if found.left_out == max(found.lines):
+        raise InputError(f"{first} and {second}: there is no line that has a translation")
+    if found.left_out and text.side == 0:
+        logger.info(
+            f"{first} and {second}: {found.left_out} lines are left out, as one side is empty or missing; the first is "
+            f"line {found.first}"
+        )
+    return found.without_partner(text.side)
+
+
+def leave_out(
+    text: Text, numbers: NDArray[np.int64], counts: Counts, by_id: NDArray[np.uint64], job: Job
+) -> tuple[Counts, NDArray[np.uint64]]:
+    """Takes lines out of the temporary .bin and its lengths; returns what is counted without them.
+
+    A word spelt <unk> in such a line is taken for an unknown one: the ids do not tell.
+    """
+    if len(numbers) == 0:
+        return counts, by_id
+    dtype = np.dtype(_core.dtype_to_write(job.kind, len(job.dictionary)).name)
+    bias = 1 if job.kind == _core.IndexKind.lazy else 0
+    removed = remove_lines(
+        temporary(text, job, "bin"), temporary(text, job, "lengths"), numbers, dtype
+    )
+    ids = np.concatenate(removed).astype(np.int64) - bias
+    gone = np.bincount(ids, minlength=len(by_id)).astype(np.uint64)
+    unknown = min(int(gone[UNK]), counts.unknown)
+    special = int(gone[: len(SPECIAL_SYMBOLS)].sum()) - len(numbers) - unknown  # but for the eos
+    return (
+        Counts(
+            lines=counts.lines - len(numbers),
+            tokens=counts.tokens - len(ids),
+            unknown=counts.unknown - unknown,
+            blank_lines=counts.blank_lines - sum(len(line) == 1 for line in removed),
+            literal_specials=counts.literal_specials - special,
+        ),
+        by_id - gone,
+    )
+
+
+def finish_pair(
+    text: Text, ranks: Sequence[int], without_partner: NDArray[np.int64], job: Job
+) -> Counts:
+    """Adds what belongs to a pair to what `ranks` have encoded; all is on disk then, under temporary names."""
     new = {kind: temporary(text, job, kind) for kind in KINDS}
     lengths = temporary(text, job, "lengths")
-    join([temporary(text, job, "bin", rank) for rank in ranks], new["bin"])
-    join([temporary(text, job, "lengths", rank) for rank in ranks], lengths)
     figures = sum(np.load(temporary(text, job, "counts", rank)) for rank in ranks)
     counts = Counts(*(int(figure) for figure in figures[: len(Counts._fields)]))
     by_id = figures[len(Counts._fields) :]
+    counts, by_id = leave_out(text, without_partner, counts, by_id, job)
     if text.is_standard_input and counts.lines == 0:
         # A pipe does not tell that the command before it has failed.
         raise InputError(
@@ -442,6 +547,13 @@ def join(parts: Sequence[Path], whole: Path) -> None:
             with part.open("rb") as content:
                 shutil.copyfileobj(content, file, JOIN_BYTES)
             part.unlink()
+
+
+def withdraw(texts: Sequence[Text], job: Job) -> None:
+    """Takes the old .idx of parallel texts, so that no new side ever stands beside an old one."""
+    for text in texts:
+        if text.translation:
+            (job.config.destdir / f"{text.pair}.idx").unlink(missing_ok=True)
 
 
 def publish(texts: Sequence[Text], job: Job) -> None:

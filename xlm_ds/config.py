@@ -114,6 +114,21 @@ class BinarizeConfig:
     source_lang: str | None = knob(
         "one language (the recipe's loop); --langs does all at once", default=None, aliases=("-s",)
     )
+    target_lang: str | None = knob(
+        "the other language of parallel text: PREF.SOURCE and PREF.TARGET, where line i translates line i, become "
+        "SPLIT.SOURCE-TARGET.SOURCE and .TARGET",
+        default=None,
+        aliases=("-t",),
+    )
+    unaligned: str = knob(
+        "parallel text whose sides have not as many lines, or an empty line: stop, or skip such lines on both sides",
+        default="refuse",
+        choices=("refuse", "skip"),
+    )
+    only_source: bool = knob(
+        "as fairseq's recipe has it; there is no other side unless --target-lang is given",
+        default=False,
+    )
     srcdict: Path | None = knob(
         "dictionary (lines `symbol count`); without it, one is built from the training text",
         default=None,
@@ -172,10 +187,6 @@ class BinarizeConfig:
 
 
 BINARIZE_ANSWERED = (
-    Answered(
-        "--only-source", False, ""
-    ),  # it is all we do, and what the recipe means: nothing to say
-    Answered("--target-lang", True, "--target-lang is ignored: there is no target side here"),
     Answered(
         "--joined-dictionary",
         False,
@@ -277,6 +288,16 @@ class DataConfig:
         "languages, as ar,de,en; the order typed gives the language ids (default: all in the folder)",
         default=(),
     )
+    mlm_steps: tuple[str, ...] = knob(
+        "languages and pairs to read, as en,de,en-de: a pair's rows are a line and its translation (default: "
+        "--monolingual-langs alone, which else need only give the language ids)",
+        default=(),
+    )
+    tlm_share: float = knob(
+        "share of the samples that are pairs, where there are both (docs/decisions/0013-parallel-data.md)",
+        default=0.5,
+        bounds="(0, 1)",
+    )
     tokens_per_sample: int = knob(
         "length of a sample: one eos and N - 1 tokens of text", default=256, bounds="[2, 1048576]"
     )
@@ -287,7 +308,8 @@ class DataConfig:
         choices=("none", "eos", "complete", "complete_doc"),
     )
     sampling_alpha: Steps = knob(
-        "a language with n blocks is drawn with p ∝ n^X (0.7: XLM paper; 0: uniform, as fairseq; 1: natural); "
+        "a language with n blocks, and among pairs one of n, is drawn with p ∝ n^X (0.7: XLM paper; 0: uniform, as "
+        "fairseq; 1: natural); "
         "0.7@0,0.5@100000 is 0.5 from update 100000 on (docs/decisions/0008-schedules.md)",
         default=Steps((0.7,)),
         bounds="[0, inf)",
@@ -631,7 +653,12 @@ class EvaluateConfig:
     checkpoint: Path = knob("a checkpoint's folder", positional=True)
     data: Path = knob("folder with dict.txt and SPLIT.LANG.{bin,idx}", positional=True)
     split: str = knob("split to evaluate", default="test", choices=("train", "valid", "test"))
-    monolingual_langs: tuple[str, ...] = knob("languages (default: the model's)", default=())
+    monolingual_langs: tuple[str, ...] = knob(
+        "languages (default: what it was trained on)", default=()
+    )
+    mlm_steps: tuple[str, ...] = knob(
+        "languages and pairs, as en,de,en-de (default: what it was trained on)", default=()
+    )
     mask_draws: int = knob("fixed mask draws to average over", default=3, bounds="[1, inf)")
     max_tokens: int = knob(
         "tokens per rank and micro-batch; the result does not depend on it",

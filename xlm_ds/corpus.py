@@ -6,7 +6,7 @@ batch = micro_batch(corpus, geometry, first=geometry.first_sample(0, micro=0, ra
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,28 +17,31 @@ from xlm_ds.batches import (
     count_targets,
     join_batches,
 )
-from xlm_ds.config import DataConfig, check_languages
-from xlm_ds.dataset import TokenDataset, dictionary_path, languages_in, open_split
+from xlm_ds.config import DataConfig
+from xlm_ds.dataset import dictionary_path
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.geometry import Geometry
 from xlm_ds.log import InputError, is_first_rank, logger
 from xlm_ds.order import Order, build_order
 from xlm_ds.steps import Steps
+from xlm_ds.streams import Stream, choose, open_streams
 
 
 class Corpus(NamedTuple):
     """Everything the run reads."""
 
     dictionary: Dictionary
-    train: tuple[TokenDataset, ...]  # by language id
-    valid: tuple[TokenDataset, ...]
+    languages: tuple[str, ...]  # by id
+    train: tuple[Stream, ...]  # languages by id, then pairs
+    valid: tuple[Stream, ...]
     order: Order
     masking: Masking  # of the first sample, and of all validation, so that its losses compare
     mask_ratio: Steps
 
     @property
-    def languages(self) -> tuple[str, ...]:
-        return tuple(dataset.language for dataset in self.train)
+    def names(self) -> tuple[str, ...]:
+        """Of the streams: en, or en-de."""
+        return tuple(stream.name for stream in self.train)
 
 
 def with_sample_numbers(config: DataConfig, batch: int) -> DataConfig:
@@ -64,16 +67,15 @@ def open_corpus(config: DataConfig) -> Corpus:
     """
     if not config.data.is_dir():
         raise InputError(f"{config.data}: no such folder; give what binarize wrote (its --destdir)")
-    languages = config.monolingual_langs or languages_in(config.data, "train")
-    if not languages:
+    choice = choose(config.monolingual_langs, config.mlm_steps, config.data)
+    if not choice.streams:
         raise InputError(f"{config.data}: holds no train.LANG.idx; give what binarize wrote")
-    check_languages(languages, "--monolingual-langs")
-    dictionary = Dictionary.load(dictionary_path(config.data, languages))
+    dictionary = Dictionary.load(dictionary_path(config.data, choice.languages))
     train, valid = (
-        open_split(
+        open_streams(
             config.data,
             split,
-            languages,
+            choice,
             tokens_per_sample=config.tokens_per_sample,
             break_mode=config.sample_break_mode,
             vocab_size=len(dictionary),
@@ -81,20 +83,41 @@ def open_corpus(config: DataConfig) -> Corpus:
         )
         for split in ("train", "valid")
     )
-    if config.sample_break_mode != "none" and is_first_rank():
-        cut = sum(dataset.count_cut() for dataset in train)
-        logger.info(
-            f"{cut} lines are longer than {config.tokens_per_sample - 1} tokens and are cut"
-        )
-    if table_bytes := sum(dataset.core.table_bytes for dataset in train + valid):
+    pairs = [stream for stream in train if stream.is_pair]
+    alone = [stream for stream in train if not stream.is_pair]
+    if is_first_rank():
+        _tell_cut(config, alone, pairs)
+    sides = [side for stream in train + valid for side in stream.sides]
+    if table_bytes := sum(side.core.table_bytes for side in sides):
         logger.info(
             f"the tables of break mode {config.sample_break_mode} take {table_bytes / 2**20:.1f} MiB in each process"
         )
-    order = build_order([d.blocks for d in train], alpha=config.sampling_alpha, seed=config.seed)
+    order = build_order(
+        [stream.blocks for stream in alone],
+        alpha=config.sampling_alpha,
+        seed=config.seed,
+        pair_blocks=[stream.blocks for stream in pairs],
+        tlm_share=config.tlm_share,
+    )
     masking = Masking(
         seed=config.seed, mask_ratio=config.mask_ratio.values[0], vocab_size=len(dictionary)
     )
-    return Corpus(dictionary, train, valid, order, masking, config.mask_ratio)
+    return Corpus(dictionary, choice.languages, train, valid, order, masking, config.mask_ratio)
+
+
+def _tell_cut(config: DataConfig, alone: Sequence[Stream], pairs: Sequence[Stream]) -> None:
+    tokens = config.tokens_per_sample
+    if config.sample_break_mode != "none" and alone:
+        cut = sum(stream.core.count_cut() for stream in alone)
+        logger.info(f"{cut} lines are longer than {tokens - 1} tokens and are cut")
+    if pairs:
+        cut, whole = (
+            sum(figures)
+            for figures in zip(*((p.core.count_cut(), p.blocks) for p in pairs), strict=True)
+        )
+        logger.info(
+            f"{cut} of {whole} pairs of lines are longer than {tokens} tokens, two eos included, and are cut"
+        )
 
 
 def micro_batch(corpus: Corpus, geometry: Geometry, *, first: int) -> MaskedBatch:
@@ -134,5 +157,5 @@ def _parts(mask_ratio: Steps, first: int, count: int) -> Iterator[tuple[range, f
 
 def order_facts(corpus: Corpus, geometry: Geometry) -> dict[str, Any]:
     """What decides the samples of a run beside its flags."""
-    blocks = {dataset.language: dataset.blocks for dataset in corpus.train}
+    blocks = {stream.name: stream.blocks for stream in corpus.train}
     return {"blocks": blocks, "batch_samples": geometry.batch}

@@ -46,7 +46,7 @@ _CHUNK = 1 << 20  # weights at a time: three int64 of each are at work, 24 MiB
 
 
 def sample_digests(batch: MaskedBatch, first: int) -> NDArray[np.uint64]:
-    """(B,): of each row its language, tokens, masked positions and targets, keyed by its sample number, `first` + row.
+    """(B,): of each row its languages, tokens, masked positions and targets, keyed by its sample number, `first` + row.
 
     The batch must be on the CPU. What only fills up its shape is left out, so a row may stand in any batch.
 
@@ -66,15 +66,29 @@ def sample_digests(batch: MaskedBatch, first: int) -> NDArray[np.uint64]:
     # Masked positions that fill up a row are its first, where no token is masked, and come last.
     sizes = 4 * (1 + length + 2 * np.count_nonzero(positions, axis=1))
     content, pitch = table.data.cast("B"), table.strides[0]
+    persons = _second_halves(batch)
     digests = [
         blake2b(
             content[row * pitch : row * pitch + size],
             digest_size=8,
             salt=(first + row).to_bytes(8, "little"),
+            person=persons[row] if persons else b"",
         ).digest()
         for row, size in enumerate(sizes.tolist())
     ]
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+
+
+def _second_halves(batch: MaskedBatch) -> list[bytes]:
+    """By row, language and place of the second half; of a row without one nothing; empty if no row has one."""
+    if batch.second_starts is None or batch.second_languages is None:
+        return []
+    length = batch.input_ids.shape[1]
+    halves = torch.stack([batch.second_languages, batch.second_starts], dim=1)
+    return [
+        b"" if start == length else language.to_bytes(4, "little") + start.to_bytes(4, "little")
+        for language, start in halves.tolist()
+    ]
 
 
 def fragment_digest(fragment: Tensor, offset: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""Perplexity and accuracy of a checkpoint, per language and overall, beside the unigram level.
+"""Perplexity and accuracy of a checkpoint, per language, per pair and overall, beside the unigram level.
 
     python -m xlm_ds.evaluate checkpoints/mlm/checkpoint_best OUT --split test
 
-Every language is evaluated in full, under several fixed draws of the masks, so the figures do not depend on the batch
-size or on the number of ranks. Of a --mask-ratio that changed during the run the first value is used, as in the run's
-own validation, so that the figures of all its checkpoints compare. The unigram level is what one gets on the same
-masked tokens from nothing but add-one-smoothed counts of that language's training text: a model above it has learnt
-nothing about context.
+Every language, and every pair (TLM: a line beside its translation), is evaluated in full, under several fixed draws of
+the masks, so the figures do not depend on the batch size or on the number of ranks. Of a --mask-ratio that changed
+during the run the first value is used, as in the run's own validation, so that the figures of all its checkpoints
+compare. The unigram level is what one gets on the same masked tokens from nothing but add-one-smoothed counts of that
+language's (in a pair, that half's) training text: a model above it has learnt nothing about context.
 """
 
 import json
@@ -38,20 +38,20 @@ from xlm_ds.batches import (
     rank_slice,
 )
 from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
-from xlm_ds.dataset import TokenDataset, open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
 from xlm_ds.files import replacing
 from xlm_ds.geometry import rows_that_fit
 from xlm_ds.metrics import BITS_PER_NAT
-from xlm_ds.model import XlmEncoder, build_model
+from xlm_ds.model import XlmEncoder, build_model, in_second_half
 from xlm_ds.order import evaluation_samples
+from xlm_ds.streams import Choice, Stream, choose, open_streams
 
 
 class Score(NamedTuple):
-    """One language's figures on a split."""
+    """One language's, or pair's, figures on a split."""
 
-    language: str
+    language: str  # en, or en-de
     masked_tokens: int  # per mask draw
     loss: float  # bits per masked token
     perplexity: float
@@ -66,38 +66,36 @@ class Score(NamedTuple):
 
 def sum_over_split(
     measure: Callable[[MaskedBatch], Tensor],
-    dataset: TokenDataset,
-    language: int,
+    stream: Stream,
     masking: Masking,
     *,
     draw: int,
     rows: int,
     ranks: Ranks,
 ) -> Tensor:
-    """The sum of `measure(batch)` (float64, CPU) over all of a language's blocks, the same on every rank.
+    """The sum of `measure(batch)` (float64, CPU) over all of a stream's blocks, the same on every rank.
 
     Every rank makes the same number of calls, as ZeRO 3 needs: one that has run out of blocks repeats a block without
     targets.
     """
-    first, count = rank_slice(0, dataset.blocks, rank=ranks.rank, world_size=ranks.world_size)
-    _, most = rank_slice(0, dataset.blocks, rank=0, world_size=ranks.world_size)
+    first, count = rank_slice(0, stream.blocks, rank=ranks.rank, world_size=ranks.world_size)
+    _, most = rank_slice(0, stream.blocks, rank=0, world_size=ranks.world_size)
     batches = evaluation_batches(
-        dataset, language, masking, draw=draw, rows=rows, blocks=range(first, first + count)
+        stream, masking, draw=draw, rows=rows, blocks=range(first, first + count)
     )
     total: Tensor | None = None
     with torch.no_grad():
         for _ in range(-(-most // rows)):
-            batch = next(batches, None) or _without_targets(dataset, language, masking)
+            batch = next(batches, None) or _without_targets(stream, masking)
             figures = measure(on_device(batch, ranks.device))
             total = figures if total is None else total + figures
     if total is None:
-        raise InputError(f"{dataset.prefix}: no tokens to evaluate")
+        raise InputError(f"{stream.name}: no tokens to evaluate")
     return ranks.sum(total)
 
 
-def _without_targets(dataset: TokenDataset, language: int, masking: Masking) -> MaskedBatch:
-    samples = evaluation_samples(language, range(1), draw=0)
-    batch = build_batch([None] * language + [dataset], samples, masking)
+def _without_targets(stream: Stream, masking: Masking) -> MaskedBatch:
+    batch = build_batch([stream], evaluation_samples(range(1), draw=0), masking)
     return batch._replace(targets=torch.full_like(batch.targets, PAD))
 
 
@@ -109,19 +107,23 @@ def on_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
         # From pageable memory torch's copy waits for everything the device has still to do.
         return tensor.pin_memory().to(device, non_blocking=True)
 
+    def copied_if_there(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else copied(tensor)
+
     return MaskedBatch(
         input_ids=copied(batch.input_ids),
         languages=copied(batch.languages),
         masked_positions=copied(batch.masked_positions),
         targets=copied(batch.targets),
         has_padding=batch.has_padding,
+        second_languages=copied_if_there(batch.second_languages),
+        second_starts=copied_if_there(batch.second_starts),
     )
 
 
 def score(
     model: XlmEncoder,
-    dataset: TokenDataset,
-    language: int,
+    stream: Stream,
     masking: Masking,
     *,
     unigram_log_probabilities: Tensor,
@@ -129,7 +131,10 @@ def score(
     rows: int,
     ranks: Ranks,
 ) -> Score:
-    """One language's figures, averaged over the mask draws 0, 1, … draws - 1."""
+    """One stream's figures, averaged over the mask draws 0, 1, … draws - 1.
+
+    `unigram_log_probabilities`: (1, V), or of a pair (2, V), by halves.
+    """
 
     def measure(batch: MaskedBatch) -> Tensor:
         """(4,): nats, targets, correct, nats of the unigram model."""
@@ -137,15 +142,21 @@ def score(
         real = batch.targets != PAD
         nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
         correct = (logits.argmax(dim=-1) == batch.targets) & real
-        unigram = -unigram_log_probabilities[batch.targets] * real
+        unigram = -unigram_log_probabilities[half_of_targets(batch), batch.targets] * real
         return torch.stack([x.double().sum() for x in (nats, real, correct, unigram)]).cpu()
 
     total = torch.zeros(4, dtype=torch.float64)
     for draw in range(draws):
-        total += sum_over_split(
-            measure, dataset, language, masking, draw=draw, rows=rows, ranks=ranks
-        )
-    return _score_of(dataset.language, total, draws)
+        total += sum_over_split(measure, stream, masking, draw=draw, rows=rows, ranks=ranks)
+    return _score_of(stream.name, total, draws)
+
+
+def half_of_targets(batch: MaskedBatch) -> Tensor:
+    """(B*K,): 1 where the masked position is in the second half of a pair, else 0."""
+    if batch.second_starts is None:
+        return torch.zeros_like(batch.targets)
+    is_second = in_second_half(batch.input_ids, batch.second_starts)
+    return is_second.flatten()[batch.masked_positions].long()
 
 
 def overall(scores: Sequence[Score]) -> Score:
@@ -172,9 +183,9 @@ def _score_of(language: str, sums: Tensor, draws: int) -> Score:
 
 
 def smoothed_log_probabilities(counts: NDArray[np.uint64]) -> Tensor:
-    """(V,) float32: log of the add-one-smoothed unigram distribution of counted tokens (V,)."""
+    """(…, V) float32: log of the add-one-smoothed unigram distributions of counted tokens (…, V)."""
     smoothed = torch.from_numpy(counts.astype(np.float64)) + 1
-    return torch.log(smoothed / smoothed.sum()).float()
+    return torch.log(smoothed / smoothed.sum(dim=-1, keepdim=True)).float()
 
 
 def load_model(folder: Path, vocab_size: int) -> tuple[XlmEncoder, TrainConfig]:
@@ -204,42 +215,37 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
-    """The scores of every language asked for, then "all"."""
+    """The scores of every language and pair asked for, then "all"."""
     folder = config.checkpoint.resolve()
     manifest = read_manifest(folder)
     dictionary = Dictionary.load(folder / "dict.txt")
     model, trained = load_model(folder, len(dictionary))
     model.to(ranks.device)
-    known = tuple(manifest["languages"])
-    languages = config.monolingual_langs or known
-    for language in languages:
-        if language not in known:
-            raise InputError(f"--monolingual-langs {language}: the model knows {', '.join(known)}")
+    choice = chosen(config, trained, manifest["languages"])
 
-    def open_language(split: str, language: str) -> TokenDataset:
-        (dataset,) = open_split(
+    def opened(split: str, names: tuple[str, ...]) -> Stream:
+        (stream,) = open_streams(
             config.data,
             split,
-            (language,),
+            choice._replace(streams=(names,)),
             tokens_per_sample=trained.data.tokens_per_sample,
             break_mode=trained.data.sample_break_mode,
             vocab_size=len(dictionary),
             dictionary_sha256=dictionary.sha256,
         )
-        return dataset
+        return stream
 
     rows = rows_that_fit(config.max_tokens, trained.data.tokens_per_sample)
     masking = Masking(
         seed=config.seed, mask_ratio=trained.data.mask_ratio.values[0], vocab_size=len(dictionary)
     )
     scores = []
-    for language in languages:
-        counts = open_language("train", language).counts()
+    for names in choice.streams:
+        counts = opened("train", names).counts()
         scores.append(
             score(
                 model,
-                open_language(config.split, language),
-                known.index(language),
+                opened(config.split, names),
                 masking,
                 unigram_log_probabilities=smoothed_log_probabilities(counts).to(ranks.device),
                 draws=config.mask_draws,
@@ -247,8 +253,23 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
                 ranks=ranks,
             )
         )
-        logger.info(f"{language}: perplexity {scores[-1].perplexity:.1f}")
+        logger.info(f"{scores[-1].language}: perplexity {scores[-1].perplexity:.1f}")
     return [*scores, overall(scores)]
+
+
+def chosen(config: EvaluateConfig, trained: TrainConfig, known: Sequence[str]) -> Choice:
+    """What is asked for, or else what the model was trained on. Raises InputError for what it does not know."""
+    if config.mlm_steps and config.monolingual_langs:
+        raise InputError("--monolingual-langs and --mlm-steps both say what to evaluate; give one")
+    if config.monolingual_langs:
+        for language in config.monolingual_langs:
+            if language not in known:
+                raise InputError(
+                    f"--monolingual-langs {language}: the model knows {', '.join(known)}"
+                )
+        streams = tuple((language,) for language in config.monolingual_langs)
+        return Choice(tuple(known), streams)
+    return choose(known, config.mlm_steps or trained.data.mlm_steps, None)
 
 
 def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> None:

@@ -1,6 +1,6 @@
 """What must be the same on all hosts of a run, or enough on each: looked up on a host, and compared.
 
-    facts = probe(Request(data="OUT", languages=("ar", "en"), save_dir="run", token="4f1c", settings={}))
+    facts = probe(Request(data="OUT", languages=("ar", "en"), mlm_steps=(), save_dir="run", token="4f1c", settings={}))
     problems({"node1": facts, "node2": facts_of_node2}, slots={"node1": 8, "node2": 8}, need_bytes=None)   # sentences
 
 Neither needs torch, nor talks to another host. What takes others is filled in by who talks to them (preflight.py).
@@ -8,6 +8,7 @@ Neither needs torch, nor talks to another host. What takes others is filled in b
 
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import random
@@ -23,11 +24,12 @@ from typing import Any
 
 import xlm_ds
 from xlm_ds import _core
-from xlm_ds.dataset import dictionary_path, languages_in
+from xlm_ds.dataset import dictionary_path
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.files import file_sha256
 from xlm_ds.log import InputError, sentence_of
 from xlm_ds.pair_record import KINDS, PAIR_FIELDS, beside, load_record
+from xlm_ds.streams import Choice, choose, stored_split
 
 SPLITS = ("train", "valid", "test")
 # Files up to this are read whole, and of larger ones so many pages, so that terabytes take no longer than this.
@@ -51,6 +53,7 @@ class Request:
 
     data: str | None
     languages: tuple[str, ...]  # none: all that the data have
+    mlm_steps: tuple[str, ...]
     save_dir: str
     token: str  # of this check: decides which pages are read, and the name of the file written
     settings: dict[str, str]
@@ -86,10 +89,11 @@ def probe(request: Request) -> Facts:
     if request.data is not None:
         try:
             folder = Path(request.data)
-            languages = request.languages or languages_in(folder, "train")
+            choice = choose(request.languages, request.mlm_steps, folder)
+            languages = choice.languages
             dictionary = dictionary_path(folder, languages)
             symbols = len(Dictionary.load(dictionary))
-            paths = [dictionary, *_files_of_pairs(folder, languages)]
+            paths = [dictionary, *_files_of_pairs(folder, choice)]
             data_bytes = sum(path.stat().st_size for path in paths)
             files = _fingerprints(paths, seed=request.token)
         except (InputError, OSError) as error:
@@ -137,11 +141,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _files_of_pairs(folder: Path, languages: Sequence[str]) -> Iterator[Path]:
+def _files_of_pairs(folder: Path, choice: Choice) -> Iterator[Path]:
     """Those that are there, under our names and fairseq's."""
-    for split in SPLITS:
-        for language in languages:
-            for name in (f"{split}.{language}", f"{split}.{language}-None.{language}"):
+    for split, stream in itertools.product(SPLITS, choice.streams):
+        stored = stored_split(folder, split, stream)
+        for language in stream:
+            for name in (f"{stored}.{language}", f"{stored}.{language}-None.{language}"):
                 paths = (beside(folder / name, kind) for kind in KINDS)
                 yield from (path for path in paths if path.is_file())
 

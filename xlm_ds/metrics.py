@@ -26,12 +26,12 @@ from xlm_ds import _core
 from xlm_ds.architectures import ModelShape, useful_flops
 from xlm_ds.batches import MaskedBatch
 from xlm_ds.config import OptimizationConfig
-from xlm_ds.dataset import TokenDataset
 from xlm_ds.devices import this_gpu
 from xlm_ds.dictionary import PAD
 from xlm_ds.files import Appended
 from xlm_ds.log import InputError, logger
 from xlm_ds.model import unigram_log_probabilities
+from xlm_ds.streams import Stream
 
 BITS_PER_NAT = 1 / math.log(2)
 
@@ -43,28 +43,38 @@ NO_SAMPLE = torch.iinfo(torch.int64).max
 
 
 class LossMeter:
-    """Sums of losses and counts of targets per language, kept on the device until they are read.
+    """Sums of losses and counts of targets per stream, kept on the device until they are read.
 
     A loss that is not finite is in neither; the first sample that had one is remembered.
     """
 
-    def __init__(self, languages: int, device: torch.device) -> None:
-        self._sums = torch.zeros(2, languages, dtype=torch.float64, device=device)
+    def __init__(self, streams: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        """`streams`: the language ids of each, one or two."""
+        size = 1 + max(max(languages) for languages in streams)
+        # By first and second language; the last column is of rows without a second.
+        self._stream_of = torch.full((size, size + 1), -1, device=device)
+        for number, (language, *second) in enumerate(streams):
+            self._stream_of[language, second[0] if second else -1] = number
+        self._sums = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
         self._bad_sample = torch.tensor(NO_SAMPLE, device=device)
 
     def add(self, batch: MaskedBatch, losses: Tensor, first: int) -> None:
         """`losses` (B*K,): nats per target of the samples `first`, `first` + 1, …"""
         rows = batch.languages.numel()
-        language = batch.languages.repeat_interleave(losses.numel() // rows)
+        second = -torch.ones_like(batch.languages)
+        if batch.second_languages is not None:
+            second = batch.second_languages
+        stream = self._stream_of[batch.languages, second]
+        stream = stream.repeat_interleave(losses.numel() // rows)
         finite = losses.detach().isfinite()
-        self._sums[0].index_add_(0, language, losses.detach().where(finite, 0.0).double())
-        self._sums[1].index_add_(0, language, ((batch.targets != PAD) & finite).double())
+        self._sums[0].index_add_(0, stream, losses.detach().where(finite, 0.0).double())
+        self._sums[1].index_add_(0, stream, ((batch.targets != PAD) & finite).double())
         sample = torch.arange(first, first + rows, device=finite.device)
         bad = sample.where(~finite.view(rows, -1).all(1), NO_SAMPLE).min()
         self._bad_sample = torch.minimum(self._bad_sample, bad)
 
     def take(self) -> Tensor:
-        """(2, L): sums of nats and counts since the last call, on the CPU."""
+        """(2, S): sums of nats and counts since the last call, on the CPU."""
         taken = self._sums.cpu().clone()
         self._sums.zero_()
         return taken
@@ -77,27 +87,28 @@ class LossMeter:
         return int(self._bad_sample)
 
 
-def unigram_levels(
-    train: Sequence[TokenDataset], valid: Sequence[TokenDataset]
-) -> tuple[Tensor, Tensor]:
-    """(L,) float64 each: nats per token of a language's training and validation text, by the frequencies of the first.
+def unigram_levels(train: Sequence[Stream], valid: Sequence[Stream]) -> tuple[Tensor, Tensor]:
+    """(S,) float64 each: nats per token of a stream's training and validation text, by the frequencies of the first.
 
-    The same as `evaluate` compares with: a model that knows the language of a row and nothing of its other words.
+    The same as `evaluate` compares with: a model that knows the language of a word and nothing of the others.
     """
     levels = []
-    for datasets in zip(train, valid, strict=True):
-        counts = np.stack([dataset.counts() for dataset in datasets])
-        log_p = unigram_log_probabilities(counts[:1], language_probabilities=np.ones(1))
-        levels.append(-(counts.astype(np.float64) @ log_p) / counts.sum(axis=1))
+    for streams in zip(train, valid, strict=True):
+        counts = np.stack([stream.counts() for stream in streams], axis=1)  # (halves, 2, V)
+        nats = np.zeros(2)
+        for half in counts:
+            log_p = unigram_log_probabilities(half[:1], language_probabilities=np.ones(1))
+            nats -= half.astype(np.float64) @ log_p
+        levels.append(nats / counts.sum(axis=(0, 2)))
     of_train, of_valid = torch.from_numpy(np.stack(levels, axis=1))
     return of_train, of_valid
 
 
-def loss_figures(sums: Tensor, languages: Sequence[str], levels: Tensor) -> dict[str, Any]:
-    """Losses in bits and perplexity from (2, L) sums of nats and counts, and from the unigram levels (L,) in nats;
+def loss_figures(sums: Tensor, streams: Sequence[str], levels: Tensor) -> dict[str, Any]:
+    """Losses in bits and perplexity from (2, S) sums of nats and counts, and from the unigram levels (S,) in nats;
     nothing without a count.
 
-    The level is the mean over the same targets as the loss: the languages are weighted as they were drawn.
+    The level is the mean over the same targets as the loss: the streams are weighted as they were drawn.
     """
     nats, counts = sums
     if counts.sum() == 0:  # all updates of the interval were skipped
@@ -105,7 +116,7 @@ def loss_figures(sums: Tensor, languages: Sequence[str], levels: Tensor) -> dict
     loss = float(nats.sum() / counts.sum())
     per_language = {
         name: float(nats[i] / counts[i]) * BITS_PER_NAT
-        for i, name in enumerate(languages)
+        for i, name in enumerate(streams)
         if counts[i] > 0
     }
     return {
@@ -123,7 +134,7 @@ def below_unigram(sums: Tensor, levels: Tensor) -> float:
 
 
 class UnigramWatch:
-    """The unigram levels (L,) of what is trained on and of validation, and one warning to a run that stays at them."""
+    """The unigram levels (S,) of what is trained on and of validation, and one warning to a run that stays at them."""
 
     UPDATES = 2000  # after the warm-up
     PERCENT = 5.0  # below the unigram level, and still at it
@@ -133,13 +144,13 @@ class UnigramWatch:
 
     def __init__(
         self,
-        train: Sequence[TokenDataset],
-        valid: Sequence[TokenDataset],
+        train: Sequence[Stream],
+        valid: Sequence[Stream],
         optimization: OptimizationConfig,
         batch_tokens: int,
     ) -> None:
         self.train, self.valid = unigram_levels(train, valid)
-        self._languages = [dataset.language for dataset in train]
+        self._names = [stream.name for stream in train]
         self._optimization = optimization
         self._batch_tokens = batch_tokens
         self._sums = torch.zeros(2, len(train), dtype=torch.float64)
@@ -147,14 +158,14 @@ class UnigramWatch:
 
     def definition(self) -> str:
         """What below_unigram means."""
-        levels = zip(self._languages, self.train.exp().tolist(), strict=True)
+        levels = zip(self._names, self.train.exp().tolist(), strict=True)
         return (
             "below_unigram: percent of perplexity below the unigram level, which a model has that knows how often each "
             f"language has each word, and nothing else: {', '.join(f'{n} {level:.5g}' for n, level in levels)}"
         )
 
     def watch(self, sums: Tensor, update: int) -> None:
-        """`sums` (2, L): nats and counts of an interval that ends at this update."""
+        """`sums` (2, S): nats and counts of an interval that ends at this update."""
         if self._has_warned or update < self._optimization.warmup_updates + self.UPDATES:
             return
         self._sums += sums

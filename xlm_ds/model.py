@@ -219,7 +219,11 @@ class XlmEncoder(nn.Module):
     def _features(self, batch: MaskedBatch, table: Tensor) -> Tensor:
         """(B*K, d): what the head makes of the masked positions."""
         hidden = self._encode(
-            table, batch.input_ids, batch.languages, has_padding=batch.has_padding
+            table,
+            batch.input_ids,
+            language_of_positions(batch),
+            has_padding=batch.has_padding,
+            second_starts=batch.second_starts,
         )
         features: Tensor = self.head(hidden.flatten(0, 1).index_select(0, batch.masked_positions))
         return features
@@ -231,17 +235,26 @@ class XlmEncoder(nn.Module):
         States at padding mean nothing and influence no others.
         """
         lookup, _ = tied(self.token_embedding.weight)
-        return self._encode(lookup, input_ids, languages, has_padding=has_padding)
+        return self._encode(lookup, input_ids, languages[:, None], has_padding=has_padding)
 
     def _encode(
-        self, table: Tensor, input_ids: Tensor, languages: Tensor, *, has_padding: bool
+        self,
+        table: Tensor,
+        input_ids: Tensor,
+        languages: Tensor,
+        *,
+        has_padding: bool,
+        second_starts: Tensor | None = None,
     ) -> Tensor:
+        """`languages`: of each position (B, T), or of each row (B, 1)."""
         not_pad = input_ids.ne(PAD) if has_padding else None
         # Sparse, for _TiedTable. The row of PAD gets no gradient from here: padding is multiplied by 0 below.
         hidden: Tensor = F.embedding(input_ids, table, sparse=True)
-        hidden = hidden + self.language_embedding(languages)[:, None]
+        hidden = hidden + self.language_embedding(languages)
         if self.position_embedding is not None:
-            hidden = hidden + self.position_embedding(position_rows(input_ids, not_pad))
+            hidden = hidden + self.position_embedding(
+                position_rows(input_ids, not_pad, second_starts)
+            )
         hidden = self.dropout(self.embedding_norm(hidden))
         attend = None
         if not_pad is not None:
@@ -252,14 +265,39 @@ class XlmEncoder(nn.Module):
         return hidden
 
 
-def position_rows(input_ids: Tensor, not_pad: Tensor | None) -> Tensor:
-    """Returns the rows of the position table for ids (B, T): (B, T), or (T,) without padding.
+def language_of_positions(batch: MaskedBatch) -> Tensor:
+    """(B, T), or (B, 1) where no row is a pair."""
+    languages = batch.languages[:, None]
+    if batch.second_starts is None or batch.second_languages is None:
+        return languages
+    is_second = in_second_half(batch.input_ids, batch.second_starts)
+    return torch.where(is_second, batch.second_languages[:, None], languages)
 
-    Tokens are numbered from FIRST_POSITION_ROW, padding not counted; padding itself has row PAD.
+
+def in_second_half(input_ids: Tensor, second_starts: Tensor) -> Tensor:
+    """(B, T): whether a position is in its row's second half, which begins at `second_starts` (B,)."""
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return places >= second_starts[:, None]
+
+
+def position_rows(
+    input_ids: Tensor, not_pad: Tensor | None, second_starts: Tensor | None = None
+) -> Tensor:
+    """Returns the rows of the position table for ids (B, T): (B, T), or (T,) where all rows have the same.
+
+    Tokens are numbered from FIRST_POSITION_ROW, and again where a second half begins (B,); padding is not counted and
+    has row PAD itself.
     """
     if not_pad is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device) + FIRST_POSITION_ROW
-    return not_pad.cumsum(dim=1) * not_pad + PAD
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device) + FIRST_POSITION_ROW
+    else:
+        rows = not_pad.cumsum(dim=1) * not_pad + PAD
+    if second_starts is None:
+        return rows
+    is_second = in_second_half(input_ids, second_starts)
+    if not_pad is not None:
+        is_second = is_second & not_pad
+    return rows - is_second * second_starts[:, None]
 
 
 def build_activation(name: ActivationName) -> nn.Module:

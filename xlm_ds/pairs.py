@@ -93,8 +93,9 @@ def dictionary_of(
 
 
 def split_and_language(prefix: Path) -> tuple[str, str]:
-    """Of SPLIT.LG, or of fairseq's SPLIT.LG-None.LG."""
-    name = r"(?!dict\.)(?P<split>[\w-]+)\.(?P<lang>[\w-]+?)(-None\.(?P=lang))?"  # dict.en.txt is fairseq's
+    """Of SPLIT.LG, of SPLIT.LG-OTHER.LG (parallel text), or of fairseq's SPLIT.LG-None.LG."""
+    split = r"[\w-]+(\.(?!.*-None\.)[\w-]+-[\w-]+)?"
+    name = rf"(?!dict\.)(?P<split>{split})\.(?P<lang>[\w-]+?)(-None\.(?P=lang))?"  # dict.en.txt is fairseq's
     match = re.fullmatch(name, prefix.name, re.ASCII)
     if match is None or match["lang"] in SUFFIXES:
         raise InputError(

@@ -24,7 +24,6 @@ from xlm_ds.config import (
     OptimizationConfig,
     PlanConfig,
     RunConfig,
-    check_languages,
 )
 from xlm_ds.costs import (
     USABLE,
@@ -35,7 +34,7 @@ from xlm_ds.costs import (
     peak,
     seconds,
 )
-from xlm_ds.dataset import dictionary_path, languages_in, open_split
+from xlm_ds.dataset import dictionary_path
 from xlm_ds.deepspeed_config import (
     CONFIG_DIRECTORY,
     default_deepspeed_config,
@@ -46,6 +45,7 @@ from xlm_ds.dictionary import Dictionary
 from xlm_ds.flags import parse
 from xlm_ds.geometry import batch_geometry, rows_that_fit
 from xlm_ds.log import EXIT_OK, InputError, run_stage
+from xlm_ds.streams import choose, open_streams
 
 XLM_LANGUAGES = 15
 LARGE_SHARE = 0.2  # of an update, for what is not computing
@@ -526,22 +526,21 @@ def _scale_table(title: str, optimization: OptimizationConfig, jobs: Sequence[Jo
 
 def read_facts(config: PlanConfig) -> Facts:
     """From the data where they are given, else from flags."""
-    named, folder = config.data.monolingual_langs, config.data.data
-    check_languages(named, "--monolingual-langs")
+    folder = config.data.data
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give what binarize wrote, or --vocab-size")
+    choice = choose(config.data.monolingual_langs, config.data.mlm_steps, folder)
     if folder is None:
         if config.vocab_size is None:
             raise InputError("give DATA, what binarize wrote, or --vocab-size")
-        return Facts(config.vocab_size, config.languages or len(named) or XLM_LANGUAGES)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give what binarize wrote, or --vocab-size")
-    languages = named or languages_in(folder, "train")
-    if not languages:
+        return Facts(config.vocab_size, config.languages or len(choice.languages) or XLM_LANGUAGES)
+    if not choice.streams:
         raise InputError(f"{folder}: holds no train.LANG.idx; give what binarize wrote")
-    dictionary = Dictionary.load(dictionary_path(folder, languages))
-    train = open_split(
+    dictionary = Dictionary.load(dictionary_path(folder, choice.languages))
+    train = open_streams(
         folder,
         "train",
-        languages,
+        choice,
         tokens_per_sample=config.data.tokens_per_sample,
         break_mode=config.data.sample_break_mode,
         vocab_size=len(dictionary),
@@ -549,8 +548,8 @@ def read_facts(config: PlanConfig) -> Facts:
     )
     return Facts(
         config.vocab_size or len(dictionary),
-        config.languages or len(languages),
-        sum(dataset.blocks for dataset in train),
+        config.languages or len(choice.languages),
+        sum(stream.blocks for stream in train),
     )
 
 

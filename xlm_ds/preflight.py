@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     request = Request(
         data=None if config.data.data is None else str(config.data.data),
         languages=config.data.monolingual_langs,
+        mlm_steps=config.data.mlm_steps,
         save_dir=str(config.run.save_dir),
         token=secrets.token_hex(8),
         settings={},
@@ -381,7 +382,9 @@ class Serving:
 
     def _look_around(self, question: Mapping[str, Any]) -> Facts:
         values = question["request"]
-        self._request = Request(**{**values, "languages": tuple(values["languages"])})
+        self._request = Request(
+            **{**values, **{k: tuple(values[k]) for k in ("languages", "mlm_steps")}}
+        )
         return dataclasses.replace(
             probe(self._request),
             settings=_toml_hash(question["toml"]),
@@ -545,6 +548,7 @@ def _request_of(config: TrainConfig, token: str) -> Request:
     return Request(
         data=str(config.data.data),
         languages=config.data.monolingual_langs,
+        mlm_steps=config.data.mlm_steps,
         save_dir=str(config.run.save_dir),
         token=token,
         settings=_settings(config),

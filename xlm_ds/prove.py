@@ -220,9 +220,12 @@ def rebuild(run: Path, line: Line) -> Rebuilt:
 
 
 def _which(corpus: Corpus, sample: int) -> str:
-    ((language,), (number,), (block,)) = corpus.order.samples(sample, 1)
-    name = corpus.languages[language]
-    return f"{name} (language {language}) block {block} in pass {number}"
+    ((number,), (pass_,), (block,)) = corpus.order.samples(sample, 1)
+    stream = corpus.train[number]
+    if stream.is_pair:
+        first, second = stream.languages
+        return f"{stream.name} (languages {first} and {second}) pair {block} in pass {pass_}"
+    return f"{stream.name} (language {stream.languages[0]}) block {block} in pass {pass_}"
 
 
 def _in_what(a: Rebuilt, b: Rebuilt, row: int, run_a: Path, run_b: Path) -> str:

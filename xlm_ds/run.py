@@ -105,7 +105,7 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
         digests=start_digests(config.run, engine, geometry, progress),
         saver=Saver(ranks),
         companions=read_companions(corpus, data.data, ranks),
-        meter=LossMeter(len(corpus.languages), ranks.device),
+        meter=LossMeter([stream.languages for stream in corpus.train], ranks.device),
         unigram=UnigramWatch(
             corpus.train,
             corpus.valid,
@@ -195,7 +195,7 @@ def build_engine(
     compiles = ranks.device.type == "cuda" and not config.run.no_compile
     if saved is None:
         if config.model.init_output_bias == "unigram":
-            counts = np.stack([dataset.counts() for dataset in corpus.train])
+            counts = np.stack([stream.counts().sum(axis=0) for stream in corpus.train])
             probabilities = corpus.order.probabilities(0)
             init_output_bias(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
@@ -320,7 +320,9 @@ def describe(run: Run, progress: Progress) -> None:
     epoch = corpus.order.epoch_samples
     probabilities = corpus.order.probabilities(progress.samples)
     shares = zip(corpus.train, probabilities, strict=True)
-    drawn = ", ".join(f"{d.language} {d.blocks} blocks drawn {p:.1%}" for d, p in shares)
+    drawn = ", ".join(
+        f"{s.name} {s.blocks} {'pairs' if s.is_pair else 'blocks'} drawn {p:.1%}" for s, p in shares
+    )
     logger.info(f"{len(corpus.dictionary)} symbols; {drawn}")
     for name, steps in (("alpha", data.sampling_alpha), ("mask ratio", data.mask_ratio)):
         if len(steps.values) > 1:
@@ -354,7 +356,7 @@ def logged(run: Run, progress: Progress) -> Progress:
     progress = dataclasses.replace(progress, chains=run.digests.write())
     engine.check()
     sums = ranks.sum(run.meter.take())
-    figures = loss_figures(sums, run.corpus.languages, run.unigram.train)
+    figures = loss_figures(sums, run.corpus.names, run.unigram.train)
     figures |= {
         "lr": lr_at(progress.update - 1, optimization, progress.plateau),
         "gradient_norm": engine.gradient_norm(),
@@ -402,14 +404,15 @@ def check_skipped(run: Run, progress: Progress) -> None:
 
 def describe_sample(corpus: Corpus, sample: int) -> str:
     found = corpus.order.samples(sample, 1)
-    language = corpus.languages[int(found.languages[0])]
-    return f"sample {sample} (block {found.blocks[0]} of train.{language})"
+    stream = corpus.train[int(found.streams[0])]
+    what = "pair" if stream.is_pair else "block"
+    return f"sample {sample} ({what} {found.blocks[0]} of train.{stream.name})"
 
 
 def validated(run: Run, progress: Progress) -> tuple[Progress, bool]:
     """Validates; returns the progress with the schedule moved, and whether this is the best so far (as good counts)."""
     run.stopwatch.enter("validation")
-    figures = loss_figures(validate(run), run.corpus.languages, run.unigram.valid)
+    figures = loss_figures(validate(run), run.corpus.names, run.unigram.valid)
     run.log.write("valid", progress.update, figures)
     loss = float(figures["loss"])
     check_finite(loss, progress, run.config.run)
@@ -426,7 +429,7 @@ def validated(run: Run, progress: Progress) -> tuple[Progress, bool]:
 
 
 def validate(run: Run) -> Tensor:
-    """(2, L): nats and targets of every language in full, under fixed masks."""
+    """(2, S): nats and targets of every stream in full, under fixed masks."""
 
     def measure(batch: MaskedBatch) -> Tensor:
         """(2,): nats, targets."""
@@ -437,14 +440,13 @@ def validate(run: Run) -> Tensor:
     sums = [
         sum_over_split(
             measure,
-            dataset,
-            language,
+            stream,
             run.corpus.masking,
             draw=0,
             rows=run.geometry.rows,
             ranks=run.ranks,
         )
-        for language, dataset in enumerate(run.corpus.valid)
+        for stream in run.corpus.valid
     ]
     return torch.stack(sums, dim=1)
 

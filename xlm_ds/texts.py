@@ -30,9 +30,11 @@ STANDARD_INPUT = Input(Path(_core.STANDARD_INPUT), 0, 0)
 class Text(NamedTuple):
     """What becomes one .bin/.idx pair: files that are read one after another, or standard input."""
 
-    split: str
+    split: str  # train, or of parallel text train.en-fr
     language: str
     inputs: tuple[Input, ...]
+    translation: "Text | None" = None  # the other side of parallel text
+    side: int = 0  # 1: the second of parallel text
 
     @property
     def pair(self) -> str:
@@ -71,7 +73,9 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
     if bool(config.langs) == bool(config.source_lang):
         raise InputError("give --langs ar,de,… (all languages at once) or --source-lang LG (one)")
     languages = config.langs or (str(config.source_lang),)
-    check_languages(languages, "--langs")
+    if config.target_lang is not None:
+        languages = (*languages, config.target_lang)
+    check_languages(languages, "--langs" if config.langs else "--source-lang, --target-lang")
     given = {"train": config.trainpref, "valid": config.validpref, "test": config.testpref}
     prefs = {split: pref.split(",") for split, pref in given.items() if pref is not None}
     if not prefs:
@@ -80,6 +84,8 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
         if "" in names:
             raise InputError(f"--{split}pref {given[split]}: there is a prefix without a character")
     _check_standard_input(prefs, languages, config)
+    if config.target_lang is not None:
+        return _parallel_texts(prefs, config)
     texts = []
     for language in languages:
         for split, names in prefs.items():
@@ -92,6 +98,31 @@ def texts_of(config: BinarizeConfig) -> list[Text]:
                     Text(f"{split}{number or ''}", language, (file,))
                     for number, file in enumerate(inputs)
                 ]
+    return texts
+
+
+def _parallel_texts(prefs: dict[str, list[str]], config: BinarizeConfig) -> list[Text]:
+    """Both sides of each split, one after the other. Raises InputError as texts_of."""
+    if config.langs or config.only_source:
+        flag = "--langs" if config.langs else "--only-source"
+        raise InputError(
+            f"--target-lang is for parallel text, --source-lang one side and --target-lang the other; leave out {flag}"
+        )
+    if len(prefs.get("train", "")) > 1:
+        raise InputError(
+            f"--trainpref {config.trainpref}: several files of parallel text are not joined, as one that has lost a "
+            "line would shift all after it; join them (cat) where you know that they are whole"
+        )
+    languages = (str(config.source_lang), str(config.target_lang))
+    texts = []
+    for split, names in prefs.items():
+        for number, name in enumerate(names):
+            named = f"{split}{number or ''}.{'-'.join(languages)}"
+            first, second = (
+                Text(named, language, (_input(name, split, language),), side=side)
+                for side, language in enumerate(languages)
+            )
+            texts += [first._replace(translation=second), second._replace(translation=first)]
     return texts
 
 

@@ -24,6 +24,7 @@
 #include "xlm_ds/progress.hpp"
 #include "xlm_ds/shards.hpp"
 #include "xlm_ds/special_ids.hpp"
+#include "xlm_ds/stream.hpp"
 #include "xlm_ds/token_dataset.hpp"
 
 namespace py = pybind11;
@@ -143,6 +144,15 @@ void register_datasets(py::module_& m) {
              return dataset.fill_block(block, vocab_size, ids);
            },
            "block"_a, py::kw_only(), "vocab_size"_a, "out"_a.noconvert());
+  py::class_<xlm_ds::Stream>(m, "Stream")
+      .def(py::init<const TokenDataset&, std::int64_t>(), "blocks"_a, "language"_a,
+           py::keep_alive<1, 2>())
+      .def(py::init<const TokenDataset&, std::int64_t, const TokenDataset&, std::int64_t>(),
+           "first"_a, "language"_a, "second"_a, "second_language"_a, py::keep_alive<1, 2>(),
+           py::keep_alive<1, 4>())
+      .def_property_readonly("blocks", &xlm_ds::Stream::blocks)
+      .def_property_readonly("block_size", &xlm_ds::Stream::block_size)
+      .def("count_cut", &xlm_ds::Stream::count_cut, Unlock());
 }
 
 void register_shards(py::module_& m) {
@@ -207,44 +217,48 @@ void register_order(py::module_& m) {
            }),
            py::kw_only(), "seed"_a, "segments"_a, "blocks"_a)
       .def("fill_samples",
-           [](const xlm_ds::Order& order, std::uint64_t first, Int64Array languages,
+           [](const xlm_ds::Order& order, std::uint64_t first, Int64Array streams,
               Int64Array passes, Int64Array blocks) {
-             const xlm_ds::SampleColumns out{writable(languages), writable(passes),
+             const xlm_ds::SampleColumns out{writable(streams), writable(passes),
                                              writable(blocks)};
              const py::gil_scoped_release unlocked;
              order.fill_samples(first, out);
            },
-           "first"_a, py::kw_only(), "languages"_a.noconvert(), "passes"_a.noconvert(),
+           "first"_a, py::kw_only(), "streams"_a.noconvert(), "passes"_a.noconvert(),
            "blocks"_a.noconvert());
 }
 
 void register_batches(py::module_& m) {
-  using Datasets = std::vector<const xlm_ds::TokenDataset*>;
+  using Streams = std::vector<const xlm_ds::Stream*>;
   m.def("masked_count", &xlm_ds::masked_count, "mask_ratio"_a, "tokens"_a);
   m.def(
       "fill_batch",
-      [](const Datasets& datasets, const Int64Array& languages, const Int64Array& passes,
+      [](const Streams& streams, const Int64Array& numbers, const Int64Array& passes,
          const Int64Array& blocks, std::uint64_t seed, double mask_ratio, std::int64_t vocab_size,
-         Int64Array input_ids, Int64Array masked_positions, Int64Array targets) {
-        const xlm_ds::Rows rows{datasets, readable(languages), readable(passes), readable(blocks)};
-        const xlm_ds::BatchArrays out{writable(input_ids), writable(masked_positions),
-                                      writable(targets)};
+         Int64Array input_ids, Int64Array languages, Int64Array second_languages,
+         Int64Array second_starts, Int64Array masked_positions, Int64Array targets) {
+        const xlm_ds::Rows rows{streams, readable(numbers), readable(passes), readable(blocks)};
+        const xlm_ds::BatchArrays out{writable(input_ids),        writable(languages),
+                                      writable(second_languages), writable(second_starts),
+                                      writable(masked_positions), writable(targets)};
         const xlm_ds::Masking masking{.seed = seed, .ratio = mask_ratio, .vocab_size = vocab_size};
         const py::gil_scoped_release unlocked;
-        return xlm_ds::fill_batch(rows, masking, out);
+        const auto [has_padding, has_pairs] = xlm_ds::fill_batch(rows, masking, out);
+        return std::pair(has_padding, has_pairs);
       },
-      "datasets"_a, py::kw_only(), "languages"_a.noconvert(), "passes"_a.noconvert(),
+      "streams"_a, py::kw_only(), "numbers"_a.noconvert(), "passes"_a.noconvert(),
       "blocks"_a.noconvert(), "seed"_a, "mask_ratio"_a, "vocab_size"_a,
-      "input_ids"_a.noconvert(), "masked_positions"_a.noconvert(), "targets"_a.noconvert());
+      "input_ids"_a.noconvert(), "languages"_a.noconvert(), "second_languages"_a.noconvert(),
+      "second_starts"_a.noconvert(), "masked_positions"_a.noconvert(), "targets"_a.noconvert());
   m.def(
       "count_targets",
-      [](const Datasets& datasets, const Int64Array& languages, const Int64Array& passes,
+      [](const Streams& streams, const Int64Array& numbers, const Int64Array& passes,
          const Int64Array& blocks, double mask_ratio) {
-        const xlm_ds::Rows rows{datasets, readable(languages), readable(passes), readable(blocks)};
+        const xlm_ds::Rows rows{streams, readable(numbers), readable(passes), readable(blocks)};
         const py::gil_scoped_release unlocked;
         return xlm_ds::count_targets(rows, mask_ratio);
       },
-      "datasets"_a, py::kw_only(), "languages"_a.noconvert(), "passes"_a.noconvert(),
+      "streams"_a, py::kw_only(), "numbers"_a.noconvert(), "passes"_a.noconvert(),
       "blocks"_a.noconvert(), "mask_ratio"_a);
 }
 

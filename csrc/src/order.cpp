@@ -59,12 +59,12 @@ std::uint64_t Permutation::operator()(std::uint64_t index) const {
   return index;
 }
 
-LanguageSchedule::LanguageSchedule(std::uint64_t key, std::span<const std::uint64_t> weights,
+StreamSchedule::StreamSchedule(std::uint64_t key, std::span<const std::uint64_t> weights,
                                    std::uint64_t first_window)
     : key_(key), first_window_(first_window), left_shares_(weights.size()) {
-  require(!weights.empty(), "a schedule needs at least one language");
+  require(!weights.empty(), "a schedule needs at least one stream");
   for (const std::uint64_t weight : weights) {
-    require(weight >= 1 && weight <= kMaxWeight, "a language's weight must be from 1 to 2^32");
+    require(weight >= 1 && weight <= kMaxWeight, "a stream's weight must be from 1 to 2^32");
   }
   const auto split = [&](const auto& self, std::size_t first, std::size_t end) -> std::uint64_t {
     if (end - first == 1) return weights[first];
@@ -77,7 +77,7 @@ LanguageSchedule::LanguageSchedule(std::uint64_t key, std::span<const std::uint6
   (void)split(split, 0, weights.size());
 }
 
-LanguageSchedule::Draw LanguageSchedule::draw_without_chance(std::uint64_t visit) const noexcept {
+StreamSchedule::Draw StreamSchedule::draw_without_chance(std::uint64_t visit) const noexcept {
   std::size_t first = 0;
   std::size_t end = left_shares_.size();
   while (end - first > 1) {
@@ -90,7 +90,7 @@ LanguageSchedule::Draw LanguageSchedule::draw_without_chance(std::uint64_t visit
   return {first, visit};
 }
 
-std::array<LanguageSchedule::Draw, LanguageSchedule::kWindow> LanguageSchedule::draws_of(
+std::array<StreamSchedule::Draw, StreamSchedule::kWindow> StreamSchedule::draws_of(
     std::uint64_t window) const noexcept {
   std::array<Draw, kWindow> draws;
   for (std::size_t i = 0; i < kWindow; ++i) draws[i] = draw_without_chance(window * kWindow + i);
@@ -98,10 +98,10 @@ std::array<LanguageSchedule::Draw, LanguageSchedule::kWindow> LanguageSchedule::
   for (std::size_t i = kWindow - 1; i > 0; --i) {
     std::swap(draws[i], draws[Digits(random_at(key, i)).take(i + 1)]);
   }
-  // The languages are shuffled; a language's draws are numbered in the order they come.
+  // The streams are shuffled; a stream's draws are numbered in the order they come.
   for (std::size_t i = 0; i < kWindow; ++i) {
     for (std::size_t j = i + 1; j < kWindow; ++j) {
-      if (draws[j].language == draws[i].language && draws[j].number < draws[i].number) {
+      if (draws[j].stream == draws[i].stream && draws[j].number < draws[i].number) {
         std::swap(draws[i].number, draws[j].number);
       }
     }
@@ -109,7 +109,7 @@ std::array<LanguageSchedule::Draw, LanguageSchedule::kWindow> LanguageSchedule::
   return draws;
 }
 
-std::vector<std::uint64_t> LanguageSchedule::counts_of_first(std::uint64_t samples) const {
+std::vector<std::uint64_t> StreamSchedule::counts_of_first(std::uint64_t samples) const {
   std::vector<std::uint64_t> counts(left_shares_.size());
   const auto share_out = [&](const auto& self, std::size_t first, std::size_t end,
                              std::uint64_t visits) -> void {
@@ -125,7 +125,7 @@ std::vector<std::uint64_t> LanguageSchedule::counts_of_first(std::uint64_t sampl
   const std::uint64_t window = samples / kWindow;
   share_out(share_out, 0, counts.size(), window * kWindow);  // whole windows: their shuffle is no matter
   const auto draws = draws_of(window);
-  for (const Draw& draw : std::span(draws).first(samples % kWindow)) ++counts[draw.language];
+  for (const Draw& draw : std::span(draws).first(samples % kWindow)) ++counts[draw.stream];
   return counts;
 }
 
@@ -135,28 +135,28 @@ Order::Order(std::uint64_t seed, std::span<const Segment> segments,
   require(!segments.empty() && segments.front().first_sample == 0,
           "an order's first segment begins at sample 0");
   for (const std::uint64_t count : blocks) {
-    require(count >= 1 && count <= kMaxSize, "a language's blocks must be from 1 to 2^63");
+    require(count >= 1 && count <= kMaxSize, "a stream's blocks must be from 1 to 2^63");
   }
   const std::uint64_t key = key_for(seed, Purpose::language_order);
   std::uint64_t first_window = 0;
   std::vector<std::uint64_t> drawn(blocks.size());
   for (const auto& [first_sample, weights] : segments) {
     require(weights.size() == blocks.size(),
-            "every language needs a number of blocks and a weight");
+            "every stream needs a number of blocks and a weight");
     if (!parts_.empty()) {
       require(first_sample > parts_.back().first_sample && first_sample < kMaxSample,
               "segments begin one after another, below sample 2^62");
       const std::uint64_t samples = first_sample - parts_.back().first_sample;
-      first_window += (samples + LanguageSchedule::kWindow - 1) / LanguageSchedule::kWindow;
+      first_window += (samples + StreamSchedule::kWindow - 1) / StreamSchedule::kWindow;
       const auto counts = parts_.back().schedule.counts_of_first(samples);
       for (std::size_t l = 0; l < drawn.size(); ++l) drawn[l] += counts[l];
     }
-    parts_.push_back({first_sample, LanguageSchedule(key, weights, first_window), drawn});
+    parts_.push_back({first_sample, StreamSchedule(key, weights, first_window), drawn});
   }
 }
 
 void Order::fill_samples(std::uint64_t first, const SampleColumns& out) const {
-  const std::size_t count = out.languages.size();
+  const std::size_t count = out.streams.size();
   require(out.passes.size() == count && out.blocks.size() == count, "the columns' lengths differ");
   require(first <= kMaxSample && count <= kMaxSample - first, "sample numbers end at 2^62");
   const auto after = [](std::uint64_t sample, const Part& part) { return sample < part.first_sample; };
@@ -166,15 +166,15 @@ void Order::fill_samples(std::uint64_t first, const SampleColumns& out) const {
     const Part& part = *std::prev(next);
     const std::uint64_t end = next == parts_.end() ? kMaxSample : next->first_sample;
     const std::uint64_t sample = first + row - part.first_sample;
-    const auto draws = part.schedule.draws_of(sample / LanguageSchedule::kWindow);
+    const auto draws = part.schedule.draws_of(sample / StreamSchedule::kWindow);
     for (std::size_t i = sample % draws.size();
          i < draws.size() && row < count && first + row < end; ++i) {
-      const std::size_t language = draws[i].language;
-      const std::uint64_t number = part.drawn_before[language] + draws[i].number;
-      const std::uint64_t pass = number / blocks_[language];
-      const std::uint64_t key = random_at(random_at(block_key_, language), pass);
-      const std::uint64_t block = Permutation(key, blocks_[language])(number % blocks_[language]);
-      out.languages[row] = static_cast<std::int64_t>(language);
+      const std::size_t stream = draws[i].stream;
+      const std::uint64_t number = part.drawn_before[stream] + draws[i].number;
+      const std::uint64_t pass = number / blocks_[stream];
+      const std::uint64_t key = random_at(random_at(block_key_, stream), pass);
+      const std::uint64_t block = Permutation(key, blocks_[stream])(number % blocks_[stream]);
+      out.streams[row] = static_cast<std::int64_t>(stream);
       out.passes[row] = static_cast<std::int64_t>(pass);
       out.blocks[row] = static_cast<std::int64_t>(block);
       ++row;

@@ -140,6 +140,13 @@ std::size_t TokenDataset::fill_block(std::uint64_t block, std::int64_t vocab_siz
   return length;
 }
 
+void TokenDataset::fill_start(std::uint64_t block, std::int64_t vocab_size,
+                              std::span<std::int64_t> out) const {
+  const auto [first, length] = range_of(block);
+  if (out.size() > length) throw std::invalid_argument("the block has fewer tokens");
+  fill_ids(first, vocab_size, out);
+}
+
 void TokenDataset::fill_ids(std::uint64_t first, std::int64_t vocab_size,
                             std::span<std::int64_t> out) const {
   const std::byte* const source = data_file_.bytes().data() + first * element_bytes(index_.dtype);

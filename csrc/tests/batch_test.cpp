@@ -6,6 +6,7 @@
 #include <numeric>
 #include <set>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,17 +16,21 @@
 #include "xlm_ds/file.hpp"
 #include "xlm_ds/mask.hpp"
 #include "xlm_ds/special_ids.hpp"
+#include "xlm_ds/stream.hpp"
 #include "xlm_ds/token_dataset.hpp"
 
 namespace {
 
 using xlm_ds::BreakMode;
 using xlm_ds::InputError;
+using xlm_ds::Stream;
 using xlm_ds::TokenDataset;
 
 class Pair {
  public:
-  Pair(const std::vector<std::uint32_t>& lengths, const std::vector<std::uint16_t>& ids) {
+  Pair(const std::vector<std::uint32_t>& lengths, const std::vector<std::uint16_t>& ids,
+       const std::string& name = "batch")
+      : scratch_(name) {
     xlm_ds::OutputFile(scratch_ / "lengths").write_at(0, std::as_bytes(std::span(lengths)));
     xlm_ds::write_index(scratch_ / "train.ar.idx", xlm_ds::IndexKind::mmap, xlm_ds::Dtype::uint16,
                         scratch_ / "lengths");
@@ -34,7 +39,7 @@ class Pair {
   [[nodiscard]] std::filesystem::path prefix() const { return scratch_ / "train.ar"; }
 
  private:
-  xlm_ds_test::Scratch scratch_{"batch"};
+  xlm_ds_test::Scratch scratch_;
 };
 
 using Ids = std::vector<std::int64_t>;
@@ -113,22 +118,95 @@ TEST(masking_refuses_shares_and_dictionaries_it_cannot_use) {
   CHECK_THROWS(xlm_ds::Masker({.vocab_size = 5}, 7), InputError);
 }
 
+struct Batch {
+  Batch(std::size_t rows, std::size_t length, std::size_t masked)
+      : ids(rows * length), languages(rows), seconds(rows), starts(rows),
+        positions(rows * masked), targets(rows * masked) {}
+  [[nodiscard]] xlm_ds::BatchArrays arrays() {
+    return {ids, languages, seconds, starts, positions, targets};
+  }
+  Ids ids, languages, seconds, starts, positions, targets;
+};
+
 TEST(batch_pads_short_rows) {
   const Pair pair({5}, {10, 11, 12, 13, 2});
   const TokenDataset dataset(pair.prefix(), BreakMode::none, 4);
-  const std::vector<const TokenDataset*> datasets{nullptr, &dataset};
-  const std::vector<std::int64_t> languages{1, 1}, passes{0, 0}, blocks{0, 1}, nobody{0, 0};
-  std::vector<std::int64_t> ids(10), positions(4), targets(4);
+  const Stream stream(dataset, 7);
+  const std::vector<const Stream*> streams{nullptr, &stream};
+  const Ids numbers{1, 1}, passes{0, 0}, blocks{0, 1}, nobody{0, 0};
+  Batch batch(2, 5, 2);
   const xlm_ds::Masking masking{.seed = 1, .ratio = 0.5, .vocab_size = 20};
-  const xlm_ds::BatchArrays out{ids, positions, targets};
-  CHECK(xlm_ds::fill_batch({datasets, languages, passes, blocks}, masking, out));
+  const auto filled = xlm_ds::fill_batch({streams, numbers, passes, blocks}, masking, batch.arrays());
+  CHECK(filled.has_padding && !filled.has_pairs);
+  CHECK((batch.languages == Ids{7, 7}) && (batch.seconds == Ids{-1, -1}) && (batch.starts == Ids{5, 5}));
+  const Ids &ids = batch.ids, &positions = batch.positions, &targets = batch.targets;
   CHECK(ids[0] == xlm_ds::kEos && ids[5] == xlm_ds::kEos);
   CHECK(ids[7] == xlm_ds::kPad && ids[9] == xlm_ds::kPad);
   CHECK(positions[2] == 6 && targets[2] == 2 && positions[3] == 5 && targets[3] == xlm_ds::kPad);
-  CHECK(xlm_ds::count_targets({datasets, languages, passes, blocks}, 0.5) == 3);
-  CHECK_THROWS(xlm_ds::fill_batch({datasets, nobody, passes, blocks}, masking, out),
+  CHECK(xlm_ds::count_targets({streams, numbers, passes, blocks}, 0.5) == 3);
+  CHECK_THROWS(xlm_ds::fill_batch({streams, nobody, passes, blocks}, masking, batch.arrays()),
                std::out_of_range);
-  const xlm_ds::BatchArrays too_small{ids, positions, std::span(targets).first(3)};
-  CHECK_THROWS(xlm_ds::fill_batch({datasets, languages, passes, blocks}, masking, too_small),
+  auto too_small = batch.arrays();
+  too_small.targets = too_small.targets.first(3);
+  CHECK_THROWS(xlm_ds::fill_batch({streams, numbers, passes, blocks}, masking, too_small),
                std::invalid_argument);
+  auto without_starts = batch.arrays();
+  without_starts.second_starts = {};
+  CHECK_THROWS(xlm_ds::fill_batch({streams, numbers, passes, blocks}, masking, without_starts),
+               std::invalid_argument);
+}
+
+namespace {
+
+/// The rows of line pairs as they are without masks, in rows of `length` tokens.
+Batch rows_of(const Stream& pairs, const Ids& lines, std::size_t length) {
+  const std::vector<const Stream*> streams{&pairs};
+  const Ids zeros(lines.size(), 0);
+  Batch batch(lines.size(), length, 0);
+  const xlm_ds::Masking none{.ratio = 0, .vocab_size = 100};
+  const auto filled = xlm_ds::fill_batch({streams, zeros, zeros, lines}, none, batch.arrays());
+  CHECK(filled.has_pairs);
+  return batch;
+}
+
+}  // namespace
+
+TEST(a_pairs_row_is_both_lines_and_is_cut_fairly) {
+  const Pair one({3, 8, 8, 2, 1}, {10, 11, 2, 20, 21, 22, 23, 24, 25, 26, 2, 30, 31, 32, 33, 34, 35, 36, 2, 40, 2, 2});
+  const Pair two({2, 8, 2, 8, 2}, {50, 2, 60, 61, 62, 63, 64, 65, 66, 2, 70, 2, 80, 81, 82, 83, 84, 85, 86, 2, 90, 2},
+                 "batch_two");
+  const TokenDataset first(one.prefix(), BreakMode::eos, 8), second(two.prefix(), BreakMode::eos, 8);
+  const Stream pairs(first, 0, second, 3);
+  CHECK(pairs.is_pair() && pairs.blocks() == 5 && pairs.count_cut() == 3);
+  const Batch batch = rows_of(pairs, {0, 1, 2, 3, 4}, 9);
+  const Ids expected{2, 10, 11, 2, 2, 50, 2,  1,  1,   // fits
+                     2, 20, 21, 22, 2, 2, 60, 61, 2,   // both too long: half each, the odd one to the first
+                     2, 30, 31, 32, 33, 2, 2, 70, 2,   // the second needs less than its half
+                     2, 40, 2, 2, 80, 81, 82, 83, 2,   // the first does
+                     2, 2, 2, 90, 2, 1, 1, 1, 1};      // an empty line
+  CHECK(batch.ids == expected);
+  CHECK((batch.starts == Ids{4, 5, 6, 3, 2}) && (batch.seconds == Ids(5, 3)));
+  CHECK((batch.languages == Ids(5, 0)));
+}
+
+TEST(sides_that_do_not_fit_are_refused) {
+  const Pair one({2, 2}, {10, 2, 11, 2}), two({2}, {12, 2}, "batch_two");
+  const TokenDataset first(one.prefix(), BreakMode::eos, 8), second(two.prefix(), BreakMode::eos, 8);
+  const TokenDataset other(one.prefix(), BreakMode::eos, 9), tiny(one.prefix(), BreakMode::eos, 4);
+  CHECK_THROWS(Stream(first, 0, second, 1), std::invalid_argument);
+  CHECK_THROWS(Stream(first, 0, other, 1), std::invalid_argument);
+  CHECK_THROWS(Stream(tiny, 0, tiny, 1), std::invalid_argument);
+  CHECK_THROWS((void)Stream(first, 0, first, 1).row(2), std::out_of_range);
+}
+
+TEST(no_two_streams_share_a_key) {
+  const Pair pair({2}, {10, 2});
+  const TokenDataset lines(pair.prefix(), BreakMode::eos, 8);
+  std::set<std::uint64_t> keys;
+  for (std::int64_t l = 0; l < 20; ++l) {
+    CHECK(Stream(lines, l).key() == static_cast<std::uint64_t>(l));  // as before there were pairs
+    keys.insert(Stream(lines, l).key());
+    for (std::int64_t m = 0; m < 20; ++m) keys.insert(Stream(lines, l, lines, m).key());
+  }
+  CHECK(keys.size() == 20 + 20 * 20);
 }

@@ -15,15 +15,15 @@
 
 namespace {
 
-using xlm_ds::LanguageSchedule;
+using xlm_ds::StreamSchedule;
 using xlm_ds::Order;
 using xlm_ds::Permutation;
 using xlm_ds::Segment;
 
 struct Columns {
-  explicit Columns(std::size_t count) : languages(count), passes(count), blocks(count) {}
-  std::vector<std::int64_t> languages, passes, blocks;
-  [[nodiscard]] xlm_ds::SampleColumns out() { return {languages, passes, blocks}; }
+  explicit Columns(std::size_t count) : streams(count), passes(count), blocks(count) {}
+  std::vector<std::int64_t> streams, passes, blocks;
+  [[nodiscard]] xlm_ds::SampleColumns out() { return {streams, passes, blocks}; }
 };
 
 }  // namespace
@@ -70,14 +70,14 @@ TEST(schedule_keeps_every_quota_at_every_prefix) {
   for (std::uint64_t l = 1; l <= 100; ++l) weights.push_back(l * l * l);  // 1:10^6
   double total = 0;
   for (const auto weight : weights) total += static_cast<double>(weight);
-  const LanguageSchedule schedule(5, weights);
+  const StreamSchedule schedule(5, weights);
   std::vector<std::uint64_t> counts(weights.size());
   double worst = 0;
   for (std::uint64_t sample = 0; sample < 20000; ++sample) {
-    const std::uint64_t window = sample / LanguageSchedule::kWindow;
-    const auto draw = schedule.draws_of(window)[sample % LanguageSchedule::kWindow];
-    CHECK(draw.number == counts[draw.language]);
-    ++counts[draw.language];
+    const std::uint64_t window = sample / StreamSchedule::kWindow;
+    const auto draw = schedule.draws_of(window)[sample % StreamSchedule::kWindow];
+    CHECK(draw.number == counts[draw.stream]);
+    ++counts[draw.stream];
     for (std::size_t l = 0; l < weights.size(); ++l) {
       const double share = static_cast<double>(weights[l]) / total;
       const double quota = share * static_cast<double>(sample + 1);
@@ -88,9 +88,9 @@ TEST(schedule_keeps_every_quota_at_every_prefix) {
 }
 
 TEST(schedule_refuses_weights_it_cannot_serve) {
-  CHECK_THROWS(LanguageSchedule(1, {}), std::invalid_argument);
+  CHECK_THROWS(StreamSchedule(1, {}), std::invalid_argument);
   const std::vector<std::uint64_t> with_zero{1, 0};
-  CHECK_THROWS(LanguageSchedule(1, with_zero), std::invalid_argument);
+  CHECK_THROWS(StreamSchedule(1, with_zero), std::invalid_argument);
 }
 
 TEST(order_does_not_depend_on_where_it_is_read_from) {
@@ -102,12 +102,12 @@ TEST(order_does_not_depend_on_where_it_is_read_from) {
   for (std::size_t i = 0; i < 200; ++i) {
     Columns one(1);
     order.fill_samples(40 + i, one.out());
-    CHECK(one.languages[0] == whole.languages[i]);
+    CHECK(one.streams[0] == whole.streams[i]);
     CHECK(one.passes[0] == whole.passes[i] && one.blocks[0] == whole.blocks[i]);
   }
 }
 
-TEST(order_refuses_languages_without_blocks) {
+TEST(order_refuses_streams_without_blocks) {
   const std::vector<std::uint64_t> blocks{17, 0}, one{1};
   const std::vector<Segment> segments{{0, {3, 1}}};
   CHECK_THROWS(Order(9, segments, blocks), std::invalid_argument);
@@ -129,11 +129,11 @@ TEST(order_refuses_segments_that_do_not_follow) {
 
 TEST(counts_of_a_schedule_are_those_of_counting) {
   const std::vector<std::uint64_t> weights{9, 1, 4, 4, 30};
-  const LanguageSchedule schedule(5, weights, 7);
+  const StreamSchedule schedule(5, weights, 7);
   std::vector<std::uint64_t> counts(weights.size());
   for (std::uint64_t sample = 0; sample < 500; ++sample) {
     CHECK(schedule.counts_of_first(sample) == counts);
-    ++counts[schedule.draws_of(sample / 16)[sample % 16].language];
+    ++counts[schedule.draws_of(sample / 16)[sample % 16].stream];
   }
 }
 
@@ -143,10 +143,10 @@ TEST(segments_keep_their_quotas_and_the_passes_go_on) {
   Columns whole(3000);
   Order(9, segments, blocks).fill_samples(0, whole.out());
   std::vector<std::vector<std::int64_t>> walks(blocks.size());
-  for (std::size_t i = 0; i < whole.languages.size(); ++i) {
-    const auto language = static_cast<std::size_t>(whole.languages[i]);
-    CHECK(static_cast<std::uint64_t>(whole.passes[i]) == walks[language].size() / blocks[language]);
-    walks[language].push_back(whole.blocks[i]);
+  for (std::size_t i = 0; i < whole.streams.size(); ++i) {
+    const auto stream = static_cast<std::size_t>(whole.streams[i]);
+    CHECK(static_cast<std::uint64_t>(whole.passes[i]) == walks[stream].size() / blocks[stream]);
+    walks[stream].push_back(whole.blocks[i]);
   }
   for (std::size_t l = 0; l < blocks.size(); ++l) {
     const auto size = static_cast<std::ptrdiff_t>(blocks[l]);
@@ -165,7 +165,7 @@ TEST(segments_keep_their_quotas_and_the_passes_go_on) {
     const auto total =
         static_cast<double>(std::accumulate(weights.begin(), weights.end(), std::uint64_t{0}));
     for (std::size_t i = segments[s].first_sample; i < end; ++i) {
-      ++counts[static_cast<std::size_t>(whole.languages[i])];
+      ++counts[static_cast<std::size_t>(whole.streams[i])];
       for (std::size_t l = 0; l < weights.size(); ++l) {
         const double samples = static_cast<double>(i + 1 - segments[s].first_sample);
         const double quota = samples * static_cast<double>(weights[l]) / total;

@@ -45,6 +45,9 @@ class TokenDataset {
   std::size_t fill_block(std::uint64_t block, std::int64_t vocab_size,
                          std::span<std::int64_t> out) const;
 
+  /// Fills `out` with the first ids of a block, which must have as many. Throws as fill_block.
+  void fill_start(std::uint64_t block, std::int64_t vocab_size, std::span<std::int64_t> out) const;
+
   /// What the table of the modes complete and complete_doc takes; else 0.
   [[nodiscard]] std::size_t table_bytes() const noexcept { return 8 * table_.size(); }
 
