@@ -105,35 +105,53 @@ def encode_text(text: str, symbols: list[str]) -> list[list[int]]:
 
 
 def xlm_logits(
-    params: Mapping[str, Tensor], *, heads: int, relu: bool, input_ids: Tensor, languages: Tensor
+    params: Mapping[str, Tensor],
+    *,
+    heads: int,
+    relu: bool,
+    input_ids: Tensor,
+    languages: Tensor,
+    first_position_row: int = 2,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Scores of all positions (B, T, V), one row and one head at a time, without dropout.
 
-    Follows fairseq's xlm_base in its order of steps; a row must hold at least one token.
+    Follows fairseq's xlm_base in its order of steps; what there are no parameters for is left out. A row must hold at
+    least one token.
     """
-    rows = zip(input_ids, languages, strict=True)
-    return torch.stack([_row_logits(params, heads, relu, ids, lang) for ids, lang in rows])
+    return torch.stack([
+        _row_logits(params, heads, relu, ids, language, first_position_row, eps)
+        for ids, language in zip(input_ids, languages, strict=True)
+    ])  # fmt: skip
 
 
 def _row_logits(
-    params: Mapping[str, Tensor], heads: int, relu: bool, ids: Tensor, language: Tensor
+    params: Mapping[str, Tensor],
+    heads: int,
+    relu: bool,
+    ids: Tensor,
+    language: Tensor,
+    first_position_row: int,
+    eps: float,
 ) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
         return scaled * params[f"{name}.weight"] + params[f"{name}.bias"]
 
     def activation(x: Tensor) -> Tensor:
         return x.clamp(min=0) if relu else 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
     pad = ids == 1
-    x = params["token_embedding.weight"][ids] + params["language_embedding.weight"][language]
+    x = params["token_embedding.weight"][ids]
+    if "language_embedding.weight" in params:
+        x = x + params["language_embedding.weight"][language]
     if "position_embedding.weight" in params:
-        rows = [1 if pad[i] else 1 + int((~pad[: i + 1]).sum()) for i in range(len(ids))]
-        x = x + params["position_embedding.weight"][rows]
+        before = [int((~pad[:i]).sum()) for i in range(len(ids))]
+        x = x + params["position_embedding.weight"][[first_position_row + n for n in before]]
     if "embedding_norm.weight" in params:
         x = norm(x, "embedding_norm")
     x = torch.where(pad[:, None], torch.zeros_like(x), x)
@@ -153,7 +171,8 @@ def _row_logits(
         inner = activation(linear(x, f"{name}.ffn.fc1"))
         x = norm(x + linear(inner, f"{name}.ffn.fc2"), f"{name}.ffn_norm")
         layer += 1
-    x = norm(activation(linear(x, "head.transform")), "head.norm")
+    if "head.transform.weight" in params:
+        x = norm(activation(linear(x, "head.transform")), "head.norm")
     return x @ params["token_embedding.weight"].T + params["head.output_bias"]
 
 

@@ -298,7 +298,12 @@ class DataConfig:
 class ModelConfig:
     """Shape of the network; what is not given is the architecture's."""
 
-    arch: str = knob("named sizes", default="xlm_base", choices=("xlm_base",))
+    arch: str = knob(
+        "fairseq's xlm_base, or XLM's own network: xlm has its size, xlm_xnli15 and xlm_100 are those of its models of "
+        "15 languages and of 17 or 100",
+        default="xlm_base",
+        choices=("xlm_base", "xlm", "xlm_xnli15", "xlm_100"),
+    )
     encoder_layers: int | None = knob("layers", default=None, bounds="[1, inf)")
     encoder_embed_dim: int | None = knob("width", default=None, bounds="[1, inf)")
     encoder_ffn_embed_dim: int | None = knob(
@@ -317,16 +322,19 @@ class ModelConfig:
     )
     activation_fn: str | None = knob("activation", default=None, choices=("gelu", "relu"))
     num_segment: int | None = knob(
-        "rows of the language embedding (default: the number of languages)",
+        "rows of the language embedding (0: there is none; default: the number of languages, with xlm_100 0)",
         default=None,
         bounds="[0, inf)",
     )
     max_positions: int | None = knob(
-        "rows of the position table (default: --tokens-per-sample)", default=None, bounds="[1, inf)"
+        "rows of the position table (default: --tokens-per-sample; of XLM's network, 512)",
+        default=None,
+        bounds="[1, inf)",
     )
     no_token_positional_embeddings: bool = knob("no position embedding", default=False)
     encoder_normalize_before: bool = knob(
-        "LayerNorm on the sum of the embeddings (layers stay post-LN)", default=False
+        "LayerNorm on the sum of the embeddings (layers stay post-LN), as XLM's network always has",
+        default=False,
     )
     init_output_bias: str = knob(
         "start of the output bias: log of the training unigram mixture, or zeros as fairseq",
