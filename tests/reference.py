@@ -6,7 +6,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -326,21 +326,41 @@ def samples_by_counting(
     return result[:count]
 
 
+def words_of(tokens: Sequence[int], going_on: Container[int]) -> list[list[int]]:
+    """The positions of each word; a token of `going_on` is of one word with the next, unless that is eos."""
+    words: list[list[int]] = []
+    for i, token in enumerate(tokens):
+        if i and tokens[i - 1] in going_on and token != _EOS:
+            words[-1].append(i)
+        else:
+            words.append([i])
+    return words
+
+
 def masked_block(
-    key: int, tokens: Sequence[int], ratio: float, vocab_size: int
+    key: int,
+    tokens: Sequence[int],
+    ratio: float,
+    vocab_size: int,
+    going_on: Container[int] = (),
 ) -> tuple[list[int], list[int]]:
-    """What is shown, and the masked positions: the first ceil(ratio * n) of a permutation of all n."""
-    shown = list(tokens)
-    positions = list(range(len(tokens)))
+    """What is shown, and the masked positions: the first ceil(ratio * n) of a permutation of all words."""
+    shown, positions = list(tokens), list[int]()
+    words = words_of(tokens, going_on)
     count = math.ceil(ratio * len(tokens))
-    for i in range(count):
-        j, tenth, word = digits(random_at(key, i), len(tokens) - i, 10, vocab_size - _SPECIALS)
-        positions[i], positions[i + j] = positions[i + j], positions[i]
-        if tenth < 8:
-            shown[positions[i]] = _MASK
-        elif tenth == 8:
-            shown[positions[i]] = _SPECIALS + word
-    return shown, sorted(positions[:count])
+    for i in range(len(words)):
+        j, *choice = digits(random_at(key, i), len(words) - i, 10, vocab_size - _SPECIALS)
+        words[i], words[i + j] = words[i + j], words[i]
+        for place in words[i][: count - len(positions)]:
+            if place != words[i][0]:
+                choice = digits(random_at(key, len(tokens) + place), 10, vocab_size - _SPECIALS)
+            tenth, word = choice
+            if tenth < 8:
+                shown[place] = _MASK
+            elif tenth == 8:
+                shown[place] = _SPECIALS + word
+            positions.append(place)
+    return shown, sorted(positions)
 
 
 def cut_blocks(lines: Sequence[Sequence[int]], size: int, break_mode: str) -> list[list[int]]:
@@ -377,9 +397,11 @@ def batch_row(
     size: int,
     ratio: float,
     vocab_size: int,
+    going_on: Container[int] = (),
 ) -> tuple[list[int], list[int], list[int]]:
     """(input ids, masked positions, targets) of one sample, padded as for a block of `size` tokens."""
-    shown, positions = masked_block(random_at(seed, _MASKS, *sample), tokens, ratio, vocab_size)
+    key = random_at(seed, _MASKS, *sample)
+    shown, positions = masked_block(key, tokens, ratio, vocab_size, going_on)
     missing = math.ceil(ratio * size) - len(positions)
     return (
         [_EOS, *shown, *[_PAD] * (size - len(tokens))],

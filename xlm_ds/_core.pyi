@@ -281,12 +281,15 @@ def fill_batch(
     input_ids: NDArray[np.int64],
     masked_positions: NDArray[np.int64],
     targets: NDArray[np.int64],
+    word_goes_on: NDArray[np.uint64] | None = None,
 ) -> bool:
     """Gathers and masks the blocks named by languages, passes, blocks (B,); True if some row is padded.
 
     With T = block_size + 1 and K = masked_count(mask_ratio, block_size), it fills input_ids (B, T) with eos, the masked
     block, PAD; masked_positions (B * K,) with indices into the B * T ids, ascending within a row, and where a short row
     has fewer, with that of the row's eos; targets (B * K,) with what was there, and PAD for those.
+    With `word_goes_on`, bit i % 64 of number i // 64 for every id i, whole words are masked, the last one cut to what
+    is left: a token whose bit is set is of one word with the next, unless that is eos.
     Raises InputError for a damaged block, an id beyond the dictionary, or masking that cannot be done.
     """
 

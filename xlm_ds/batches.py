@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xlm_ds import _core
 from xlm_ds.dataset import TokenDataset
-from xlm_ds.dictionary import PAD
+from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.order import Samples, evaluation_samples
 
 
@@ -38,11 +40,26 @@ class MaskedBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
-    """Masks are decided by (seed, language, pass, block); random words are the dictionary's, not special ones."""
+    """Masks are decided by (seed, language, pass, block); random words are the dictionary's, not special ones.
+
+    With `word_goes_on` (Dictionary's), whole words are masked.
+    """
 
     seed: int
     mask_ratio: float
     vocab_size: int
+    word_goes_on: NDArray[np.uint64] | None = None
+
+
+def build_masking(
+    dictionary: Dictionary, *, seed: int, mask_ratio: float, whole_words: bool
+) -> Masking:
+    return Masking(
+        seed=seed,
+        mask_ratio=mask_ratio,
+        vocab_size=len(dictionary),
+        word_goes_on=dictionary.word_goes_on if whole_words else None,
+    )
 
 
 def build_batch(
@@ -67,6 +84,7 @@ def build_batch(
         input_ids=input_ids.numpy(),
         masked_positions=masked_positions.numpy(),
         targets=targets.numpy(),
+        word_goes_on=masking.word_goes_on,
     )
     languages = torch.from_numpy(samples.languages)
     return MaskedBatch(input_ids, languages, masked_positions, targets, has_padding)

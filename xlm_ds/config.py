@@ -287,6 +287,10 @@ class DataConfig:
         default=Steps((0.15,)),
         bounds="(0, 1]",
     )
+    whole_word_masking: bool = knob(
+        "mask all subwords of a word (x@@ y@@ z), and as many tokens as without; also in validation and evaluation",
+        default=False,
+    )
     seed: int = knob(
         "decides initial weights, order, masks and dropout",
         default=0,
