@@ -380,16 +380,19 @@ class OptimizationConfig:
     lr_scheduler: str = knob(
         "learning rate over the run",
         default="reduce_lr_on_plateau",
-        choices=("reduce_lr_on_plateau", "inverse_sqrt", "linear"),
+        choices=("reduce_lr_on_plateau", "inverse_sqrt", "linear", "cosine", "wsd"),
     )
     warmup_updates: int = knob("updates of linear warm-up", default=0, bounds="[0, inf)")
     warmup_init_lr: float = knob(
         "learning rate at update 0 of the warm-up", default=0.0, bounds="[0, inf)"
     )
     decay_updates: int | None = knob(
-        "linear: the last N updates decay to 0 (default: all after the warm-up)",
+        "linear, cosine, wsd: the last N updates decay to --min-lr (default: all after the warm-up; wsd needs it)",
         default=None,
         bounds="[0, inf)",
+    )
+    min_lr: float = knob(
+        "linear, cosine, wsd: learning rate at the end", default=0.0, bounds="[0, inf)"
     )
     lr_shrink: float = knob("plateau: factor", default=0.1, bounds="(0, 1)")
     lr_patience: int = knob(
