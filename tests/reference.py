@@ -6,7 +6,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -105,35 +105,53 @@ def encode_text(text: str, symbols: list[str]) -> list[list[int]]:
 
 
 def xlm_logits(
-    params: Mapping[str, Tensor], *, heads: int, relu: bool, input_ids: Tensor, languages: Tensor
+    params: Mapping[str, Tensor],
+    *,
+    heads: int,
+    relu: bool,
+    input_ids: Tensor,
+    languages: Tensor,
+    first_position_row: int = 2,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Scores of all positions (B, T, V), one row and one head at a time, without dropout.
 
-    Follows fairseq's xlm_base in its order of steps; a row must hold at least one token.
+    Follows fairseq's xlm_base in its order of steps; what there are no parameters for is left out. A row must hold at
+    least one token.
     """
-    rows = zip(input_ids, languages, strict=True)
-    return torch.stack([_row_logits(params, heads, relu, ids, lang) for ids, lang in rows])
+    return torch.stack([
+        _row_logits(params, heads, relu, ids, language, first_position_row, eps)
+        for ids, language in zip(input_ids, languages, strict=True)
+    ])  # fmt: skip
 
 
 def _row_logits(
-    params: Mapping[str, Tensor], heads: int, relu: bool, ids: Tensor, language: Tensor
+    params: Mapping[str, Tensor],
+    heads: int,
+    relu: bool,
+    ids: Tensor,
+    language: Tensor,
+    first_position_row: int,
+    eps: float,
 ) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
         return scaled * params[f"{name}.weight"] + params[f"{name}.bias"]
 
     def activation(x: Tensor) -> Tensor:
         return x.clamp(min=0) if relu else 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
     pad = ids == 1
-    x = params["token_embedding.weight"][ids] + params["language_embedding.weight"][language]
+    x = params["token_embedding.weight"][ids]
+    if "language_embedding.weight" in params:
+        x = x + params["language_embedding.weight"][language]
     if "position_embedding.weight" in params:
-        rows = [1 if pad[i] else 1 + int((~pad[: i + 1]).sum()) for i in range(len(ids))]
-        x = x + params["position_embedding.weight"][rows]
+        before = [int((~pad[:i]).sum()) for i in range(len(ids))]
+        x = x + params["position_embedding.weight"][[first_position_row + n for n in before]]
     if "embedding_norm.weight" in params:
         x = norm(x, "embedding_norm")
     x = torch.where(pad[:, None], torch.zeros_like(x), x)
@@ -153,7 +171,8 @@ def _row_logits(
         inner = activation(linear(x, f"{name}.ffn.fc1"))
         x = norm(x + linear(inner, f"{name}.ffn.fc2"), f"{name}.ffn_norm")
         layer += 1
-    x = norm(activation(linear(x, "head.transform")), "head.norm")
+    if "head.transform.weight" in params:
+        x = norm(activation(linear(x, "head.transform")), "head.norm")
     return x @ params["token_embedding.weight"].T + params["head.output_bias"]
 
 
@@ -307,21 +326,41 @@ def samples_by_counting(
     return result[:count]
 
 
+def words_of(tokens: Sequence[int], going_on: Container[int]) -> list[list[int]]:
+    """The positions of each word; a token of `going_on` is of one word with the next, unless that is eos."""
+    words: list[list[int]] = []
+    for i, token in enumerate(tokens):
+        if i and tokens[i - 1] in going_on and token != _EOS:
+            words[-1].append(i)
+        else:
+            words.append([i])
+    return words
+
+
 def masked_block(
-    key: int, tokens: Sequence[int], ratio: float, vocab_size: int
+    key: int,
+    tokens: Sequence[int],
+    ratio: float,
+    vocab_size: int,
+    going_on: Container[int] = (),
 ) -> tuple[list[int], list[int]]:
-    """What is shown, and the masked positions: the first ceil(ratio * n) of a permutation of all n."""
-    shown = list(tokens)
-    positions = list(range(len(tokens)))
+    """What is shown, and the masked positions: the first ceil(ratio * n) of a permutation of all words."""
+    shown, positions = list(tokens), list[int]()
+    words = words_of(tokens, going_on)
     count = math.ceil(ratio * len(tokens))
-    for i in range(count):
-        j, tenth, word = digits(random_at(key, i), len(tokens) - i, 10, vocab_size - _SPECIALS)
-        positions[i], positions[i + j] = positions[i + j], positions[i]
-        if tenth < 8:
-            shown[positions[i]] = _MASK
-        elif tenth == 8:
-            shown[positions[i]] = _SPECIALS + word
-    return shown, sorted(positions[:count])
+    for i in range(len(words)):
+        j, *choice = digits(random_at(key, i), len(words) - i, 10, vocab_size - _SPECIALS)
+        words[i], words[i + j] = words[i + j], words[i]
+        for place in words[i][: count - len(positions)]:
+            if place != words[i][0]:
+                choice = digits(random_at(key, len(tokens) + place), 10, vocab_size - _SPECIALS)
+            tenth, word = choice
+            if tenth < 8:
+                shown[place] = _MASK
+            elif tenth == 8:
+                shown[place] = _SPECIALS + word
+            positions.append(place)
+    return shown, sorted(positions)
 
 
 def cut_blocks(lines: Sequence[Sequence[int]], size: int, break_mode: str) -> list[list[int]]:
@@ -358,9 +397,11 @@ def batch_row(
     size: int,
     ratio: float,
     vocab_size: int,
+    going_on: Container[int] = (),
 ) -> tuple[list[int], list[int], list[int]]:
     """(input ids, masked positions, targets) of one sample, padded as for a block of `size` tokens."""
-    shown, positions = masked_block(random_at(seed, _MASKS, *sample), tokens, ratio, vocab_size)
+    key = random_at(seed, _MASKS, *sample)
+    shown, positions = masked_block(key, tokens, ratio, vocab_size, going_on)
     missing = math.ceil(ratio * size) - len(positions)
     return (
         [_EOS, *shown, *[_PAD] * (size - len(tokens))],

@@ -1,8 +1,9 @@
 """Batches: equal to their twin, exact counts, BERT's proportions, the same for any world size and micro-batch."""
 
+import dataclasses
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from xlm_ds.batches import (
     MaskedBatch,
     Masking,
     build_batch,
+    build_masking,
     count_targets,
     evaluation_batches,
     join_batches,
@@ -25,7 +27,7 @@ from xlm_ds.batches import (
 )
 from xlm_ds.corpus import Corpus, micro_batch, update_targets
 from xlm_ds.dataset import open_split
-from xlm_ds.dictionary import Dictionary
+from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.geometry import Geometry
 from xlm_ds.log import InputError
 from xlm_ds.order import Samples, build_order
@@ -85,7 +87,13 @@ def originals(batch: MaskedBatch) -> torch.Tensor:
 LINES = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=40), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def dictionary_of(going_on: Iterable[int]) -> Dictionary:
+    """V symbols, of which those of these ids end with @@."""
+    marked = set(going_on)
+    return Dictionary(tuple(f"w{i}@@" if i in marked else f"w{i}" for i in range(V)), (1,) * V)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     LINES,
     st.sampled_from([write_mmap, write_lazy]),
@@ -93,6 +101,7 @@ LINES = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=40), min_s
     st.integers(1, 70),
     st.floats(0, 1),
     st.integers(0, 2**64 - 1),
+    st.none() | st.sets(st.integers(5, V - 1)) | st.sampled_from([range(5, V), range(100, V)]),
     st.data(),
 )
 def test_batches_equal_their_twin(
@@ -103,19 +112,27 @@ def test_batches_equal_their_twin(
     size: int,
     ratio: float,
     seed: int,
+    going_on: Collection[int] | None,
     data: st.DataObject,
 ) -> None:
+    """`going_on`: ids of the symbols that end with @@, or nothing where words are not masked whole."""
     write(tmp_path / "train.a", lines)
     datasets = open_all(tmp_path, "a", length=size + 1, mode=mode)
     blocks = reference.cut_blocks(lines, size, mode)
     chosen = data.draw(st.lists(st.integers(0, len(blocks) - 1), min_size=1, max_size=5))
     passes = data.draw(st.lists(st.integers(0, 2**40), min_size=len(chosen), max_size=len(chosen)))
     samples = samples_of(*((0, p, k) for p, k in zip(passes, chosen, strict=True)))
-    masking = Masking(seed=seed, mask_ratio=ratio, vocab_size=V)
+    masking = build_masking(
+        dictionary_of(going_on or ()),
+        seed=seed,
+        mask_ratio=ratio,
+        whole_words=going_on is not None,
+    )
     batch = build_batch(datasets, samples, masking)
 
+    numbers = {"size": size, "ratio": ratio, "vocab_size": V, "going_on": going_on or ()}
     twins = [
-        reference.batch_row(seed, (0, p, k), blocks[k], size=size, ratio=ratio, vocab_size=V)
+        reference.batch_row(seed, (0, p, k), blocks[k], **numbers)  # type: ignore[arg-type]
         for p, k in zip(passes, chosen, strict=True)
     ]
     assert batch.input_ids.tolist() == [ids for ids, _, _ in twins]
@@ -125,6 +142,117 @@ def test_batches_equal_their_twin(
     assert batch.has_padding == any(len(blocks[k]) < size for k in chosen)
     expected = sum(len(reference.masked_block(0, blocks[k], ratio, V)[1]) for k in chosen)
     assert count_targets(datasets, samples, ratio) == expected
+
+
+# ----------------------------------------------------------------------------------- whole words
+
+# Two symbols of five go on.
+GOING_ON = [i for i in range(5, V) if i % 5 < 2]
+WHOLE_WORDS = build_masking(dictionary_of(GOING_ON), seed=5, mask_ratio=0.15, whole_words=True)
+
+
+def masked_of(batch: MaskedBatch, row: int) -> set[int]:
+    """Places of a row's block that are masked."""
+    length = batch.input_ids.shape[1]
+    chosen = (batch.masked_positions // length == row) & (batch.targets != PAD)
+    return set((batch.masked_positions[chosen] % length - 1).tolist())
+
+
+def test_words_are_masked_whole_but_for_one_of_a_row(datasets: tuple[Stream, ...]) -> None:
+    """As many tokens as without, and the word that is cut loses its end."""
+    samples = build_order([40, 10], alpha=1, seed=0).samples(0, 400)
+    batch = build_batch(datasets, samples, WHOLE_WORDS)
+    rows = originals(batch)[:, 1:].tolist()
+    cut_rows = longest = 0
+    for row, tokens in enumerate(rows):
+        words = reference.words_of(tokens, GOING_ON)
+        longest = max(longest, *map(len, words))
+        masked = masked_of(batch, row)
+        assert len(masked) == 39
+        cut = [word for word in words if 0 < len(masked & set(word)) < len(word)]
+        cut_rows += len(cut)
+        assert len(cut) <= 1
+        for word in cut:
+            assert masked & set(word) == set(word[: len(masked & set(word))])
+    assert longest > 3
+    assert 20 < cut_rows < 380, "in vain"
+    plain = build_batch(datasets, samples, MASKING)
+    cut = [
+        word
+        for row, tokens in enumerate(rows)
+        for word in reference.words_of(tokens, GOING_ON)
+        if 0 < len(masked_of(plain, row) & set(word)) < len(word)
+    ]
+    assert len(cut) > 10 * 400, "tokens alone would do the same"
+
+
+def test_every_token_of_a_word_is_shown_by_chances_of_its_own(
+    datasets: tuple[Stream, ...],
+) -> None:
+    """Shares within 4.5 standard deviations, of first tokens of words and of others, which know nothing of them."""
+    rows = 3000
+    samples = build_order([40, 10], alpha=1, seed=0).samples(0, rows)
+    batch = build_batch(datasets, samples, WHOLE_WORDS)
+    before = originals(batch).flatten()
+    follows = torch.isin(before[batch.masked_positions - 1], torch.tensor(GOING_ON))
+    is_mask = batch.input_ids.flatten()[batch.masked_positions] == MASK
+    is_kept = batch.input_ids.flatten()[batch.masked_positions] == batch.targets
+    for part in (follows, ~follows):
+        count = int(part.sum())
+        assert count > 1000
+        for found, share in ((is_mask, 0.8), (is_kept, 0.1 + 0.1 / (V - 5))):
+            spread = (count * share * (1 - share)) ** 0.5
+            assert abs(int((found & part).sum()) - count * share) < 4.5 * spread
+    together = follows[1:] & (batch.masked_positions.diff() == 1)
+    pairs = torch.stack([is_mask[:-1][together], is_mask[1:][together]]).double()
+    assert abs(torch.corrcoef(pairs)[0, 1].item()) < 4.5 / int(together.sum()) ** 0.5
+
+
+def test_without_subwords_whole_words_are_tokens(datasets: tuple[Stream, ...]) -> None:
+    samples = build_order([40, 10], alpha=1, seed=0).samples(0, 50)
+    words = build_masking(dictionary_of(()), seed=5, mask_ratio=0.15, whole_words=True)
+    assert words.word_goes_on is not None
+    batches = [build_batch(datasets, samples, masking) for masking in (words, MASKING)]
+    assert all(torch.equal(a, b) for a, b in zip(*(b[:4] for b in batches), strict=True))
+
+
+def test_a_larger_ratio_masks_more_of_the_same_words(datasets: tuple[Stream, ...]) -> None:
+    sets = [
+        masked_of(
+            build_batch(
+                datasets, samples_of((0, 0, 3)), dataclasses.replace(WHOLE_WORDS, mask_ratio=r)
+            ),
+            0,
+        )
+        for r in (0.0, 0.1, 0.15, 0.5, 1.0)
+    ]
+    assert [len(s) for s in sets] == [0, 26, 39, 128, 255]
+    assert all(a < b for a, b in itertools.pairwise(sets))
+
+
+def test_eos_is_a_word_of_its_own(tmp_path: Path) -> None:
+    """Also after a symbol that should go on: a word never runs into the next line."""
+    write_mmap(tmp_path / "train.a", [[10, EOS, 10, EOS] * 25])
+    masking = build_masking(dictionary_of([10]), seed=5, mask_ratio=0.5, whole_words=True)
+    datasets = open_all(tmp_path, "a", length=101)
+    plain = dataclasses.replace(masking, word_goes_on=None)
+    batches = [build_batch(datasets, samples_of((0, 0, 0)), m) for m in (masking, plain)]
+    assert torch.equal(batches[0].masked_positions, batches[1].masked_positions)
+
+
+def test_bits_are_those_of_the_symbols_that_end_with_at_signs() -> None:
+    symbols = (*SPECIAL_SYMBOLS, *(f"w{i}{'@@' * (i % 3 == 0)}" for i in range(123)), "@@", "a@@b")
+    bits = Dictionary(symbols, (1,) * len(symbols)).word_goes_on
+    assert bits.dtype == np.uint64
+    assert len(bits) == 3
+    found = {i for i in range(192) if int(bits[i // 64]) >> (i % 64) & 1}
+    assert found == {5 + i for i in range(0, 123, 3)} | {128}
+
+
+def test_bits_for_too_few_ids_are_refused(datasets: tuple[Stream, ...]) -> None:
+    short = dataclasses.replace(WHOLE_WORDS, word_goes_on=WHOLE_WORDS.word_goes_on[:-1])  # type: ignore[index]
+    with pytest.raises(ValueError, match="no bit for some of the ids"):
+        build_batch(datasets, samples_of((0, 0, 0)), short)
 
 
 # ------------------------------------------------------------------------------------------ laws
@@ -226,20 +354,21 @@ def test_a_larger_ratio_keeps_the_smaller_ones_positions(
     assert all(a < b for a, b in itertools.pairwise(sets))
 
 
+@pytest.mark.parametrize("masking", [MASKING, WHOLE_WORDS], ids=["tokens", "words"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_same_samples_for_any_world_size_and_micro_batch(
-    datasets: tuple[Stream, ...], world_size: int, rows: int
+    datasets: tuple[Stream, ...], world_size: int, rows: int, masking: Masking
 ) -> None:
     order = build_order([d.blocks for d in datasets], alpha=0.7, seed=2)
     first, count = 1234, 42
-    whole = build_batch(datasets, order.samples(first, count), MASKING)
+    whole = build_batch(datasets, order.samples(first, count), masking)
     parts = []
     for rank in range(world_size):
         start, share = rank_slice(first, count, rank=rank, world_size=world_size)
         for at in range(start, start + share, rows):
             samples = order.samples(at, min(rows, start + share - at))
-            parts.append(build_batch(datasets, samples, MASKING))
+            parts.append(build_batch(datasets, samples, masking))
     assert torch.equal(torch.cat([p.input_ids for p in parts]), whole.input_ids)
     assert torch.equal(torch.cat([p.languages for p in parts]), whole.languages)
     assert torch.equal(torch.cat([p.targets for p in parts]), whole.targets)
@@ -426,15 +555,16 @@ def test_arrays_that_do_not_fit_are_refused(
         fill(datasets, **{name: array})
 
 
-def test_threads_fill_the_same(datasets: tuple[Stream, ...]) -> None:
+@pytest.mark.parametrize("masking", [MASKING, WHOLE_WORDS], ids=["tokens", "words"])
+def test_threads_fill_the_same(datasets: tuple[Stream, ...], masking: Masking) -> None:
     """Datasets are shared between threads and the interpreter's lock is released."""
     order = build_order([d.blocks for d in datasets], alpha=0.7, seed=2)
-    alone = [build_batch(datasets, order.samples(32 * i, 32), MASKING) for i in range(16)]
+    alone = [build_batch(datasets, order.samples(32 * i, 32), masking) for i in range(16)]
     results: dict[int, MaskedBatch] = {}
 
     def work(first: int) -> None:
         for i in range(first, 16, 4):
-            results[i] = build_batch(datasets, order.samples(32 * i, 32), MASKING)
+            results[i] = build_batch(datasets, order.samples(32 * i, 32), masking)
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
     for thread in threads:

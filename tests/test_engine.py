@@ -29,8 +29,9 @@ OPTIMIZATION = OptimizationConfig(lr=1e-2, adam_betas=(0.9, 0.98), weight_decay=
 VOCABULARY, TOKENS, ROWS = 101, 16, 4
 
 
-def small_model() -> XlmEncoder:
+def small_model(arch: str = "xlm_base") -> XlmEncoder:
     config = ModelConfig(
+        arch=arch,
         encoder_layers=2,
         encoder_embed_dim=32,
         encoder_ffn_embed_dim=64,
@@ -85,9 +86,11 @@ def by_kind(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     return {kind: {name: state[name][kind] for name in state} for kind in kinds}
 
 
-def plain_adamw(updates: int) -> tuple[XlmEncoder, list[float], list[float]]:
+def plain_adamw(
+    updates: int, arch: str = "xlm_base"
+) -> tuple[XlmEncoder, list[float], list[float]]:
     """(the model after them, losses, norms of the gradients before they are clipped)."""
-    model = small_model()
+    model = small_model(arch)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=OPTIMIZATION.lr,
@@ -107,14 +110,19 @@ def plain_adamw(updates: int) -> tuple[XlmEncoder, list[float], list[float]]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_five_updates_equal_plain_adamw(stage: int, ranks: Ranks) -> None:
+@pytest.mark.parametrize("arch", ["xlm_base", "xlm", "xlm_100"])
+def test_five_updates_equal_plain_adamw(arch: str, stage: int, ranks: Ranks) -> None:
     """DeepSpeed has trained silently wrong more than once (its issues 8224, 7839, 7985)."""
-    model, expected, _ = plain_adamw(5)
-    engine = Engine(small_model(), settings_of("zero1_fp32", stage), ranks)
+    model, expected, _ = plain_adamw(5, arch)
+    engine = Engine(small_model(arch), settings_of("zero1_fp32", stage), ranks)
     assert engine_losses(engine, range(5)) == pytest.approx(expected, abs=1e-5)
     weights = {name: state["weight"] for name, state in engine.state()}
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=0)
+        difference = (weights[name] - parameter.detach()).abs()
+        if name.endswith("qkv_proj.bias"):
+            # The gradient of the keys' is rounding noise (test_model.py), which Adam makes steps of.
+            difference[32:64] = 0
+        assert difference.max() < 1e-5, name
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_train import train_here
-from xlm_ds import checkpoint, evaluate
+from test_train import losses_in, train_here
+from xlm_ds import binarize, checkpoint, evaluate
 from xlm_ds.batches import MaskedBatch, Masking
-from xlm_ds.config import EvaluateConfig
+from xlm_ds.config import DataConfig, EvaluateConfig
+from xlm_ds.corpus import open_corpus, with_sample_numbers
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
@@ -177,6 +178,37 @@ def test_one_language_alone_scores_as_among_all(trained: Path, tiny_data: Path) 
     among = {s.language: s.perplexity for s in evaluated(trained, tiny_data)}
     (alone, _) = evaluated(trained, tiny_data, "--monolingual-langs=hi")
     assert alone.perplexity == pytest.approx(among["hi"], rel=1e-5)
+
+
+def test_words_are_masked_whole_where_the_run_did(
+    tiny_corpus: Path, tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two runs that have learnt nothing, with the same weights, the figures differ by the masks alone."""
+    for split in ("train", "valid", "test"):
+        words = (tiny_corpus / f"{split}.en").read_text(encoding="utf-8").replace("e ", "e@@ ")
+        (tmp_path / f"{split}.en").write_text(words, encoding="utf-8")
+    prefs = [f"--{split}pref={tmp_path / split}" for split in ("train", "valid", "test")]
+    data = tmp_path / "bin"
+    argv = [*prefs, "--langs=en", f"--destdir={data}", "--nwordssrc=600", "--workers=1"]
+    assert binarize.main(argv) == 0
+    losses, perplexities = [], []
+    for name, flags in (("tokens", ()), ("words", ("--whole-word-masking",))):
+        train_here(data, tmp_path / name, ranks, "--max-update=1", "--lr=1e-30", *flags)
+        losses.append(losses_in(tmp_path / name, "valid")[1])
+        scores = evaluated(tmp_path / name / checkpoint.LAST, data)
+        perplexities.append(scores[0].perplexity)
+    assert losses[0] != losses[1]
+    assert perplexities[0] != perplexities[1]
+    assert "every token is a whole word" not in caplog.text
+
+
+def test_a_dictionary_without_subwords_is_said(
+    tiny_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DataConfig(data=tiny_data, whole_word_masking=True)
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        open_corpus(with_sample_numbers(config, 1))
+    assert "no symbol of the dictionary ends with @@, so every token is a whole word" in caplog.text
 
 
 def test_the_json_has_the_tables_figures(trained: Path, tiny_data: Path, tmp_path: Path) -> None:

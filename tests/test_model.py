@@ -1,8 +1,9 @@
-"""The encoder: equal to fairseq's outputs and to a slow twin, and lawful where neither can see."""
+"""The encoder: equal to fairseq's and XLM's outputs and to a slow twin, and lawful where none can see."""
 
 import dataclasses
 import json
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from xlm_ds.log import InputError
 from xlm_ds.model import XlmEncoder, build_model, init_output_bias, unigram_log_probabilities
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "model").glob("*.npz"))
+XLM_GOLDEN = sorted((Path(__file__).parent / "data" / "xlm").glob("*.npz"))
 EOS = 2
 LENGTH = 12  # of the small batches' rows
 MASKED = 3  # positions of each
@@ -46,7 +48,17 @@ VARIANTS = {
     "no_positions": dataclasses.replace(SMALL, token_positions=False),
     "normalized": dataclasses.replace(SMALL, normalize_embeddings=True),
     "one_of_each": dataclasses.replace(SMALL, attention_heads=1, layers=1, num_segment=1),
+    "no_languages": dataclasses.replace(SMALL, num_segment=0),
+    "xlm": dataclasses.replace(
+        SMALL,
+        first_position_row=0,
+        normalize_embeddings=True,
+        layer_norm_eps=1e-12,
+        head_transform=False,
+        initialisation="xlm",
+    ),
 }
+XLM = VARIANTS["xlm"]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -81,7 +93,7 @@ def random_batch(shape: ModelShape = SMALL, *, lengths: tuple[int, ...] = (12, 1
     positions = LENGTH * torch.arange(len(lengths))[:, None] + column
     return MaskedBatch(
         input_ids=ids.masked_fill(is_padding, PAD),
-        languages=torch.arange(len(lengths)) % shape.num_segment,
+        languages=torch.arange(len(lengths)) % max(shape.num_segment, 1),
         masked_positions=positions[:, :MASKED].flatten(),
         targets=targets.masked_fill(is_padding, PAD)[:, :MASKED].flatten(),
         has_padding=min(lengths) < LENGTH,
@@ -249,6 +261,100 @@ def test_gradient_of_the_keys_bias_is_rounding_noise(golden: Golden) -> None:
             assert keys.max() < 1e-6 * torch.maximum(queries, values).max(), name
 
 
+# ---------------------------------------------------------------------------------- XLM's outputs
+
+
+class XlmGolden:
+    """One of XLM's own small models, under our names and with our id of padding."""
+
+    def __init__(self, path: Path) -> None:
+        self.arrays = dict(np.load(path))
+        theirs = {
+            k.removeprefix("param."): v for k, v in self.arrays.items() if k.startswith("param.")
+        }
+        named = xlm_names(theirs)
+        vocab_size, dim = named["token_embedding.weight"].shape
+        inner_dim = len(named["layers.0.ffn.fc1.bias"])
+        self.shape = dataclasses.replace(
+            XLM,
+            vocab_size=vocab_size,
+            max_positions=len(named["position_embedding.weight"]),
+            num_segment=len(named.get("language_embedding.weight", ())),
+            layers=sum("attention_norm.weight" in name for name in named),
+            embed_dim=dim,
+            ffn_embed_dim=inner_dim,
+            activation_fn="relu" if "relu" in path.stem else "gelu",
+        )
+        self.model = XlmEncoder(self.shape).eval()
+        self.model.load_state_dict({k: torch.from_numpy(v) for k, v in named.items()})
+        self.ids = self.in_ours(self.arrays["x"].T)
+        chosen = torch.from_numpy(self.arrays["pred_mask"])  # (T, B), as everything of theirs
+        steps, rows = chosen.nonzero(as_tuple=True)
+        self.batch = MaskedBatch(
+            input_ids=self.ids,
+            languages=torch.from_numpy(self.arrays["langs"][0].copy()),
+            masked_positions=rows * self.ids.shape[1] + steps,
+            targets=self.in_ours(self.arrays["y"]),
+            has_padding=True,
+        )
+
+    @staticmethod
+    def in_ours(theirs: NDArray[np.int64]) -> Tensor:
+        """Ids: eos and padding are 1 and 2 there, 2 and 1 here; for the model, no other id means anything."""
+        return torch.from_numpy(np.choose(np.minimum(theirs, 3), [theirs, 2, 1, theirs]))
+
+
+XLM_PARTS = (
+    (r"^position_embeddings", "position_embedding"),
+    (r"^lang_embeddings", "language_embedding"),
+    (r"^embeddings", "token_embedding"),
+    (r"^layer_norm_emb", "embedding_norm"),
+    (r"^attentions\.(\d+)\.out_lin", r"layers.\1.attention.out_proj"),
+    (r"^attentions\.(\d+)\.q_lin", r"layers.\1.attention.qkv_proj"),
+    (r"^layer_norm1\.(\d+)", r"layers.\1.attention_norm"),
+    (r"^ffns\.(\d+)\.lin", r"layers.\1.ffn.fc"),
+    (r"^layer_norm2\.(\d+)", r"layers.\1.ffn_norm"),
+    (r"^pred_layer\.proj\.bias", "head.output_bias"),
+)
+
+
+def xlm_names(theirs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """XLM's parameters under our names, rows of the ids 1 and 2 exchanged."""
+    ours = {}
+    for name, value in theirs.items():
+        if ".k_lin." in name or ".v_lin." in name:
+            continue
+        if ".q_lin." in name:
+            value = np.concatenate([theirs[name.replace(".q_lin.", f".{p}_lin.")] for p in "qkv"])
+        for pattern, part in XLM_PARTS:
+            name = re.sub(pattern, part, name)
+        ours[name] = value
+    for name in ("token_embedding.weight", "head.output_bias"):
+        ours[name] = ours[name][[0, 2, 1, *range(3, len(ours[name]))]]
+    return ours
+
+
+def test_there_are_golden_models_of_xlm() -> None:
+    """Guards the test below against passing because it found nothing."""
+    assert {"langs5", "one_relu"} <= {path.stem for path in XLM_GOLDEN}
+
+
+@pytest.mark.parametrize("path", XLM_GOLDEN, ids=lambda path: path.stem)
+def test_states_scores_and_loss_are_xlms(path: Path) -> None:
+    golden = XlmGolden(path)
+    states = golden.model.encode(golden.ids, golden.batch.languages).detach()
+    theirs = torch.from_numpy(golden.arrays["hidden"]).transpose(0, 1)
+    assert (states - theirs).abs().max() < 1e-5, "of padding, too"
+    everywhere = golden.batch._replace(masked_positions=torch.arange(golden.ids.numel()))
+    scores = golden.model.logits(everywhere).detach().view(*golden.ids.shape, -1)
+    is_real = golden.ids.ne(PAD)  # of padding there are scores, which nobody asks for
+    in_theirs = scores[..., [0, 2, 1, *range(3, golden.shape.vocab_size)]]
+    difference = in_theirs - torch.from_numpy(golden.arrays["scores"]).transpose(0, 1)
+    assert difference[is_real].abs().max() < 1e-5
+    loss = golden.model(golden.batch).mean().item()
+    assert loss == pytest.approx(float(golden.arrays["loss"]), abs=1e-5)
+
+
 # --------------------------------------------------------------------------------- the slow twin
 
 
@@ -262,6 +368,8 @@ def test_model_equals_its_slow_twin(shape: ModelShape) -> None:
         relu=shape.activation_fn == "relu",
         input_ids=batch.input_ids,
         languages=batch.languages,
+        first_position_row=shape.first_position_row,
+        eps=shape.layer_norm_eps,
     )
     scores = dense.flatten(0, 1)[batch.masked_positions]
     assert relative_difference(model.logits(batch), scores) < 1e-5
@@ -293,9 +401,10 @@ def test_a_constant_on_all_keys_changes_nothing() -> None:
     torch.testing.assert_close(model(batch), before, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_changes_no_loss() -> None:
+@pytest.mark.parametrize("shape", [SMALL, XLM], ids=["base", "xlm"])
+def test_padding_changes_no_loss(shape: ModelShape) -> None:
     """Neither columns of padding nor other rows being padded, not even a row of nothing else."""
-    model, batch = perturbed_model(), random_batch(lengths=(12, 7, 7, 0))
+    model, batch = perturbed_model(shape), random_batch(shape, lengths=(12, 7, 7, 0))
     losses = model(batch).view(4, MASKED)
     assert losses[3].tolist() == [0.0] * MASKED
     for row, length in enumerate((12, 7, 7)):
@@ -309,10 +418,20 @@ def test_padding_changes_no_loss() -> None:
         torch.testing.assert_close(model(alone), losses[row], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_finite_with_a_row_of_padding_only() -> None:
+def test_states_of_padding_are_zero(shape: ModelShape) -> None:
+    """So that a mean over a row is a sum divided by its length."""
+    batch = random_batch(shape, lengths=(12, 7, 2))
+    states = perturbed_model(shape).encode(batch.input_ids, batch.languages)
+    is_padding = batch.input_ids.eq(PAD)
+    assert not states[is_padding].any()
+    assert states[~is_padding].any(dim=-1).all()
+
+
+@pytest.mark.parametrize("shape", [SMALL, XLM], ids=["base", "xlm"])
+def test_gradients_are_finite_with_a_row_of_padding_only(shape: ModelShape) -> None:
     """Prevents the NaN of a softmax over no keys from spreading, through 0 * NaN, to all weights."""
     for dtype in (torch.float32, torch.bfloat16):
-        model = perturbed_model().to(dtype)
+        model = perturbed_model(shape).to(dtype)
         torch.autograd.backward(model(random_batch(lengths=(12, 0))).sum())
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -469,6 +588,26 @@ def test_parameter_count_of_xlm_base() -> None:
     assert built == parameter_count(shape) == 175_328_029 - 1_049_600 == 174_278_429
 
 
+@pytest.mark.parametrize(
+    ("arch", "vocab_size", "languages", "count"),
+    [
+        ("xlm", 95_000, 5, 173_483_800),
+        ("xlm_xnli15", 95_000, 15, 249_071_384),
+        ("xlm_100", 200_000, 100, 571_696_960),
+    ],
+)
+def test_parameter_counts_of_xlms_models(
+    arch: str, vocab_size: int, languages: int, count: int
+) -> None:
+    """V d + 512 d + n d + 2 d + L (12 d^2 + 13 d) + V."""
+    shape = shape_from_config(
+        ModelConfig(arch=arch), vocab_size=vocab_size, languages=languages, tokens_per_sample=256
+    )
+    with torch.device("meta"):
+        model = XlmEncoder(shape)
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(shape) == count
+
+
 def test_start_depends_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -494,6 +633,30 @@ def test_start_is_berts() -> None:
             assert abs(value.mean().item()) < 4 * 0.02 / math.sqrt(samples), name
     for name in ("token_embedding", "position_embedding"):
         assert not build_model(wide, seed=0).get_parameter(f"{name}.weight")[PAD].any()
+
+
+def test_start_of_xlm_is_xlms() -> None:
+    """Tables of width d are N(0, 1/sqrt(d)); matrices and biases uniform within 1/sqrt(inputs), as torch's Linear."""
+    wide = dataclasses.replace(XLM, embed_dim=64, ffn_embed_dim=128)
+    model = build_model(wide, seed=0)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = module.in_features**-0.5
+            both = torch.cat([module.weight.flatten(), module.bias])
+            assert both.abs().max() <= bound, name
+            assert both.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+            assert module.bias.std().item() == pytest.approx(bound / 3**0.5, rel=0.3), name
+        elif isinstance(module, torch.nn.Embedding):
+            samples = module.weight.numel()
+            assert module.weight.std().item() == pytest.approx(64**-0.5, rel=4 / samples**0.5), name
+        elif isinstance(module, torch.nn.LayerNorm):
+            assert module.weight.eq(1).all(), name
+            assert not module.bias.any(), name
+    assert not model.token_embedding.weight[PAD].any()
+    assert not model.head.output_bias.any()
+    assert model.get_parameter("position_embedding.weight")[PAD].any(), (
+        "it is the second position's"
+    )
 
 
 def test_unigram_mixture_equals_exact_fractions() -> None:
@@ -547,6 +710,28 @@ def test_what_no_flag_says_is_xlm_base() -> None:
     )
 
 
+def test_what_no_flag_says_is_xlms() -> None:
+    assert configured(arch="xlm") == dataclasses.replace(
+        configured(),
+        max_positions=512,
+        first_position_row=0,
+        normalize_embeddings=True,
+        layer_norm_eps=1e-12,
+        head_transform=False,
+        initialisation="xlm",
+    )
+    assert configured(arch="xlm_xnli15") == dataclasses.replace(configured(arch="xlm"), layers=12)
+    many = configured(arch="xlm_100", languages=100)
+    assert (many.layers, many.embed_dim, many.attention_heads) == (16, 1280, 16)
+    assert (many.ffn_embed_dim, many.num_segment) == (5120, 0)
+
+
+def test_languages_have_a_table_unless_told_otherwise() -> None:
+    assert configured(num_segment=0).num_segment == 0
+    assert configured(arch="xlm", num_segment=0).num_segment == 0
+    assert configured(arch="xlm_100", num_segment=7).num_segment == 7
+
+
 def test_flags_win_over_the_architecture() -> None:
     shape = configured(
         encoder_layers=2,
@@ -572,7 +757,7 @@ def test_flags_win_over_the_architecture() -> None:
     [
         ({"encoder_attention_heads": 7}, "1024 is not a multiple of --encoder-attention-heads 7"),
         ({"num_segment": 4}, "--num-segment 4 is smaller than the number of languages, 5"),
-        ({"num_segment": 0}, "--num-segment 0 is smaller"),
+        ({"arch": "xlm", "tokens_per_sample": 513}, "513 is beyond the position table of 512"),
         ({"max_positions": 128}, "--tokens-per-sample 256 is beyond the position table of 128"),
         ({"attention_dropout": 1.0}, "--attention-dropout 1.0 is not a share"),
     ],

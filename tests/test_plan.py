@@ -74,7 +74,14 @@ def test_gradients_of_very_many_ranks_are_fp32() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"no_token_positional_embeddings": True}, {"encoder_normalize_before": True}]
+    "flags",
+    [
+        {},
+        {"no_token_positional_embeddings": True},
+        {"encoder_normalize_before": True},
+        {"arch": "xlm"},
+        {"arch": "xlm_100"},
+    ],
 )
 def test_parameters_are_those_of_a_built_model(flags: dict[str, Any]) -> None:
     from xlm_ds.model import build_model
@@ -120,7 +127,8 @@ def test_what_autograd_keeps_is_what_is_predicted() -> None:
         "--encoder-ffn-embed-dim=256", "--encoder-attention-heads=4",
     )  # fmt: skip
     without_dropout = ("--dropout=0", "--attention-dropout=0")
-    for flags in (("--tokens-per-sample=64",), ("--tokens-per-sample=512",), without_dropout):
+    xlm = ("--arch=xlm", "--tokens-per-sample=64")
+    for flags in (("--tokens-per-sample=64",), ("--tokens-per-sample=512",), without_dropout, xlm):
         job = job_of(*small, *flags)
         model = build_model(job.shape, seed=0)
         model.train()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from xlm_ds.config import OptimizationConfig
 from xlm_ds.log import InputError
 from xlm_ds.schedule import (
+    DECAYS,
     PlateauState,
     check_schedule,
     describe_schedule,
@@ -22,6 +23,7 @@ from xlm_ds.schedule import (
 )
 
 FRESH = PlateauState()
+SCHEDULERS = ("reduce_lr_on_plateau", "inverse_sqrt", *DECAYS)
 
 
 def optimization(**changes: Any) -> OptimizationConfig:
@@ -130,27 +132,31 @@ def test_resuming_continues_the_bad_count() -> None:
     assert uninterrupted.shrinks == 2
 
 
-@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "inverse_sqrt", "linear"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_warm_up_is_a_line_from_its_first_rate_to_the_peak(scheduler: str) -> None:
     config = optimization(
-        lr_scheduler=scheduler, warmup_updates=4, warmup_init_lr=2e-5, max_update=100
+        lr_scheduler=scheduler,
+        warmup_updates=4,
+        warmup_init_lr=2e-5,
+        max_update=100,
+        decay_updates=50,
     )
     lrs = [lr_at(update, config, FRESH) for update in range(5)]
     assert lrs == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
 
 
-@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "inverse_sqrt", "linear"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_zero_rate_of_the_warm_up_does_not_end_the_run(scheduler: str) -> None:
     config = optimization(
-        lr_scheduler=scheduler, warmup_updates=4, max_update=100, stop_min_lr=1e-9
+        lr_scheduler=scheduler, warmup_updates=4, max_update=100, decay_updates=50, stop_min_lr=1e-9
     )
     assert lr_at(0, config, FRESH) == 0
     assert not any(lr_exhausted(update, config, FRESH) for update in range(50))
 
 
 def test_without_warm_up_the_first_update_has_the_full_rate() -> None:
-    for scheduler in ("reduce_lr_on_plateau", "inverse_sqrt", "linear"):
-        config = optimization(lr_scheduler=scheduler, max_update=100)
+    for scheduler in SCHEDULERS:
+        config = optimization(lr_scheduler=scheduler, max_update=100, decay_updates=50)
         assert lr_at(0, config, FRESH) == 1e-4
 
 
@@ -178,6 +184,81 @@ def test_linear_decays_right_after_the_warm_up_unless_told_otherwise() -> None:
     assert lr_at(100, never, FRESH) == 1e-4
 
 
+@given(
+    peak=st.floats(1e-6, 1),
+    share=st.floats(0, 1),
+    warmup=st.integers(0, 50),
+    decay=st.integers(1, 100),
+    stable=st.integers(0, 50),
+    data=st.data(),
+)
+def test_decays_are_their_closed_forms(
+    peak: float, share: float, warmup: int, decay: int, stable: int, data: st.DataObject
+) -> None:
+    """Flat after the warm-up, then a line, half a cosine or 1 - sqrt down to --min-lr, which is kept."""
+    end = share * peak
+    numbers = {"lr": peak, "min_lr": end, "warmup_updates": warmup, "decay_updates": decay}
+    total = warmup + stable + decay
+    update = data.draw(st.integers(0, decay)) + warmup + stable
+    done = (update - warmup - stable) / decay
+    expected = {
+        "linear": peak - (peak - end) * done,
+        "cosine": end + (peak - end) / 2 * (1 + math.cos(math.pi * done)),
+        "wsd": peak - (peak - end) * math.sqrt(done),
+    }
+    for scheduler, lr in expected.items():
+        config = optimization(lr_scheduler=scheduler, max_update=total, **numbers)
+        check_schedule(config)
+        assert lr_at(update, config, FRESH) == pytest.approx(lr, rel=1e-9, abs=1e-15)
+        assert lr_at(warmup + stable, config, FRESH) == pytest.approx(peak, rel=1e-12)
+        assert {lr_at(total + more, config, FRESH) for more in (0, 1, 99)} == {end}
+        if stable > 1:
+            assert lr_at(warmup + 1, config, FRESH) == peak
+
+
+def test_cosine_is_torchs() -> None:
+    config = optimization(lr_scheduler="cosine", max_update=40, min_lr=1e-6)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-6)
+    for update in range(41):
+        (lr,) = theirs.get_last_lr()
+        assert lr_at(update, config, FRESH) == pytest.approx(lr, rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_cosine_decays_right_after_the_warm_up_unless_told_otherwise() -> None:
+    config = optimization(lr_scheduler="cosine", warmup_updates=20, max_update=100)
+    found = [lr_at(update, config, FRESH) for update in (20, 40, 60, 80, 100)]
+    assert found == pytest.approx([1e-4, 0.853553e-4, 5e-5, 0.146447e-4, 0], abs=1e-10)
+    late = dataclasses.replace(config, decay_updates=40)
+    assert [lr_at(update, late, FRESH) for update in (20, 60, 80)] == pytest.approx(
+        [1e-4, 1e-4, 5e-5]
+    )
+
+
+def test_a_run_ends_where_its_decay_comes_below_stop_min_lr() -> None:
+    config = optimization(lr_scheduler="cosine", max_update=100, min_lr=1e-6, stop_min_lr=1e-6)
+    assert lr_exhausted(100, config, FRESH)
+    assert not lr_exhausted(99, config, FRESH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lr_scheduler": "cosine"}, "--lr-scheduler cosine with --max-update 0"),
+        ({"lr_scheduler": "wsd", "max_update": 50}, "wsd needs --decay-updates"),
+        ({"lr_scheduler": "wsd", "max_update": 5, "decay_updates": 6}, "give at most 5"),
+        ({"lr_scheduler": "cosine", "max_update": 5, "min_lr": 1.0}, "is more than --lr 0.0001"),
+        ({"min_lr": 1e-9}, "--min-lr 1e-09 .* is --stop-min-lr"),
+        ({"lr_scheduler": "inverse_sqrt", "min_lr": 1e-9}, "not inverse_sqrt"),
+    ],
+)
+def test_decays_that_cannot_be_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        check_schedule(optimization(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -203,3 +284,11 @@ def test_the_schedule_is_described_in_one_sentence() -> None:
     )
     linear = optimization(lr_scheduler="linear", warmup_updates=60, decay_updates=160)
     assert "from 0 over 60 updates, to 0 over the last 160 updates" in describe_schedule(linear)
+    cosine = optimization(lr_scheduler="cosine", warmup_updates=60, max_update=200, min_lr=1e-6)
+    assert describe_schedule(cosine) == (
+        "learning rate 0.0001, from 0 over 60 updates, to 1e-06 over the last 140 updates in half a cosine"
+    )
+    wsd = optimization(lr_scheduler="wsd", max_update=200, decay_updates=40)
+    assert describe_schedule(wsd) == (
+        "learning rate 0.0001, to 0 over the last 40 updates as 1 - sqrt(share done)"
+    )

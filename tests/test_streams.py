@@ -328,12 +328,12 @@ SHAPE = shape_from_config(
 def test_positions_begin_again_with_the_second_half() -> None:
     ids = torch.tensor([[2, 7, 2, 2, 8, 9, 2, 1], [2, 7, 8, 9, 9, 9, 9, 9]])
     starts = torch.tensor([3, 8])
-    assert position_rows(ids, ids.ne(PAD), starts).tolist() == [
+    assert position_rows(ids, ids.ne(PAD), starts, first=2).tolist() == [
         [2, 3, 4, 2, 3, 4, 5, PAD],
         [2, 3, 4, 5, 6, 7, 8, 9],
     ]
     full = ids[1:].expand(2, -1)
-    assert position_rows(full, None, starts).tolist() == [
+    assert position_rows(full, None, starts, first=2).tolist() == [
         [2, 3, 4, 2, 3, 4, 5, 6],
         [2, 3, 4, 5, 6, 7, 8, 9],
     ]

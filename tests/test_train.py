@@ -272,6 +272,20 @@ def test_saved_at_stage_1_continues_at_stage_3(run: Any, tmp_path: Path) -> None
     assert moved == pytest.approx(whole, abs=1e-3)
 
 
+@pytest.mark.parametrize("arch", ["xlm", "xlm_100"])
+def test_xlms_network_trains_is_saved_and_goes_on(run: Any, tmp_path: Path, arch: str) -> None:
+    """Bit-equal, with dropout."""
+    flags = [f"--arch={arch}", "--warmup-updates=4"]
+    whole = run("whole", "--max-update=6", *flags)
+    run("parts", "--max-update=3", *flags)
+    assert run("parts", "--max-update=6", *flags) == whole
+    names = last_weights(tmp_path / "whole")
+    assert ("language_embedding.weight" in names) == (arch == "xlm")
+    assert not [name for name in names if "transform" in name]
+    with pytest.raises(InputError, match="another architecture"):
+        run("whole", "--max-update=7")
+
+
 def test_micro_batches_do_not_change_the_update(run: Any) -> None:
     """The same global batch in one micro-batch or in four: same samples, same masked-token mean."""
     flags = ["--max-update=3", "--dropout=0", "--attention-dropout=0", "--global-batch-tokens=256"]

@@ -309,6 +309,7 @@ def fill_batch(
     second_starts: NDArray[np.int64],
     masked_positions: NDArray[np.int64],
     targets: NDArray[np.int64],
+    word_goes_on: NDArray[np.uint64] | None = None,
 ) -> tuple[bool, bool]:
     """Gathers and masks the blocks named by numbers (of streams), passes, blocks (B,).
 
@@ -318,6 +319,8 @@ def fill_batch(
     block, PAD; languages (B,); second_languages and second_starts (B,), of the second half of a pair's row, -1 and T
     where there is none; masked_positions (B * K,) with indices into the B * T ids, ascending within a row, and where a
     short row has fewer, with that of the row's eos; targets (B * K,) with what was there, and PAD for those.
+    With `word_goes_on`, bit i % 64 of number i // 64 for every id i, whole words are masked, the last one cut to what
+    is left: a token whose bit is set is of one word with the next, unless that is eos.
     Raises InputError for a damaged block, an id beyond the dictionary, or masking that cannot be done.
     """
 

@@ -7,7 +7,7 @@ What a flag leaves open is the architecture's; what cannot be built is refused h
     useful_flops(shape, rows=64, tokens=256, masked=39)       # of forward and backward pass
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from xlm_ds.config import ModelConfig
@@ -17,6 +17,7 @@ from xlm_ds.log import InputError
 FIRST_POSITION_ROW = PAD + 1  # fairseq's position table has unused rows 0 and PAD before the first
 
 ActivationName = Literal["gelu", "relu"]
+Initialisation = Literal["bert", "xlm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class ModelShape:
 
     vocab_size: int
     max_positions: int
-    num_segment: int  # rows of the language table
+    num_segment: int  # rows of the language table; 0: there is none
     layers: int
     embed_dim: int
     ffn_embed_dim: int
@@ -35,7 +36,11 @@ class ModelShape:
     activation_dropout: float
     activation_fn: ActivationName
     token_positions: bool  # whether there is a position table
+    first_position_row: int = FIRST_POSITION_ROW  # of that table; those before it are not used
     normalize_embeddings: bool  # whether the sum of the embeddings is layer-normalised
+    layer_norm_eps: float = 1e-5
+    head_transform: bool = True  # between the last layer and the output matrix
+    initialisation: Initialisation = "bert"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +51,44 @@ class Architecture:
     embed_dim: int
     ffn_embed_dim: int
     attention_heads: int
-    activation_fn: ActivationName
+    activation_fn: ActivationName = "gelu"
+    max_positions: int | None = None  # None: as many as a sample has tokens
+    language_embeddings: bool = True
+    first_position_row: int = FIRST_POSITION_ROW
+    normalize_embeddings: bool = False
+    layer_norm_eps: float = 1e-5
+    head_transform: bool = True
+    initialisation: Initialisation = "bert"
 
 
+# XLM's own network (XLM cd281d3). It also sets the states of padding to 0 after every layer, which no other state knows
+# of: here they are left as they are, and encode() returns 0 there.
+_XLM = Architecture(
+    layers=6,
+    embed_dim=1024,
+    ffn_embed_dim=4096,
+    attention_heads=8,
+    max_positions=512,
+    first_position_row=0,
+    normalize_embeddings=True,
+    layer_norm_eps=1e-12,
+    head_transform=False,
+    initialisation="xlm",
+)
 ARCHITECTURES = {
-    # fairseq's xlm_base, which differs from the XLM paper's network by a transform in the head.
-    "xlm_base": Architecture(
-        layers=6, embed_dim=1024, ffn_embed_dim=4096, attention_heads=8, activation_fn="gelu"
+    # fairseq's xlm_base.
+    "xlm_base": Architecture(layers=6, embed_dim=1024, ffn_embed_dim=4096, attention_heads=8),
+    # XLM's of en-fr, en-de and en-ro.
+    "xlm": _XLM,
+    "xlm_xnli15": replace(_XLM, layers=12),
+    # Of 17 and of 100 languages. Sizes: config.json of xlm-mlm-17-1280 and xlm-mlm-100-1280 on the Hugging Face hub.
+    "xlm_100": replace(
+        _XLM,
+        layers=16,
+        embed_dim=1280,
+        ffn_embed_dim=5120,
+        attention_heads=16,
+        language_embeddings=False,
     ),
 }
 
@@ -65,10 +101,11 @@ def shape_from_config(
     Raises: InputError, if there can be no such network.
     """
     named = ARCHITECTURES[config.arch]
+    tables = languages if named.language_embeddings else 0
     shape = ModelShape(
         vocab_size=vocab_size,
-        max_positions=config.max_positions or tokens_per_sample,
-        num_segment=languages if config.num_segment is None else config.num_segment,
+        max_positions=config.max_positions or named.max_positions or tokens_per_sample,
+        num_segment=tables if config.num_segment is None else config.num_segment,
         layers=config.encoder_layers or named.layers,
         embed_dim=config.encoder_embed_dim or named.embed_dim,
         ffn_embed_dim=config.encoder_ffn_embed_dim or named.ffn_embed_dim,
@@ -78,10 +115,19 @@ def shape_from_config(
         activation_dropout=config.activation_dropout,
         activation_fn=cast(ActivationName, config.activation_fn or named.activation_fn),
         token_positions=not config.no_token_positional_embeddings,
-        normalize_embeddings=config.encoder_normalize_before,
+        first_position_row=named.first_position_row,
+        normalize_embeddings=config.encoder_normalize_before or named.normalize_embeddings,
+        layer_norm_eps=named.layer_norm_eps,
+        head_transform=named.head_transform,
+        initialisation=named.initialisation,
     )
     _check_shape(shape, languages=languages, tokens_per_sample=tokens_per_sample)
     return shape
+
+
+def position_table_rows(shape: ModelShape) -> int:
+    """Rows of the position table."""
+    return shape.first_position_row + shape.max_positions
 
 
 def parameters_by_part(shape: ModelShape) -> dict[str, int]:
@@ -90,16 +136,17 @@ def parameters_by_part(shape: ModelShape) -> dict[str, int]:
     norm = 2 * dim
     small_tables = shape.num_segment * dim
     if shape.token_positions:
-        small_tables += (shape.max_positions + FIRST_POSITION_ROW) * dim
+        small_tables += position_table_rows(shape) * dim
     if shape.normalize_embeddings:
         small_tables += norm
     attention = 4 * (dim * dim + dim)
     ffn = 2 * dim * inner + inner + dim
+    transform = dim * dim + dim + norm if shape.head_transform else 0
     return {
         "token embedding": shape.vocab_size * dim,
         "language and position embeddings": small_tables,
         "layers": shape.layers * (attention + ffn + 2 * norm),
-        "head": dim * dim + dim + norm + shape.vocab_size,
+        "head": transform + shape.vocab_size,
     }
 
 
@@ -113,12 +160,16 @@ def tensor_sizes(shape: ModelShape) -> list[int]:
     norm = [dim, dim]
     attention = [3 * dim * dim, 3 * dim, dim * dim, dim]
     ffn = [dim * inner, inner, inner * dim, dim]
-    tables = [shape.vocab_size * dim, shape.num_segment * dim]
+    tables = [shape.vocab_size * dim]
+    if shape.num_segment:
+        tables.append(shape.num_segment * dim)
     if shape.token_positions:
-        tables.append((shape.max_positions + FIRST_POSITION_ROW) * dim)
+        tables.append(position_table_rows(shape) * dim)
     if shape.normalize_embeddings:
         tables += norm
-    head = [dim * dim, dim, *norm, shape.vocab_size]
+    head = [shape.vocab_size]
+    if shape.head_transform:
+        head += [dim * dim, dim, *norm]
     return tables + shape.layers * (attention + norm + ffn + norm) + head
 
 
@@ -129,10 +180,11 @@ def flops_by_part(shape: ModelShape, *, rows: int, tokens: int, masked: int) -> 
     """
     dim, inner = shape.embed_dim, shape.ffn_embed_dim
     per_token = 2 * (4 * dim * dim + 2 * dim * inner)
+    per_target = 2 * (shape.vocab_size * dim + dim * dim * shape.head_transform)
     return {
         "layers": 3.0 * rows * tokens * shape.layers * per_token,
         "attention": 3.0 * rows * tokens * shape.layers * 4 * tokens * dim,
-        "head": 3.0 * rows * masked * 2 * (shape.vocab_size * dim + dim * dim),
+        "head": 3.0 * rows * masked * per_target,
     }
 
 
@@ -146,10 +198,10 @@ def _check_shape(shape: ModelShape, *, languages: int, tokens_per_sample: int) -
             f"--encoder-embed-dim {shape.embed_dim} is not a multiple of --encoder-attention-heads "
             f"{shape.attention_heads}; every head needs the same share of it"
         )
-    if shape.num_segment < languages:
+    if 0 < shape.num_segment < languages:
         raise InputError(
             f"--num-segment {shape.num_segment} is smaller than the number of languages, "
-            f"{languages}; give at least {languages}, or leave it out"
+            f"{languages}; give at least {languages}, 0 for no language embedding, or leave it out"
         )
     if shape.token_positions and tokens_per_sample > shape.max_positions:
         raise InputError(

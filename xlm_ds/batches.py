@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from xlm_ds import _core
-from xlm_ds.dictionary import PAD
+from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.order import Samples, evaluation_samples
 from xlm_ds.streams import Stream
 
@@ -45,11 +45,26 @@ class MaskedBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
-    """Masks are decided by (seed, languages, pass, block); random words are the dictionary's, not special ones."""
+    """Masks are decided by (seed, languages, pass, block); random words are the dictionary's, not special ones.
+
+    With `word_goes_on` (Dictionary's), whole words are masked.
+    """
 
     seed: int
     mask_ratio: float
     vocab_size: int
+    word_goes_on: NDArray[np.uint64] | None = None
+
+
+def build_masking(
+    dictionary: Dictionary, *, seed: int, mask_ratio: float, whole_words: bool
+) -> Masking:
+    return Masking(
+        seed=seed,
+        mask_ratio=mask_ratio,
+        vocab_size=len(dictionary),
+        word_goes_on=dictionary.word_goes_on if whole_words else None,
+    )
 
 
 def build_batch(
@@ -78,6 +93,7 @@ def build_batch(
         second_starts=second_starts.numpy(),
         masked_positions=masked_positions.numpy(),
         targets=targets.numpy(),
+        word_goes_on=masking.word_goes_on,
     )
     batch = MaskedBatch(input_ids, languages, masked_positions, targets, has_padding)
     if not has_pairs:

@@ -320,6 +320,10 @@ class DataConfig:
         default=Steps((0.15,)),
         bounds="(0, 1]",
     )
+    whole_word_masking: bool = knob(
+        "mask all subwords of a word (x@@ y@@ z), and as many tokens as without; also in validation and evaluation",
+        default=False,
+    )
     seed: int = knob(
         "decides initial weights, order, masks and dropout",
         default=0,
@@ -331,7 +335,12 @@ class DataConfig:
 class ModelConfig:
     """Shape of the network; what is not given is the architecture's."""
 
-    arch: str = knob("named sizes", default="xlm_base", choices=("xlm_base",))
+    arch: str = knob(
+        "fairseq's xlm_base, or XLM's own network: xlm has its size, xlm_xnli15 and xlm_100 are those of its models of "
+        "15 languages and of 17 or 100",
+        default="xlm_base",
+        choices=("xlm_base", "xlm", "xlm_xnli15", "xlm_100"),
+    )
     encoder_layers: int | None = knob("layers", default=None, bounds="[1, inf)")
     encoder_embed_dim: int | None = knob("width", default=None, bounds="[1, inf)")
     encoder_ffn_embed_dim: int | None = knob(
@@ -350,16 +359,19 @@ class ModelConfig:
     )
     activation_fn: str | None = knob("activation", default=None, choices=("gelu", "relu"))
     num_segment: int | None = knob(
-        "rows of the language embedding (default: the number of languages)",
+        "rows of the language embedding (0: there is none; default: the number of languages, with xlm_100 0)",
         default=None,
         bounds="[0, inf)",
     )
     max_positions: int | None = knob(
-        "rows of the position table (default: --tokens-per-sample)", default=None, bounds="[1, inf)"
+        "rows of the position table (default: --tokens-per-sample; of XLM's network, 512)",
+        default=None,
+        bounds="[1, inf)",
     )
     no_token_positional_embeddings: bool = knob("no position embedding", default=False)
     encoder_normalize_before: bool = knob(
-        "LayerNorm on the sum of the embeddings (layers stay post-LN)", default=False
+        "LayerNorm on the sum of the embeddings (layers stay post-LN), as XLM's network always has",
+        default=False,
     )
     init_output_bias: str = knob(
         "start of the output bias: log of the training unigram mixture, or zeros as fairseq",
@@ -401,16 +413,19 @@ class OptimizationConfig:
     lr_scheduler: str = knob(
         "learning rate over the run",
         default="reduce_lr_on_plateau",
-        choices=("reduce_lr_on_plateau", "inverse_sqrt", "linear"),
+        choices=("reduce_lr_on_plateau", "inverse_sqrt", "linear", "cosine", "wsd"),
     )
     warmup_updates: int = knob("updates of linear warm-up", default=0, bounds="[0, inf)")
     warmup_init_lr: float = knob(
         "learning rate at update 0 of the warm-up", default=0.0, bounds="[0, inf)"
     )
     decay_updates: int | None = knob(
-        "linear: the last N updates decay to 0 (default: all after the warm-up)",
+        "linear, cosine, wsd: the last N updates decay to --min-lr (default: all after the warm-up; wsd needs it)",
         default=None,
         bounds="[0, inf)",
+    )
+    min_lr: float = knob(
+        "linear, cosine, wsd: learning rate at the end", default=0.0, bounds="[0, inf)"
     )
     lr_shrink: float = knob("plateau: factor", default=0.1, bounds="(0, 1)")
     lr_patience: int = knob(

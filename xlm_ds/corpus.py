@@ -14,12 +14,13 @@ from xlm_ds.batches import (
     MaskedBatch,
     Masking,
     build_batch,
+    build_masking,
     count_targets,
     join_batches,
 )
 from xlm_ds.config import DataConfig
 from xlm_ds.dataset import dictionary_path
-from xlm_ds.dictionary import Dictionary
+from xlm_ds.dictionary import GOES_ON, Dictionary
 from xlm_ds.geometry import Geometry
 from xlm_ds.log import InputError, is_first_rank, logger
 from xlm_ds.order import Order, build_order
@@ -99,9 +100,16 @@ def open_corpus(config: DataConfig) -> Corpus:
         pair_blocks=[stream.blocks for stream in pairs],
         tlm_share=config.tlm_share,
     )
-    masking = Masking(
-        seed=config.seed, mask_ratio=config.mask_ratio.values[0], vocab_size=len(dictionary)
+    masking = build_masking(
+        dictionary,
+        seed=config.seed,
+        mask_ratio=config.mask_ratio.values[0],
+        whole_words=config.whole_word_masking,
     )
+    if config.whole_word_masking and not dictionary.word_goes_on.any() and is_first_rank():
+        logger.info(
+            f"--whole-word-masking: no symbol of the dictionary ends with {GOES_ON}, so every token is a whole word"
+        )
     return Corpus(dictionary, choice.languages, train, valid, order, masking, config.mask_ratio)
 
 

@@ -230,7 +230,9 @@ def activations(job: Job) -> float:
     masks = 2 * dim * (shape.dropout > 0) + inner * (shape.activation_dropout > 0)
     layer = rows * (job.size * numbers + noise * masks) + _kept_attention(job)
     ends = rows * dim * (job.size + noise * (shape.dropout > 0)) + 24 * rows
-    head = 4 * job.size * job.geometry.rows * job.masked * dim
+    ends += rows * (job.size * dim + 8) * shape.normalize_embeddings
+    # What is multiplied with the table; and the masked states, and two between, where there is a transform.
+    head = (4 if shape.head_transform else 1) * job.size * job.geometry.rows * job.masked * dim
     return shape.layers * layer + ends + head
 
 

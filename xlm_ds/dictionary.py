@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from xlm_ds import _core
 from xlm_ds.log import InputError, logger
 
 BOS, PAD, EOS, UNK, MASK = _core.BOS, _core.PAD, _core.EOS, _core.UNK, _core.MASK
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 OVERWRITE = "#fairseq:overwrite"
+GOES_ON = "@@"  # at the end of a symbol: its word goes on in the next one (fastBPE and subword-nmt)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,12 @@ class Dictionary:
             )
             seen.add(symbol)
         return "".join(rows[len(SPECIAL_SYMBOLS) :])
+
+    @cached_property
+    def word_goes_on(self) -> NDArray[np.uint64]:
+        """A bit per id, whether it ends with GOES_ON: of id i, bit i % 64 of number i // 64."""
+        bits = np.packbits([symbol.endswith(GOES_ON) for symbol in self.symbols], bitorder="little")
+        return np.pad(bits, (0, -len(bits) % 8)).view("<u8").astype(np.uint64, copy=False)
 
     @cached_property
     def sha256(self) -> str:

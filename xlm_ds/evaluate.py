@@ -5,8 +5,9 @@
 Every language, and every pair (TLM: a line beside its translation), is evaluated in full, under several fixed draws of
 the masks, so the figures do not depend on the batch size or on the number of ranks. Of a --mask-ratio that changed
 during the run the first value is used, as in the run's own validation, so that the figures of all its checkpoints
-compare. The unigram level is what one gets on the same masked tokens from nothing but add-one-smoothed counts of that
-language's (in a pair, that half's) training text: a model above it has learnt nothing about context.
+compare; a run with --whole-word-masking is evaluated with it. The unigram level is what one gets on the same masked
+tokens from nothing but add-one-smoothed counts of that language's (in a pair, that half's) training text: a model above
+it has learnt nothing about context.
 """
 
 import json
@@ -34,6 +35,7 @@ from xlm_ds.batches import (
     MaskedBatch,
     Masking,
     build_batch,
+    build_masking,
     evaluation_batches,
     rank_slice,
 )
@@ -236,8 +238,11 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
         return stream
 
     rows = rows_that_fit(config.max_tokens, trained.data.tokens_per_sample)
-    masking = Masking(
-        seed=config.seed, mask_ratio=trained.data.mask_ratio.values[0], vocab_size=len(dictionary)
+    masking = build_masking(
+        dictionary,
+        seed=config.seed,
+        mask_ratio=trained.data.mask_ratio.values[0],
+        whole_words=trained.data.whole_word_masking,
     )
     scores = []
     for names in choice.streams:

@@ -1,8 +1,9 @@
 """The cross-lingual encoder: a batch of masked token ids enters, the loss of every masked token leaves.
 
-The network is fairseq's `xlm_base`: learned positions, language embeddings, post-norm layers, and a
-head whose output matrix is the token embedding. The head runs on masked rows only, and nothing here
-looks at the contents of a tensor on the host, so that a GPU is never made to wait.
+The network is fairseq's `xlm_base`, or XLM's own: learned positions, language embeddings, post-norm
+layers, and a head whose output matrix is the token embedding; ModelShape has what they differ in. The
+head runs on masked rows only, and nothing here looks at the contents of a tensor on the host, so that
+a GPU is never made to wait.
 
     model = build_model(shape, seed=config.data.seed)         # numbers: architectures.ModelShape
     init_output_bias(model, unigram_log_probabilities(counts, language_probabilities=probabilities))
@@ -27,15 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xlm_ds.architectures import FIRST_POSITION_ROW, ActivationName, ModelShape
+from xlm_ds.architectures import ActivationName, Initialisation, ModelShape, position_table_rows
 from xlm_ds.dictionary import PAD
 from xlm_ds.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from xlm_ds.batches import MaskedBatch
 
-LAYER_NORM_EPS = 1e-5
-INIT_STD = 0.02  # of every matrix and table, as in BERT (Devlin et al. 2018, and its code)
+INIT_STD = 0.02  # of every matrix and table in BERT (Devlin et al. 2018, and its code)
 
 
 class SelfAttention(nn.Module):
@@ -96,14 +96,14 @@ class EncoderLayer(nn.Module):
         self.attention = SelfAttention(
             shape.embed_dim, heads=shape.attention_heads, dropout=shape.attention_dropout
         )
-        self.attention_norm = nn.LayerNorm(shape.embed_dim, eps=LAYER_NORM_EPS)
+        self.attention_norm = build_norm(shape)
         self.ffn = FeedForward(
             shape.embed_dim,
             inner_dim=shape.ffn_embed_dim,
             activation=shape.activation_fn,
             dropout=shape.activation_dropout,
         )
-        self.ffn_norm = nn.LayerNorm(shape.embed_dim, eps=LAYER_NORM_EPS)
+        self.ffn_norm = build_norm(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, hidden: Tensor, attend: Tensor | None) -> Tensor:
@@ -117,9 +117,12 @@ class MaskedLmHead(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.transform = nn.Linear(shape.embed_dim, shape.embed_dim)
-        self.activation = build_activation(shape.activation_fn)
-        self.norm = nn.LayerNorm(shape.embed_dim, eps=LAYER_NORM_EPS)
+        if shape.head_transform:
+            self.transform: nn.Module = nn.Linear(shape.embed_dim, shape.embed_dim)
+            self.activation = build_activation(shape.activation_fn)
+            self.norm: nn.Module = build_norm(shape)
+        else:
+            self.transform, self.activation, self.norm = (nn.Identity() for _ in range(3))
         self.output_bias = nn.Parameter(torch.zeros(shape.vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -182,15 +185,20 @@ class XlmEncoder(nn.Module):
         super().__init__()
         dim = shape.embed_dim
         self.token_embedding = nn.Embedding(shape.vocab_size, dim, padding_idx=PAD)
-        self.language_embedding = nn.Embedding(shape.num_segment, dim)
+        self.language_embedding = (
+            nn.Embedding(shape.num_segment, dim) if shape.num_segment else None
+        )
+        self.first_position_row = shape.first_position_row
         self.position_embedding = (
-            nn.Embedding(shape.max_positions + FIRST_POSITION_ROW, dim, padding_idx=PAD)
+            nn.Embedding(
+                position_table_rows(shape),
+                dim,
+                padding_idx=PAD if shape.first_position_row > PAD else None,
+            )
             if shape.token_positions
             else None
         )
-        self.embedding_norm = (
-            nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if shape.normalize_embeddings else nn.Identity()
-        )
+        self.embedding_norm = build_norm(shape) if shape.normalize_embeddings else nn.Identity()
         self.dropout = nn.Dropout(shape.dropout)
         self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(shape.layers))
         self.head = MaskedLmHead(shape)
@@ -232,10 +240,11 @@ class XlmEncoder(nn.Module):
         """Returns the final hidden states (B, T, d) of ids (B, T) in languages (B,).
 
         `has_padding=False` promises that no id is PAD; attention is then unmasked, which is faster.
-        States at padding mean nothing and influence no others.
+        States at padding are 0 and influence no others.
         """
         lookup, _ = tied(self.token_embedding.weight)
-        return self._encode(lookup, input_ids, languages[:, None], has_padding=has_padding)
+        hidden = self._encode(lookup, input_ids, languages[:, None], has_padding=has_padding)
+        return hidden * input_ids.ne(PAD)[:, :, None] if has_padding else hidden
 
     def _encode(
         self,
@@ -250,10 +259,11 @@ class XlmEncoder(nn.Module):
         not_pad = input_ids.ne(PAD) if has_padding else None
         # Sparse, for _TiedTable. The row of PAD gets no gradient from here: padding is multiplied by 0 below.
         hidden: Tensor = F.embedding(input_ids, table, sparse=True)
-        hidden = hidden + self.language_embedding(languages)
+        if self.language_embedding is not None:
+            hidden = hidden + self.language_embedding(languages)
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(
-                position_rows(input_ids, not_pad, second_starts)
+                position_rows(input_ids, not_pad, second_starts, first=self.first_position_row)
             )
         hidden = self.dropout(self.embedding_norm(hidden))
         attend = None
@@ -281,17 +291,17 @@ def in_second_half(input_ids: Tensor, second_starts: Tensor) -> Tensor:
 
 
 def position_rows(
-    input_ids: Tensor, not_pad: Tensor | None, second_starts: Tensor | None = None
+    input_ids: Tensor, not_pad: Tensor | None, second_starts: Tensor | None = None, *, first: int
 ) -> Tensor:
     """Returns the rows of the position table for ids (B, T): (B, T), or (T,) where all rows have the same.
 
-    Tokens are numbered from FIRST_POSITION_ROW, and again where a second half begins (B,); padding is not counted and
-    has row PAD itself.
+    Tokens are numbered from row `first`, and again where a second half begins (B,); padding is not counted, and has the
+    row before `first`, or 0.
     """
     if not_pad is None:
-        rows = torch.arange(input_ids.shape[1], device=input_ids.device) + FIRST_POSITION_ROW
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device) + first
     else:
-        rows = not_pad.cumsum(dim=1) * not_pad + PAD
+        rows = (not_pad.cumsum(dim=1) * not_pad + (first - 1)).clamp(min=0)
     if second_starts is None:
         return rows
     is_second = in_second_half(input_ids, second_starts)
@@ -300,23 +310,37 @@ def position_rows(
     return rows - is_second * second_starts[:, None]
 
 
+def build_norm(shape: ModelShape) -> nn.LayerNorm:
+    return nn.LayerNorm(shape.embed_dim, eps=shape.layer_norm_eps)
+
+
 def build_activation(name: ActivationName) -> nn.Module:
     """Returns gelu in its exact (erf) form, or relu."""
     return nn.GELU() if name == "gelu" else nn.ReLU()
 
 
 @torch.no_grad()
-def init_parameters(model: XlmEncoder, generator: torch.Generator) -> None:
-    """Fills every parameter, as fairseq's `apply_bert_init` does: the same for the same generator.
+def init_parameters(
+    model: XlmEncoder, initialisation: Initialisation, generator: torch.Generator
+) -> None:
+    """Fills every parameter: the same for the same generator.
 
-    Matrices and tables are N(0, INIT_STD), their padding rows and all biases 0, norms 1 and 0.
+    bert, as fairseq's `apply_bert_init`: matrices and tables are N(0, INIT_STD), all biases 0. xlm, as XLM: tables of
+    width d are N(0, 1/sqrt(d)); matrices and biases, as torch's Linear has them, within 1/sqrt(inputs). Both: padding
+    rows and the output's bias are 0, norms 1 and 0.
     """
+    as_xlm = initialisation == "xlm"
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and as_xlm:
+            bound = module.in_features**-0.5
+            module.weight.uniform_(-bound, bound, generator=generator)
+            module.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(module, nn.Linear):
             module.weight.normal_(0.0, INIT_STD, generator=generator)
             module.bias.zero_()
         elif isinstance(module, nn.Embedding):
-            module.weight.normal_(0.0, INIT_STD, generator=generator)
+            std = module.embedding_dim**-0.5 if as_xlm else INIT_STD
+            module.weight.normal_(0.0, std, generator=generator)
             if module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.LayerNorm):
@@ -330,7 +354,7 @@ def build_model(shape: ModelShape, *, seed: int) -> XlmEncoder:
     with torch.device("meta"):  # torch's own initialisation would draw from the global generator
         model = XlmEncoder(shape)
     model.to_empty(device="cpu")
-    init_parameters(model, torch.Generator().manual_seed(seed))
+    init_parameters(model, shape.initialisation, torch.Generator().manual_seed(seed))
     return model
 
 

@@ -34,6 +34,7 @@ namespace {
 
 using Unlock = py::call_guard<py::gil_scoped_release>;
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+using UInt64Array = py::array_t<std::uint64_t, py::array::c_style>;
 
 std::span<std::int64_t> writable(Int64Array& array) {
   return {array.mutable_data(), static_cast<std::size_t>(array.size())};
@@ -236,12 +237,17 @@ void register_batches(py::module_& m) {
       [](const Streams& streams, const Int64Array& numbers, const Int64Array& passes,
          const Int64Array& blocks, std::uint64_t seed, double mask_ratio, std::int64_t vocab_size,
          Int64Array input_ids, Int64Array languages, Int64Array second_languages,
-         Int64Array second_starts, Int64Array masked_positions, Int64Array targets) {
+         Int64Array second_starts, Int64Array masked_positions, Int64Array targets,
+         const std::optional<UInt64Array>& word_goes_on) {
         const xlm_ds::Rows rows{streams, readable(numbers), readable(passes), readable(blocks)};
         const xlm_ds::BatchArrays out{writable(input_ids),        writable(languages),
                                       writable(second_languages), writable(second_starts),
                                       writable(masked_positions), writable(targets)};
-        const xlm_ds::Masking masking{.seed = seed, .ratio = mask_ratio, .vocab_size = vocab_size};
+        xlm_ds::Masking masking{.seed = seed, .ratio = mask_ratio, .vocab_size = vocab_size};
+        if (word_goes_on) {
+          masking.word_goes_on = {word_goes_on->data(),
+                                  static_cast<std::size_t>(word_goes_on->size())};
+        }
         const py::gil_scoped_release unlocked;
         const auto [has_padding, has_pairs] = xlm_ds::fill_batch(rows, masking, out);
         return std::pair(has_padding, has_pairs);
@@ -249,7 +255,8 @@ void register_batches(py::module_& m) {
       "streams"_a, py::kw_only(), "numbers"_a.noconvert(), "passes"_a.noconvert(),
       "blocks"_a.noconvert(), "seed"_a, "mask_ratio"_a, "vocab_size"_a,
       "input_ids"_a.noconvert(), "languages"_a.noconvert(), "second_languages"_a.noconvert(),
-      "second_starts"_a.noconvert(), "masked_positions"_a.noconvert(), "targets"_a.noconvert());
+      "second_starts"_a.noconvert(), "masked_positions"_a.noconvert(), "targets"_a.noconvert(),
+      "word_goes_on"_a.noconvert() = py::none());
   m.def(
       "count_targets",
       [](const Streams& streams, const Int64Array& numbers, const Int64Array& passes,

@@ -110,6 +110,33 @@ TEST(masking_has_the_exact_number_and_keeps_the_rest) {
   }
 }
 
+TEST(words_are_masked_whole_and_the_last_is_cut) {
+  // Words of 3, 1, 2 and 1 tokens, and an eos that ends the one before it.
+  const std::vector<std::int64_t> original{70, 70, 10, 11, 70, 12, 70, xlm_ds::kEos};
+  const std::vector<std::uint64_t> goes_on{0, std::uint64_t{1} << (70 - 64)};
+  const std::vector<std::pair<std::int64_t, std::int64_t>> words{
+      {0, 3}, {3, 4}, {4, 6}, {6, 7}, {7, 8}};
+  xlm_ds::Masker masker({.seed = 3, .ratio = 0.5, .vocab_size = 100, .word_goes_on = goes_on}, 8);
+  int cut = 0;
+  for (std::uint64_t block = 0; block < 100; ++block) {
+    auto tokens = original;
+    std::vector<std::int64_t> positions(4), targets(4);
+    masker.mask(0, 0, block, tokens, positions, targets);
+    const std::set<std::int64_t> masked(positions.begin(), positions.end());
+    CHECK(masked.size() == 4);
+    int partial = 0;
+    for (const auto& [first, end] : words) {
+      const auto taken = std::distance(masked.lower_bound(first), masked.lower_bound(end));
+      partial += taken > 0 && taken < end - first;
+    }
+    CHECK(partial <= 1);
+    cut += partial;
+  }
+  CHECK(cut > 0 && cut < 100);
+  CHECK_THROWS(xlm_ds::Masker({.vocab_size = 129, .word_goes_on = goes_on}, 8),
+               std::invalid_argument);
+}
+
 TEST(masking_refuses_shares_and_dictionaries_it_cannot_use) {
   CHECK(xlm_ds::masked_count(0.15, 255) == 39);
   CHECK(xlm_ds::masked_count(1, 7) == 7 && xlm_ds::masked_count(0, 7) == 0);
