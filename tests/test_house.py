@@ -19,7 +19,7 @@ FLOORS = [
         *("tokenisation", "merges", "texts", "pair_record", "prepare_record"),
         *("architectures", "geometry", "deepspeed_config"),
     },
-    {"prepare", "binarize", "pairs", "xlm_pth", "shards", "costs"},
+    {"prepare", "binarize", "text_ids", "pairs", "xlm_pth", "shards", "costs"},
     {"dataset"},
     {"order", "host_facts"},
     {"batches"},

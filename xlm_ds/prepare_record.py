@@ -38,9 +38,13 @@ def text_names(sources: Sources) -> list[str]:
     return [f"{split}.{lang}" for lang, splits in sources.items() for split in splits_of(splits)]
 
 
-def file_names(sources: Sources) -> list[str]:
-    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted."""
-    return ["codes", "vocab_mlm", *text_names(sources)]
+def file_names(sources: Sources, vocab: Path | None) -> list[str]:
+    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted.
+
+    `vocab`: the vocabulary that limits the pieces, if there is one.
+    """
+    limits = [] if vocab is None else ["bpe_vocab"]
+    return ["codes", *limits, "vocab_mlm", *text_names(sources)]
 
 
 class Record:
@@ -93,7 +97,8 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
     folder = config.destdir
     old = _load_record(folder / RECORD)
     new = _describe(config, sources, known=old["inputs"])
-    for name in [*file_names(sources), *(f"{TOKENISED}/{text}" for text in text_names(sources))]:
+    tokenised = [f"{TOKENISED}/{text}" for text in text_names(sources)]
+    for name in [*file_names(sources, config.vocab), *tokenised]:
         if name not in old["files"] and (folder / name).exists():
             raise InputError(
                 f"{folder / name}: is there but was not made here; move it away or give another --destdir"

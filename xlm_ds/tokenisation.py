@@ -32,9 +32,13 @@ def tokenisation_of(config: PrepareConfig) -> Tokenisation:
         tokenizer=config.tokenizer,
         lowercase=config.lowercase,
         remove_accents=config.remove_accents,
-        sacremoses=importlib.metadata.version("sacremoses"),
+        sacremoses=installed_sacremoses(),
         unicode=unicodedata.unidata_version,
     )
+
+
+def installed_sacremoses() -> str:
+    return importlib.metadata.version("sacremoses")
 
 
 def tokenise_line(text: str, language: str, settings: Tokenisation) -> str:
