@@ -29,6 +29,7 @@ FLOORS = [
     {"engine"},
     {"checkpoint"},
     {"evaluate"},
+    {"pretrained"},
     {"run"},
     {"train", "finetune", "convert", "report", "plan", "prove", "preflight", "supervise"},
     {"cli"},

@@ -36,6 +36,19 @@ class MaskedBatch(NamedTuple):
     has_padding: bool
 
 
+class Rows(NamedTuple):
+    """Ids to be encoded, with nothing to predict.
+
+    input_ids    (B, T): PAD behind the shorter ones
+    languages    (B,)
+    has_padding  some row is short
+    """
+
+    input_ids: torch.Tensor
+    languages: torch.Tensor
+    has_padding: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
     """Masks are decided by (seed, language, pass, block); random words are the dictionary's, not special ones."""
