@@ -393,3 +393,30 @@ def chain_of(updates: Sequence[tuple[int, bytes]]) -> bytes:
         content = chain + number.to_bytes(8, "little") + digests
         chain = hashlib.blake2b(content, digest_size=8).digest()
     return chain
+
+
+# -------------------------------------------------------------------------------------- retrieval
+
+
+def retrieval(first: Array, second: Array) -> dict[str, tuple[float, float]]:
+    """Percent of the vectors (N, d) whose own is the best of the other side: there and back, by cosine and margin."""
+    one, other = ([v / math.sqrt(float(v @ v)) for v in side] for side in (first, second))
+    count = len(one)
+    nearest = min(4, count)
+    cosine = [[float(a @ b) for b in other] for a in one]
+    of_row = [sum(sorted(row)[-nearest:]) / nearest for row in cosine]
+    of_column = [sum(sorted(column)[-nearest:]) / nearest for column in zip(*cosine, strict=True)]
+    margin = [
+        [cosine[i][j] / ((of_row[i] + of_column[j]) / 2) for j in range(count)]
+        for i in range(count)
+    ]
+
+    def percent(scores: Sequence[Sequence[float]]) -> float:
+        return (
+            100 * sum(row.index(max(row)) == i for i, row in enumerate(map(list, scores))) / count
+        )
+
+    return {
+        name: (percent(scores), percent([*zip(*scores, strict=True)]))
+        for name, scores in (("cosine", cosine), ("margin", margin))
+    }

@@ -30,6 +30,7 @@ FLOORS = [
     {"checkpoint"},
     {"evaluate"},
     {"pretrained"},
+    {"fill", "retrieve"},
     {"run"},
     {"train", "finetune", "convert", "report", "plan", "prove", "preflight", "supervise"},
     {"cli"},

@@ -635,6 +635,46 @@ class EvaluateConfig:
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 
 
+# --------------------------------------------------------------------------------------- fill
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillConfig:
+    """The best words for masked positions."""
+
+    checkpoint: Path = knob("a checkpoint's folder, or a run's: its best", positional=True)
+    texts: tuple[str, ...] = knob(
+        "raw texts, with <mask> for each word to fill (default: the lines of standard input)",
+        default=(),
+        positional=True,
+    )
+    language: str = knob("the language of the texts")
+    top: int = knob("words for each mask", default=5, bounds="[1, inf)")
+
+
+# --------------------------------------------------------------------------------------- retrieve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrieveConfig:
+    """Accuracy of finding each line's translation."""
+
+    checkpoint: Path = knob("a checkpoint's folder, or a run's: its best", positional=True)
+    files: tuple[Path, ...] = knob(
+        "raw texts, two and two aligned line by line: FILE_A FILE_B [FILE_A FILE_B …]",
+        positional=True,
+    )
+    languages: tuple[str, ...] = knob(
+        "of each file, as en,fr (default: what the file's name ends with, after its last point)",
+        default=(),
+    )
+    batch_size: int = knob("lines encoded at a time", default=32, bounds="[1, inf)")
+    output: Path | None = knob(
+        "JSON file for the figures (default: CHECKPOINT-retrieval.json beside the checkpoint)",
+        default=None,
+    )
+
+
 # --------------------------------------------------------------------------------------- report
 
 

@@ -58,10 +58,7 @@ class Pretrained:
     @classmethod
     def load(cls, path: Path | str) -> "Pretrained":
         """From a checkpoint's folder, or a run's: its best. On a GPU where there is one. Raises InputError, OSError."""
-        folder = Path(path)
-        if not (folder / "manifest.json").exists() and (folder / BEST).exists():
-            folder = folder / BEST
-        folder = folder.resolve()
+        folder = checkpoint_folder(Path(path)).resolve()
         manifest = read_manifest(folder)
         there = [name for name in ("dict.txt", *COMPANIONS) if name in manifest["sha256"]]
         check_files(folder, manifest, there)
@@ -131,6 +128,12 @@ class Pretrained:
 
     def language_id(self, language: str) -> int:
         return language_id(language, self.languages)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Of a run's folder its best checkpoint; any other path as it is."""
+    is_run = not (path / "manifest.json").exists() and (path / BEST).exists()
+    return path / BEST if is_run else path
 
 
 def longest_row(

@@ -1,0 +1,202 @@
+"""Sentence retrieval: how often a line's translation is the nearest of all lines of the other file, in both directions.
+
+    python -m xlm_ds.retrieve run test.fr-en.fr test.fr-en.en
+    python -m xlm_ds.retrieve run a.txt b.txt c.txt d.txt --languages en,fr,en,de
+
+Files are raw text, aligned line by line; of each line the vector is Pretrained.encode's. Nearest is by cosine, and by
+the ratio margin of Artetxe and Schwenk (2019, arXiv 1811.01136): the cosine divided by the mean of those to both lines'
+four nearest neighbours, which takes the advantage from lines that are near to all.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xlm_ds.config import RetrieveConfig
+from xlm_ds.flags import before_slow_imports, parse
+from xlm_ds.log import EXIT_OK, InputError, run_stage
+
+if __name__ == "__main__":
+    before_slow_imports(RetrieveConfig, description=__doc__)  # before torch is imported
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xlm_ds.files import read_lines, replacing
+from xlm_ds.pretrained import Pretrained, checkpoint_folder
+
+NEIGHBOURS = 4
+SIMILARITIES_AT_ONCE = 1 << 24  # 64 MB
+
+
+class Retrieval(NamedTuple):
+    """Percent of the lines whose translation is found: from the first file to the second, and back."""
+
+    lines: int
+    cosine: tuple[float, float]
+    margin: tuple[float, float]
+
+
+# ------------------------------------------------------------------------------------------- texts
+
+
+def read_aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
+    """The lines of two files. Raises InputError unless they are as many, and each has text."""
+    texts = [_lines(first), _lines(second)]
+    if len(texts[0]) != len(texts[1]):
+        short, long = sorted(zip(map(len, texts), (first, second), strict=True))
+        raise InputError(
+            f"{short[1]}: ends after line {short[0]}, but {long[1]} has {long[0]}; give files that are aligned"
+        )
+    if not texts[0]:
+        raise InputError(f"{first}: is empty")
+    return texts[0], texts[1]
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.rstrip("\n") for some in read_lines(path) for line in some]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(
+                f"{path}, line {number}: has no text; take the line out of this file and of the one aligned with it"
+            )
+    return lines
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+def retrieval(first: Tensor, second: Tensor) -> Retrieval:
+    """Of vectors (N, d) of which those with the same number belong together; memory is O(N d).
+
+    Of several that are as near the first counts.
+    """
+    one, other = (functional.normalize(vectors.float(), dim=1) for vectors in (first, second))
+    ahead, near_one = _found(one, other, lambda similar, _: similar)
+    back, near_other = _found(other, one, lambda similar, _: similar)
+
+    def margin(near: Tensor, near_theirs: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        return lambda similar, rows: similar / (near[rows, None] + near_theirs)
+
+    margin_ahead, _ = _found(one, other, margin(near_one, near_other))
+    margin_back, _ = _found(other, one, margin(near_other, near_one))
+    return Retrieval(len(one), (ahead, back), (margin_ahead, margin_back))
+
+
+def _found(
+    queries: Tensor, targets: Tensor, score: Callable[[Tensor, slice], Tensor]
+) -> tuple[float, Tensor]:
+    """Percent of the queries whose own target has the best score, and each query's mean cosine to its nearest (N,)."""
+    count = len(queries)
+    step = max(1, SIMILARITIES_AT_ONCE // count)
+    right, near = 0, []
+    for begin in range(0, count, step):
+        rows = slice(begin, min(begin + step, count))
+        similar = queries[rows] @ targets.T
+        near.append(similar.topk(min(NEIGHBOURS, count), dim=1).values.mean(dim=1))
+        own = torch.arange(rows.start, rows.stop, device=similar.device)
+        right += int((score(similar, rows).argmax(dim=1) == own).sum())
+    return 100 * right / count, torch.cat(near)
+
+
+def by_direction(languages: tuple[str, str], found: Retrieval) -> dict[str, dict[str, float]]:
+    """{"cosine": {"en-fr": percent, "fr-en": percent}, "margin": …}"""
+    names = ("-".join(languages), "-".join(reversed(languages)))
+    figures = {"cosine": found.cosine, "margin": found.margin}
+    return {kind: dict(zip(names, both, strict=True)) for kind, both in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------- stage
+
+
+class Pair(NamedTuple):
+    """Two aligned files and their languages."""
+
+    files: tuple[Path, Path]
+    languages: tuple[str, str]
+
+
+def pairs_of(config: RetrieveConfig) -> list[Pair]:
+    """Raises InputError unless there are two and two files, and each has a language."""
+    files = config.files
+    if not files or len(files) % 2:
+        raise InputError(f"{len(files)} files: give them in pairs, FILE_A FILE_B [FILE_A FILE_B …]")
+    languages = config.languages or tuple(path.suffix.removeprefix(".") for path in files)
+    if len(languages) != len(files):
+        raise InputError(
+            f"--languages {','.join(languages)}: are {len(languages)} for {len(files)} files; give each file's"
+        )
+    return [
+        Pair((files[n], files[n + 1]), (languages[n], languages[n + 1]))
+        for n in range(0, len(files), 2)
+    ]
+
+
+def retrieve(pair: Pair, model: Pretrained, batch_size: int) -> Retrieval:
+    vectors = []
+    for path, language, texts in zip(
+        pair.files, pair.languages, read_aligned(*pair.files), strict=True
+    ):
+        try:
+            found = model.encode(texts, language, batch_size)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        vectors.append(torch.from_numpy(found).to(model.device))
+    return retrieval(*vectors)
+
+
+def table(results: Sequence[tuple[Pair, Retrieval]]) -> str:
+    """The figures as fixed-width text, a line for each direction."""
+    lines = [f"{'direction':>16} {'lines':>8} {'cosine %':>9} {'margin %':>9}"]
+    for pair, found in results:
+        figures = by_direction(pair.languages, found)
+        lines += [
+            f"{name:>16} {found.lines:>8} {cosine:>9.2f} {figures['margin'][name]:>9.2f}"
+            for name, cosine in figures["cosine"].items()
+        ]
+    return "\n".join(lines)
+
+
+def write_json(
+    path: Path, config: RetrieveConfig, results: Sequence[tuple[Pair, Retrieval]]
+) -> None:
+    content: dict[str, Any] = {
+        "checkpoint": str(config.checkpoint),
+        "neighbours": NEIGHBOURS,
+        "pairs": [
+            {
+                "files": [str(file) for file in pair.files],
+                "languages": pair.languages,
+                "lines": found.lines,
+                **by_direction(pair.languages, found),
+            }
+            for pair, found in results
+        ],
+    }
+    with replacing(path) as temporary:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(RetrieveConfig, argv, description=__doc__)
+    pairs = pairs_of(config)
+    folder = checkpoint_folder(config.checkpoint)
+    output = config.output or folder.with_name(f"{folder.name}-retrieval.json")
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: not a file in a folder that is there")
+    model = Pretrained.load(folder)
+    for language in itertools.chain.from_iterable(pair.languages for pair in pairs):
+        model.language_id(language)  # refused before the first file is encoded
+    results = [(pair, retrieve(pair, model, config.batch_size)) for pair in pairs]
+    sys.stdout.write(table(results) + "\n")
+    write_json(output, config, results)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("retrieve", main, log_to=sys.stderr))  # the table alone is the output
