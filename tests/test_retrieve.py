@@ -1,22 +1,28 @@
 """Retrieval's figures are those of its slow twin, and files that are not aligned are refused."""
 
+import io
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import reference
 import xlm_ds
 from conftest import DATA
+from test_end_to_end import MODULE, NO_DROPOUT, launcher, succeed, train_command
 from test_text_ids import made
-from test_train import train_here
+from test_train import losses_in, records_in, train_here
 from xlm_ds import fill, retrieve
+from xlm_ds.batches import Rows
+from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.engine import Ranks
 from xlm_ds.log import InputError
+from xlm_ds.report import draw_curves, read_metrics
 from xlm_ds.retrieve import read_aligned, retrieval
 
 PARALLEL = DATA / "demo" / "para"
@@ -160,15 +166,126 @@ def test_fill_says_what_the_model_fills(run: Path, capsys: pytest.CaptureFixture
     assert [row[2] for row in rows[1:]] == [f"{100 * c.probability:.3f}" for c in best]
 
 
-def test_fill_reads_standard_input(run: Path) -> None:
-    def call(text: bytes) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "xlm_ds.fill", str(run), "--language=hi", "--top=3"]
-        return subprocess.run(command, input=text, capture_output=True, timeout=120, check=False)
+def test_fill_reads_standard_input(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(text: bytes) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
+        assert fill.main([str(run), "--language=hi", "--top=3"]) == 0
+        return capsys.readouterr().out.splitlines()
 
-    result = call("यह <mask> है\n<mask>\n".encode())
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 1 + 2 * 3
-    result = call(b"<mask> \xff\n")
-    assert result.returncode == 2
-    assert b"byte 7 is not UTF-8" in result.stderr.splitlines()[-1]
-    assert b"there is no text" in call(b"").stderr
+    assert len(call("यह <mask> है\r\n<mask>\n".encode())) == 1 + 2 * 3
+    with pytest.raises(InputError, match="byte 7 is not UTF-8"):
+        call(b"<mask> \xff\n")
+    with pytest.raises(InputError, match="there is no text"):
+        call(b"")
+
+
+# -------------------------------------------------------------------------------- during training
+
+
+def write_aligned(folder: Path, lines: int) -> Path:
+    folder.mkdir()
+    for pair in (("fr", "en"), ("de", "hi")):
+        for language in pair:
+            text = (DATA / "demo" / f"valid.{language}").read_text(encoding="utf-8").splitlines()
+            path = folder / f"{'-'.join(pair)}.{language}"
+            path.write_text("".join(f"{line}\n" for line in text[:lines]), encoding="utf-8")
+    return folder
+
+
+def flags(tmp_path: Path, lines: int = 7) -> list[str]:
+    data = write_aligned(tmp_path / "aligned", lines)
+    return [f"--retrieve-data={data}", "--retrieve-interval-updates=2"]
+
+
+def retrieved_in(save_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in records_in(save_dir) if record["kind"] == "retrieve"]
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_measures_what_its_checkpoint_gives_and_changes_nothing_else(
+    stage: int, run: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    settings = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    settings["zero_optimization"]["stage"] = stage
+    (tmp_path / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
+    data, common = run.parent / "bin", ["--max-update=4", f"--deepspeed_config={tmp_path}/ds.json"]
+    train_here(data, tmp_path / "plain", ranks, *common)
+    train_here(data, tmp_path / "measured", ranks, *common, *flags(tmp_path))
+    assert losses_in(tmp_path / "measured") == losses_in(tmp_path / "plain")
+    assert (tmp_path / "measured/digests.jsonl").read_bytes() == (
+        tmp_path / "plain/digests.jsonl"
+    ).read_bytes()
+    records = retrieved_in(tmp_path / "measured")
+    assert [record["update"] for record in records] == [2, 4]
+    model = xlm_ds.load(tmp_path / "measured/checkpoint_last")
+    for pair in (("fr", "en"), ("de", "hi")):
+        texts = read_aligned(*(tmp_path / "aligned" / f"{'-'.join(pair)}.{lg}" for lg in pair))
+        vectors = [model.encode(lines, lg) for lines, lg in zip(texts, pair, strict=True)]
+        expected = reference.retrieval(*vectors)
+        for kind in ("cosine", "margin"):
+            names = ("-".join(pair), "-".join(reversed(pair)))
+            assert [records[-1][kind][name] for name in names] == pytest.approx(expected[kind])
+    read_metrics(tmp_path / "measured")
+    draw_curves(read_metrics(tmp_path / "measured"), tmp_path / "curves.png")
+
+
+class OneOfMany(Ranks):
+    """A rank whose colleagues' vectors are added by the test."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
+@pytest.mark.parametrize("world", [2, 5, 9])
+def test_every_line_is_one_ranks_and_all_make_the_same_calls(world: int) -> None:
+    """Also where there are more ranks than lines."""
+    rows = [np.array([2, *range(10, 11 + n), 2]) for n in (3, 1, 4, 0, 2, 6, 5)]
+    whole, calls = torch.zeros(len(rows), 2), []
+    for rank in range(world):
+        made: list[int] = []
+
+        def encode(batch: Rows, made: list[int] = made) -> Tensor:
+            made.append(1)
+            return torch.stack([batch.input_ids, torch.ones_like(batch.input_ids)], dim=2)
+
+        ranks = OneOfMany(rank, world, torch.device("cpu"), None)
+        whole += retrieve._gathered_vectors(rows, encode, 0, rows_at_once=2, ranks=ranks)
+        calls.append(len(made))
+    assert len(set(calls)) == 1
+    assert whole.tolist() == [[row[1:-1].mean(), 1] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_measure_what_one_does(stage: int, run: Path, tmp_path: Path) -> None:
+    settings = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    settings["zero_optimization"]["stage"] = stage
+    (tmp_path / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
+    common = ["--max-update=4", f"--deepspeed_config={tmp_path}/ds.json", *flags(tmp_path, 41)]
+    common += ["--global-batch-tokens=256", *NO_DROPOUT]
+    data = run.parent / "bin"
+    succeed(*MODULE, *train_command(data, tmp_path / "one", *common))
+    succeed(*launcher(tmp_path, 2), *train_command(data, tmp_path / "two", *common))
+    assert losses_in(tmp_path / "two") == pytest.approx(losses_in(tmp_path / "one"), abs=1e-4)
+    for one, two in zip(
+        retrieved_in(tmp_path / "one"), retrieved_in(tmp_path / "two"), strict=True
+    ):
+        for kind in ("cosine", "margin"):
+            assert two[kind] == pytest.approx(one[kind], abs=2.6)  # a line of 41
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--retrieve-interval-updates=2"], "go together"),
+        (["--retrieve-data=."], "go together"),
+        (["--retrieve-interval-updates=2", "--retrieve-data=."], "has no aligned texts of ar, de"),
+    ],
+)
+def test_bad_flags(
+    given: list[str], expected: str, run: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        train_here(run.parent / "bin", tmp_path / "run", ranks, *given)

@@ -420,6 +420,14 @@ class RunConfig:
     validate_interval_updates: int = knob(
         "also validate every N updates (0: never)", default=0, bounds="[0, inf)"
     )
+    retrieve_interval_updates: int = knob(
+        "measure sentence retrieval on --retrieve-data every N updates (0: never)",
+        default=0,
+        bounds="[0, inf)",
+    )
+    retrieve_data: Path | None = knob(
+        "folder with raw text aligned line by line: LG1-LG2.LG1 and LG1-LG2.LG2", default=None
+    )
     log_interval: int = knob("one line every N updates", default=100, bounds="[1, inf)")
     digest_interval: int = knob(
         "digest of the parameters for xlm-ds prove every N updates (0: never); that of the samples is every update's",

@@ -206,7 +206,7 @@ def padded(rows: Sequence[Ids], language: int, device: torch.device) -> Rows:
 # ---------------------------------------------------------------------------------- rows to vectors
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what ZeRO 3 gathers then could not be trained on
 def mean_vectors(
     encode: Callable[[Rows], Tensor],
     rows: Sequence[Ids],

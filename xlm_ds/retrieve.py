@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from xlm_ds.config import RetrieveConfig
 from xlm_ds.flags import before_slow_imports, parse
-from xlm_ds.log import EXIT_OK, InputError, run_stage
+from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 
 if __name__ == "__main__":
     before_slow_imports(RetrieveConfig, description=__doc__)  # before torch is imported
@@ -26,8 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xlm_ds.batches import Rows, rank_slice
+from xlm_ds.engine import Ranks
 from xlm_ds.files import read_lines, replacing
-from xlm_ds.pretrained import Pretrained, checkpoint_folder
+from xlm_ds.pretrained import Ids, Pretrained, checkpoint_folder, mean_vectors, rows_of
+from xlm_ds.text_ids import TextToIds
 
 NEIGHBOURS = 4
 SIMILARITIES_AT_ONCE = 1 << 24  # 64 MB
@@ -108,6 +111,79 @@ def by_direction(languages: tuple[str, str], found: Retrieval) -> dict[str, dict
     names = ("-".join(languages), "-".join(reversed(languages)))
     figures = {"cosine": found.cosine, "margin": found.margin}
     return {kind: dict(zip(names, both, strict=True)) for kind, both in figures.items()}
+
+
+# ---------------------------------------------------------------------------------- during training
+
+
+class AlignedRows(NamedTuple):
+    """Two aligned texts as rows of ids (pretrained.rows_of)."""
+
+    languages: tuple[str, str]
+    rows: tuple[list[Ids], list[Ids]]
+
+
+def read_folder(
+    folder: Path, languages: Sequence[str], to_ids: TextToIds, longest: int | None
+) -> list[AlignedRows]:
+    """The texts LG1-LG2.LG1 and LG1-LG2.LG2 of all pairs of these languages that the folder has, in one order or other.
+
+    Raises InputError if there is none, or as read_aligned and rows_of.
+    """
+    found = []
+    for one, other in itertools.combinations(languages, 2):
+        for pair in ((one, other), (other, one)):
+            paths = [folder / f"{'-'.join(pair)}.{language}" for language in pair]
+            if any(path.exists() for path in paths):
+                texts = zip(read_aligned(*paths), pair, strict=True)
+                first, second = (rows_of(lines, lg, to_ids, longest) for lines, lg in texts)
+                found.append(AlignedRows(pair, (first, second)))
+                break
+    if not found:
+        raise InputError(
+            f"{folder}: has no aligned texts of {', '.join(languages)}; they are to be called LG1-LG2.LG1 and "
+            "LG1-LG2.LG2"
+        )
+    shown = ", ".join(f"{'-'.join(pair)} ({len(rows[0])} lines)" for pair, rows in found)
+    logger.info(f"{folder}: retrieval is measured on {shown}")
+    return found
+
+
+def retrieve_on_ranks(
+    aligned: AlignedRows,
+    encode: Callable[[Rows], Tensor],
+    ids: tuple[int, int],
+    *,
+    rows_at_once: int,
+    ranks: Ranks,
+) -> Retrieval:
+    """The figures of a network that all ranks hold, each encoding its share. All must call it.
+
+    `ids`: the languages' in the network.
+    """
+    first, second = (
+        _gathered_vectors(rows, encode, language, rows_at_once=rows_at_once, ranks=ranks)
+        for rows, language in zip(aligned.rows, ids, strict=True)
+    )
+    return retrieval(first.to(ranks.device), second.to(ranks.device))
+
+
+def _gathered_vectors(
+    rows: Sequence[Ids],
+    encode: Callable[[Rows], Tensor],
+    language: int,
+    *,
+    rows_at_once: int,
+    ranks: Ranks,
+) -> Tensor:
+    """(N, d) on every rank. Each makes the same number of calls, as ZeRO 3 needs."""
+    begin, count = rank_slice(0, len(rows), rank=ranks.rank, world_size=ranks.world_size)
+    _, most = rank_slice(0, len(rows), rank=0, world_size=ranks.world_size)
+    own = [*rows[begin : begin + count], *rows[: most - count]]  # shares differ by one row
+    vectors = mean_vectors(encode, own, language, rows_at_once=rows_at_once, device=ranks.device)
+    whole = torch.zeros(len(rows), vectors.shape[1])
+    whole[begin : begin + count] = vectors[:count]
+    return ranks.sum(whole)
 
 
 # ------------------------------------------------------------------------------------------- stage

@@ -40,9 +40,12 @@ class TextToIds:
         self._ids = {symbol: number for number, symbol in enumerate(dictionary.symbols)}
 
     @classmethod
-    def load(cls, folder: Path) -> "TextToIds":
-        """From a checkpoint's folder or binarize's; says what texts must be already. Raises InputError, OSError."""
-        dictionary = Dictionary.load(folder / "dict.txt")
+    def load(cls, folder: Path, dictionary: Dictionary | None = None) -> "TextToIds":
+        """From a checkpoint's folder or binarize's; says what texts must be already. Raises InputError, OSError.
+
+        `dictionary`: the folder's, if it has been read.
+        """
+        dictionary = dictionary or Dictionary.load(folder / "dict.txt")
         tokenisation = _load_tokenisation(folder / RECORD)
         codes, vocab = folder / "codes", folder / "bpe_vocab"
         bpe = load_bpe(codes, vocab if vocab.exists() else None) if codes.exists() else None
