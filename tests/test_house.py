@@ -23,7 +23,7 @@ FLOORS = [
     {"dataset"},
     {"order", "host_facts"},
     {"batches"},
-    {"corpus", "digests"},
+    {"corpus", "digests", "xlm_masks"},
     {"cross_entropy_kernel", "linear_cross_entropy"},
     {"model", "schedule", "metrics"},
     {"engine"},

@@ -630,6 +630,10 @@ class EvaluateConfig:
     split: str = knob("split to evaluate", default="test", choices=("train", "valid", "test"))
     monolingual_langs: tuple[str, ...] = knob("languages (default: the model's)", default=())
     mask_draws: int = knob("fixed mask draws to average over", default=3, bounds="[1, inf)")
+    xlm_masks: bool = knob(
+        "also measure as XLM's own evaluation does, for figures beside published ones",
+        default=False,
+    )
     max_tokens: int = knob(
         "tokens per rank and micro-batch; the result does not depend on it",
         default=8192,
