@@ -17,15 +17,14 @@ from conftest import DATA
 from test_end_to_end import MODULE, NO_DROPOUT, launcher, succeed, train_command
 from test_text_ids import made
 from test_train import losses_in, records_in, train_here
-from xlm_ds import fill, retrieve
+from xlm_ds import checkpoint, fill, retrieve
 from xlm_ds.batches import Rows
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.engine import Ranks
 from xlm_ds.log import InputError
 from xlm_ds.report import draw_curves, read_metrics
-from xlm_ds.retrieve import read_aligned, retrieval
-
-PARALLEL = DATA / "demo" / "para"
+from xlm_ds.retrieve import read_aligned, read_all_aligned, retrieval
+from xlm_ds.text_ids import TextToIds
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +191,21 @@ def write_aligned(folder: Path, lines: int) -> Path:
             path = folder / f"{'-'.join(pair)}.{language}"
             path.write_text("".join(f"{line}\n" for line in text[:lines]), encoding="utf-8")
     return folder
+
+
+def test_files_behind_a_prefix(run: Path, tmp_path: Path) -> None:
+    """As the parallel corpora are called: valid.de-hi.de."""
+    folder = write_aligned(tmp_path / "aligned", 3)
+    to_ids, languages = TextToIds.load(run / checkpoint.BEST), ("ar", "de", "en", "fr", "hi")
+    in_folder = read_all_aligned(folder, languages, to_ids, None)
+    assert [aligned.languages for aligned in in_folder] == [("de", "hi"), ("fr", "en")]
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / f"valid.{path.name}")
+    behind = read_all_aligned(tmp_path / "valid", languages, to_ids, None)
+    assert [aligned.languages for aligned in behind] == [("de", "hi"), ("fr", "en")]
+    (tmp_path / "valid.de-hi.hi").unlink()
+    with pytest.raises(FileNotFoundError, match=r"valid\.de-hi\.hi"):
+        read_all_aligned(tmp_path / "valid", languages, to_ids, None)
 
 
 def flags(tmp_path: Path, lines: int = 7) -> list[str]:

@@ -426,7 +426,8 @@ class RunConfig:
         bounds="[0, inf)",
     )
     retrieve_data: Path | None = knob(
-        "folder with raw text aligned line by line: LG1-LG2.LG1 and LG1-LG2.LG2", default=None
+        "raw text aligned line by line: a folder with LG1-LG2.LG1 and LG1-LG2.LG2, or PREF of PREF.LG1-LG2.LG1 …",
+        default=None,
     )
     log_interval: int = knob("one line every N updates", default=100, bounds="[1, inf)")
     digest_interval: int = knob(

@@ -123,17 +123,19 @@ class AlignedRows(NamedTuple):
     rows: tuple[list[Ids], list[Ids]]
 
 
-def read_folder(
-    folder: Path, languages: Sequence[str], to_ids: TextToIds, longest: int | None
+def read_all_aligned(
+    source: Path, languages: Sequence[str], to_ids: TextToIds, longest: int | None
 ) -> list[AlignedRows]:
-    """The texts LG1-LG2.LG1 and LG1-LG2.LG2 of all pairs of these languages that the folder has, in one order or other.
+    """The texts LG1-LG2.LG1 and LG1-LG2.LG2 of all pairs of these languages, in one order or the other, that there are
+    in a folder, or behind a prefix and a point.
 
     Raises InputError if there is none, or as read_aligned and rows_of.
     """
+    begin = f"{source}/" if source.is_dir() else f"{source}."
     found = []
     for one, other in itertools.combinations(languages, 2):
         for pair in ((one, other), (other, one)):
-            paths = [folder / f"{'-'.join(pair)}.{language}" for language in pair]
+            paths = [Path(f"{begin}{'-'.join(pair)}.{language}") for language in pair]
             if any(path.exists() for path in paths):
                 texts = zip(read_aligned(*paths), pair, strict=True)
                 first, second = (rows_of(lines, lg, to_ids, longest) for lines, lg in texts)
@@ -141,11 +143,11 @@ def read_folder(
                 break
     if not found:
         raise InputError(
-            f"{folder}: has no aligned texts of {', '.join(languages)}; they are to be called LG1-LG2.LG1 and "
+            f"{source}: has no aligned texts of {', '.join(languages)}; they are to be called LG1-LG2.LG1 and "
             "LG1-LG2.LG2"
         )
     shown = ", ".join(f"{'-'.join(pair)} ({len(rows[0])} lines)" for pair, rows in found)
-    logger.info(f"{folder}: retrieval is measured on {shown}")
+    logger.info(f"{source}: retrieval is measured on {shown}")
     return found
 
 

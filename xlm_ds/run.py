@@ -52,7 +52,7 @@ from xlm_ds.metrics import (
 from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.pretrained import longest_row
-from xlm_ds.retrieve import AlignedRows, by_direction, read_folder, retrieve_on_ranks
+from xlm_ds.retrieve import AlignedRows, by_direction, read_all_aligned, retrieve_on_ranks
 from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, plateau_after
 from xlm_ds.text_ids import TextToIds
 
@@ -241,17 +241,17 @@ def read_companions(corpus: Corpus, folder: Path, ranks: Ranks) -> dict[str, byt
 
 
 def read_aligned_texts(config: TrainConfig, corpus: Corpus) -> list[AlignedRows]:
-    """Those of --retrieve-data, as ids. Raises InputError unless the flags go together; as read_folder."""
-    folder, interval = config.run.retrieve_data, config.run.retrieve_interval_updates
-    if (folder is None) != (interval == 0):
+    """Those of --retrieve-data, as ids. Raises InputError unless the flags go together; as read_all_aligned."""
+    source, interval = config.run.retrieve_data, config.run.retrieve_interval_updates
+    if (source is None) != (interval == 0):
         raise InputError(
             "--retrieve-data and --retrieve-interval-updates go together; give both or neither"
         )
-    if folder is None:
+    if source is None:
         return []
     to_ids = TextToIds.load(config.data.data, corpus.dictionary)
     longest = longest_row(config, corpus.dictionary, corpus.languages)
-    return read_folder(folder, corpus.languages, to_ids, longest)
+    return read_all_aligned(source, corpus.languages, to_ids, longest)
 
 
 def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:
