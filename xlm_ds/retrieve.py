@@ -8,10 +8,11 @@ the ratio margin of Artetxe and Schwenk (2019, arXiv 1811.01136): the cosine div
 four nearest neighbours, which takes the advantage from lines that are near to all.
 """
 
+import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,15 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
+@contextlib.contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """Puts the file into what is said of one of its lines."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 # ----------------------------------------------------------------------------------------- figures
 
 
@@ -79,31 +89,38 @@ def retrieval(first: Tensor, second: Tensor) -> Retrieval:
     Of several that are as near the first counts.
     """
     one, other = (functional.normalize(vectors.float(), dim=1) for vectors in (first, second))
-    ahead, near_one = _found(one, other, lambda similar, _: similar)
-    back, near_other = _found(other, one, lambda similar, _: similar)
+    near_one, near_other = _nearness(one, other), _nearness(other, one)
+    ahead = _found(one, other, near_one, near_other)
+    back = _found(other, one, near_other, near_one)
+    return Retrieval(len(one), (ahead[0], back[0]), (ahead[1], back[1]))
 
-    def margin(near: Tensor, near_theirs: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        return lambda similar, rows: similar / (near[rows, None] + near_theirs)
 
-    margin_ahead, _ = _found(one, other, margin(near_one, near_other))
-    margin_back, _ = _found(other, one, margin(near_other, near_one))
-    return Retrieval(len(one), (ahead, back), (margin_ahead, margin_back))
+def _nearness(queries: Tensor, targets: Tensor) -> Tensor:
+    """(N,): each query's mean cosine to the targets nearest to it."""
+    count = min(NEIGHBOURS, len(targets))
+    parts = _similarities(queries, targets)
+    return torch.cat([similar.topk(count, dim=1).values.mean(dim=1) for _, similar in parts])
 
 
 def _found(
-    queries: Tensor, targets: Tensor, score: Callable[[Tensor, slice], Tensor]
-) -> tuple[float, Tensor]:
-    """Percent of the queries whose own target has the best score, and each query's mean cosine to its nearest (N,)."""
-    count = len(queries)
-    step = max(1, SIMILARITIES_AT_ONCE // count)
-    right, near = 0, []
-    for begin in range(0, count, step):
-        rows = slice(begin, min(begin + step, count))
-        similar = queries[rows] @ targets.T
-        near.append(similar.topk(min(NEIGHBOURS, count), dim=1).values.mean(dim=1))
+    queries: Tensor, targets: Tensor, near: Tensor, near_theirs: Tensor
+) -> tuple[float, float]:
+    """Percent of the queries whose own target is the best, by cosine and by margin."""
+    right = [0, 0]
+    for rows, similar in _similarities(queries, targets):
         own = torch.arange(rows.start, rows.stop, device=similar.device)
-        right += int((score(similar, rows).argmax(dim=1) == own).sum())
-    return 100 * right / count, torch.cat(near)
+        margin = similar / (near[rows, None] + near_theirs)
+        for kind, scores in enumerate((similar, margin)):
+            right[kind] += int((scores.argmax(dim=1) == own).sum())
+    return 100 * right[0] / len(queries), 100 * right[1] / len(queries)
+
+
+def _similarities(queries: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Of some queries at a time, which they are and their cosines to all targets."""
+    step = max(1, SIMILARITIES_AT_ONCE // len(targets))
+    for begin in range(0, len(queries), step):
+        rows = slice(begin, min(begin + step, len(queries)))
+        yield rows, queries[rows] @ targets.T
 
 
 def by_direction(languages: tuple[str, str], found: Retrieval) -> dict[str, dict[str, float]]:
@@ -137,9 +154,11 @@ def read_all_aligned(
         for pair in ((one, other), (other, one)):
             paths = [Path(f"{begin}{'-'.join(pair)}.{language}") for language in pair]
             if any(path.exists() for path in paths):
-                texts = zip(read_aligned(*paths), pair, strict=True)
-                first, second = (rows_of(lines, lg, to_ids, longest) for lines, lg in texts)
-                found.append(AlignedRows(pair, (first, second)))
+                rows = []
+                for path, lines, language in zip(paths, read_aligned(*paths), pair, strict=True):
+                    with _of_file(path):
+                        rows.append(rows_of(lines, language, to_ids, longest))
+                found.append(AlignedRows(pair, (rows[0], rows[1])))
                 break
     if not found:
         raise InputError(
@@ -219,10 +238,8 @@ def retrieve(pair: Pair, model: Pretrained, batch_size: int) -> Retrieval:
     for path, language, texts in zip(
         pair.files, pair.languages, read_aligned(*pair.files), strict=True
     ):
-        try:
+        with _of_file(path):
             found = model.encode(texts, language, batch_size)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
         vectors.append(torch.from_numpy(found).to(model.device))
     return retrieval(*vectors)
 
