@@ -459,3 +459,60 @@ def chain_of(updates: Sequence[tuple[int, bytes]]) -> bytes:
         content = chain + number.to_bytes(8, "little") + digests
         chain = hashlib.blake2b(content, digest_size=8).digest()
     return chain
+
+
+# -------------------------------------------------------------------------------------- retrieval
+
+
+def retrieval(first: Array, second: Array) -> dict[str, tuple[float, float]]:
+    """Percent of the vectors (N, d) whose own is the best of the other side: there and back, by cosine and margin."""
+    one, other = ([v / math.sqrt(float(v @ v)) for v in side] for side in (first, second))
+    count = len(one)
+    nearest = min(4, count)
+    cosine = [[float(a @ b) for b in other] for a in one]
+    of_row = [sum(sorted(row)[-nearest:]) / nearest for row in cosine]
+    of_column = [sum(sorted(column)[-nearest:]) / nearest for column in zip(*cosine, strict=True)]
+    margin = [
+        [cosine[i][j] / ((of_row[i] + of_column[j]) / 2) for j in range(count)]
+        for i in range(count)
+    ]
+
+    def percent(scores: Sequence[Sequence[float]]) -> float:
+        return (
+            100 * sum(row.index(max(row)) == i for i, row in enumerate(map(list, scores))) / count
+        )
+
+    return {
+        name: (percent(scores), percent([*zip(*scores, strict=True)]))
+        for name, scores in (("cosine", cosine), ("margin", margin))
+    }
+
+
+# --------------------------------------------------------------------------------- XLM's evaluation
+
+
+def xlm_evaluation(
+    tokens: Sequence[int], *, bptt: int, word_pred: float, share: int
+) -> list[tuple[list[int], dict[int, int]]]:
+    """Of each block that XLM evaluates, its input and {position: what was there}.
+
+    Time-major and for streams of a batch, as the specification has it (8.3, 8.8), with its one stream.
+    """
+    eos, mask, streams = 2, 4, 1
+    batches = math.ceil(len(tokens) / (streams * bptt))
+    buffer = [eos] * (batches * bptt * streams - len(tokens)) + list(tokens)
+    columns = np.array(buffer).reshape(streams, batches * bptt).T
+    data = np.concatenate([np.full((1, streams), eos), columns])
+    generator = np.random.RandomState(0)
+    result = []
+    for number in range(batches // share):
+        x = data[number * bptt : (number + 1) * bptt]
+        to_predict = generator.rand(bptt, streams) <= word_pred
+        to_predict[0] = False
+        for stream in range(streams):
+            to_predict[bptt - 1 :, stream] = False
+            if not to_predict[: bptt - 1, stream].any():
+                to_predict[generator.randint(1, bptt - 1), stream] = True
+        targets = {int(t): int(x[t, 0]) for t in np.flatnonzero(to_predict[:, 0])}
+        result.append(([mask if t in targets else int(x[t, 0]) for t in range(bptt)], targets))
+    return result

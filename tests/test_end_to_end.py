@@ -18,6 +18,7 @@ from xlm_ds import checkpoint
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 
 ROOT = Path(__file__).parent.parent
+STAGES = ("prepare", "binarize", "train", "evaluate", "retrieve", "fill", "prove", "report")
 MODULE = [sys.executable, "-m"]
 
 
@@ -233,7 +234,7 @@ def test_ctrl_c_saves_on_all_ranks(tiny_data: Path, tmp_path: Path) -> None:
     assert (run / checkpoint.LAST / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("stage", ["prepare", "binarize", "train", "evaluate", "prove", "report"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_bad_input_ends_with_code_2_and_one_sentence(stage: str) -> None:
     result = call(*MODULE, f"xlm_ds.{stage}", "--no-such-flag")
     assert result.returncode == 2
@@ -241,6 +242,6 @@ def test_bad_input_ends_with_code_2_and_one_sentence(stage: str) -> None:
     assert result.stderr.startswith(f"{stage}: error: unknown flag --no-such-flag")
 
 
-@pytest.mark.parametrize("stage", ["prepare", "binarize", "train", "evaluate", "prove", "report"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_help_names_the_flags(stage: str) -> None:
     assert "--config" in succeed(*MODULE, "xlm_ds", stage, "--help")

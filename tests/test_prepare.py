@@ -333,6 +333,7 @@ def test_published_codes_and_vocabulary(tmp_path: Path) -> None:
         assert (tmp_path / f"thin/train.{lang}").read_bytes() == golden(f"{lang}.thin.bpe")
     assert (tmp_path / "thin/codes").read_bytes() == golden("codes")
     assert (tmp_path / "thin/vocab_mlm").read_bytes() == thin
+    assert (tmp_path / "thin/bpe_vocab").read_bytes() == thin  # which travels with the codes
     pieces = Counter(p for lang in LANGS for p in golden(f"{lang}.bpe").split())
     assert (
         (tmp_path / "free/vocab_mlm").read_bytes().startswith(b"%b %d\n" % pieces.most_common(1)[0])

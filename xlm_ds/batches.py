@@ -43,6 +43,19 @@ class MaskedBatch(NamedTuple):
     second_starts: torch.Tensor | None = None
 
 
+class Rows(NamedTuple):
+    """Ids to be encoded, with nothing to predict.
+
+    input_ids    (B, T): PAD behind the shorter ones
+    languages    (B,)
+    has_padding  some row is short
+    """
+
+    input_ids: torch.Tensor
+    languages: torch.Tensor
+    has_padding: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
     """Masks are decided by (seed, languages, pass, block); random words are the dictionary's, not special ones.

@@ -49,6 +49,7 @@ from xlm_ds.pair_record import (
     sharing_dictionary,
     write_record,
 )
+from xlm_ds.prepare_record import RECORD, TOKENISED
 from xlm_ds.ranks import Ranks, interruptible, started_ranks
 from xlm_ds.texts import Share, Text, divide, texts_of
 
@@ -92,7 +93,7 @@ def binarize(config: BinarizeConfig, ranks: Ranks) -> None:
     bpe_sha256 = ranks.on_first(lambda: bpe_checksums(config.bpe_codes, config.bpe_vocab))
     ranks.together(lambda: check_same_bpe(config, bpe_sha256))
     dictionary = find_dictionary(config, texts, bpe, threads, ranks)
-    ranks.on_first(lambda: start_folder(config, dictionary, bpe_sha256))
+    ranks.on_first(lambda: start_folder(config, texts, dictionary, bpe_sha256))
     check_shared(config.destdir, ranks)
     sizes = [text.size for text in texts]
     unknown_size = any(text.is_standard_input for text in texts)
@@ -268,17 +269,28 @@ def count_words(
 
 
 def start_folder(
-    config: BinarizeConfig, dictionary: Dictionary, bpe_sha256: Mapping[str, str]
+    config: BinarizeConfig,
+    texts: Sequence[Text],
+    dictionary: Dictionary,
+    bpe_sha256: Mapping[str, str],
 ) -> None:
     """Makes OUT, its log, OUT/dict.txt and its companions. Raises InputError if others are there."""
     make_folder(config.destdir)
     add_log_file(config.destdir / "preprocess.log")
-    companions = (config.srcdict or config.destdir / "dict.txt").parent  # none to copy then
+    companions = config.srcdict.parent if config.srcdict else prepared_folder(texts[0])
+    companions = companions or config.destdir  # none to copy then
     names = COMPANIONS if config.bpe_codes is None else ("prepare.json",)
     # The recipe's loop over languages may run in parallel: they must not write the same file.
     with sharing_dictionary(config.destdir, dictionary, companions, names):
         if config.bpe_codes is not None:
             write_bpe(config, bpe_sha256)
+
+
+def prepared_folder(text: Text) -> Path | None:
+    """Where prepare left what goes with a text that it has made."""
+    folder = text.inputs[0].path.parent
+    folder = folder.parent if folder.name == TOKENISED else folder
+    return folder if (folder / RECORD).exists() else None
 
 
 def write_bpe(config: BinarizeConfig, sha256: Mapping[str, str]) -> None:

@@ -15,6 +15,8 @@ STAGES = {
     "train": "binarized data -> checkpoints",
     "supervise": "starts a failed run again from its last checkpoint",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
+    "retrieve": "a checkpoint and aligned texts -> how often translations find each other",
+    "fill": "a checkpoint and a text with <mask> -> the best words there",
     "prove": "two runs -> identical to an update, or their first difference",
     "report": "a run's metrics -> a picture of its curves",
 }

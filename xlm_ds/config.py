@@ -468,6 +468,15 @@ class RunConfig:
     validate_interval_updates: int = knob(
         "also validate every N updates (0: never)", default=0, bounds="[0, inf)"
     )
+    retrieve_interval_updates: int = knob(
+        "measure sentence retrieval on --retrieve-data every N updates (0: never)",
+        default=0,
+        bounds="[0, inf)",
+    )
+    retrieve_data: Path | None = knob(
+        "raw text aligned line by line: a folder with LG1-LG2.LG1 and LG1-LG2.LG2, or PREF of PREF.LG1-LG2.LG1 …",
+        default=None,
+    )
     log_interval: int = knob("one line every N updates", default=100, bounds="[1, inf)")
     digest_interval: int = knob(
         "digest of the parameters for xlm-ds prove every N updates (0: never); that of the samples is every update's",
@@ -675,6 +684,10 @@ class EvaluateConfig:
         "languages and pairs, as en,de,en-de (default: what it was trained on)", default=()
     )
     mask_draws: int = knob("fixed mask draws to average over", default=3, bounds="[1, inf)")
+    xlm_masks: bool = knob(
+        "also measure as XLM's own evaluation does, for figures beside published ones",
+        default=False,
+    )
     max_tokens: int = knob(
         "tokens per rank and micro-batch; the result does not depend on it",
         default=8192,
@@ -686,6 +699,46 @@ class EvaluateConfig:
         default=None,
     )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
+
+
+# --------------------------------------------------------------------------------------- fill
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillConfig:
+    """The best words for masked positions."""
+
+    checkpoint: Path = knob("a checkpoint's folder, or a run's: its best", positional=True)
+    texts: tuple[str, ...] = knob(
+        "raw texts, with <mask> for each word to fill (default: the lines of standard input)",
+        default=(),
+        positional=True,
+    )
+    language: str = knob("the language of the texts")
+    top: int = knob("words for each mask", default=5, bounds="[1, inf)")
+
+
+# --------------------------------------------------------------------------------------- retrieve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrieveConfig:
+    """Accuracy of finding each line's translation."""
+
+    checkpoint: Path = knob("a checkpoint's folder, or a run's: its best", positional=True)
+    files: tuple[Path, ...] = knob(
+        "raw texts, two and two aligned line by line: FILE_A FILE_B [FILE_A FILE_B …]",
+        positional=True,
+    )
+    languages: tuple[str, ...] = knob(
+        "of each file, as en,fr (default: what the file's name ends with, after its last point)",
+        default=(),
+    )
+    batch_size: int = knob("lines encoded at a time", default=32, bounds="[1, inf)")
+    output: Path | None = knob(
+        "JSON file for the figures (default: CHECKPOINT-retrieval.json beside the checkpoint)",
+        default=None,
+    )
 
 
 # --------------------------------------------------------------------------------------- report

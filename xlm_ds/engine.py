@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from xlm_ds.batches import MaskedBatch
+from xlm_ds.batches import MaskedBatch, Rows
 from xlm_ds.deepspeed_config import (
     check_monitors,
     has_fused_adam,
@@ -580,8 +580,12 @@ class Engine:
         self._norm = torch.zeros((), device=ranks.device)
         self._updates = 0
 
-    def __call__(self, batch: MaskedBatch) -> Tensor:
-        """Negative log likelihood in nats of every masked token; 0 where the target is padding."""
+    def __call__(self, batch: MaskedBatch | Rows) -> Tensor:
+        """Negative log likelihood in nats of every masked token; 0 where the target is padding. Of rows without targets
+        the final hidden states (B, T, d).
+
+        In ZeRO 3 all ranks must make the same calls.
+        """
         # Validation has batches of many shapes, and torch compiles a layer for no more than eight.
         as_written = self._compiled and not self._engine.module.training
         with torch.compiler.set_stance("force_eager") if as_written else contextlib.nullcontext():

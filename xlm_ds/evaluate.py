@@ -7,13 +7,14 @@ the masks, so the figures do not depend on the batch size or on the number of ra
 during the run the first value is used, as in the run's own validation, so that the figures of all its checkpoints
 compare; a run with --whole-word-masking is evaluated with it. The unigram level is what one gets on the same masked
 tokens from nothing but add-one-smoothed counts of that language's (in a pair, that half's) training text: a model above
-it has learnt nothing about context.
+it has learnt nothing about context. With --xlm-masks also the figures of XLM's own evaluation, under its names
+(valid_en_mlm_ppl).
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from xlm_ds.batches import (
     rank_slice,
 )
 from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
+from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
 from xlm_ds.files import replacing
@@ -48,6 +50,7 @@ from xlm_ds.metrics import BITS_PER_NAT
 from xlm_ds.model import XlmEncoder, build_model, in_second_half
 from xlm_ds.order import evaluation_samples
 from xlm_ds.streams import Choice, Stream, choose, open_streams
+from xlm_ds.xlm_masks import share_of, xlm_batches
 
 
 class Score(NamedTuple):
@@ -277,7 +280,71 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, known: Sequence[str]) -
     return choose(known, config.mlm_steps or trained.data.mlm_steps, None)
 
 
-def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> None:
+def evaluate_as_xlm(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
+    """XLM's figures under its own names: SPLIT_LG_mlm_ppl and _acc (percent), and their means SPLIT_mlm_ppl and _acc.
+
+    Raises InputError for a text too short for its part of it.
+    """
+    folder = config.checkpoint.resolve()
+    known = tuple(read_manifest(folder)["languages"])
+    dictionary = Dictionary.load(folder / "dict.txt")
+    model, trained = load_model(folder, len(dictionary))
+    model.to(ranks.device)
+    streams = chosen(config, trained, known).streams
+    languages = [names[0] for names in streams if len(names) == 1]
+    datasets = open_split(
+        config.data,
+        config.split,
+        languages,
+        tokens_per_sample=trained.data.tokens_per_sample,
+        break_mode="none",
+        vocab_size=len(dictionary),
+        dictionary_sha256=dictionary.sha256,
+    )
+    figures: dict[str, float] = {}
+    for dataset in datasets:
+        batches = xlm_batches(
+            dataset,
+            known.index(dataset.language),
+            mask_ratio=trained.data.mask_ratio.values[0],
+            rows=rows_that_fit(config.max_tokens, trained.data.tokens_per_sample),
+            share=share_of(dataset.language, config.split, len(known)),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        total = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            total += _nats_targets_correct(model, on_device(batch, ranks.device))
+        nats, targets, correct = ranks.sum(total).tolist()
+        name = f"{config.split}_{dataset.language}_mlm"
+        figures |= {f"{name}_ppl": math.exp(nats / targets), f"{name}_acc": 100 * correct / targets}
+    for kind in ("ppl", "acc"):
+        found = [value for name, value in figures.items() if name.endswith(kind)]
+        figures[f"{config.split}_mlm_{kind}"] = sum(found) / len(found)
+    return figures
+
+
+@torch.no_grad()
+def _nats_targets_correct(model: XlmEncoder, batch: MaskedBatch) -> Tensor:
+    """(3,) float64 on the CPU."""
+    logits = model.logits(batch).float()
+    real = batch.targets != PAD
+    nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
+    correct = (logits.argmax(dim=-1) == batch.targets) & real
+    return torch.stack([x.double().sum() for x in (nats, real, correct)]).cpu()
+
+
+def xlm_table(figures: Mapping[str, float]) -> str:
+    """XLM's figures as fixed-width text."""
+    return "\n".join(f"{name:>24} {value:>9.2f}" for name, value in figures.items())
+
+
+def write_json(
+    path: Path,
+    config: EvaluateConfig,
+    scores: Sequence[Score],
+    xlm: Mapping[str, float] | None = None,
+) -> None:
     content = {
         "checkpoint": str(config.checkpoint),
         "data": str(config.data),
@@ -285,6 +352,7 @@ def write_json(path: Path, config: EvaluateConfig, scores: Sequence[Score]) -> N
         "mask_draws": config.mask_draws,
         "seed": config.seed,
         "scores": [{**s._asdict(), "below_unigram": s.below_unigram} for s in scores],
+        **(xlm or {}),
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)
     with replacing(path) as temporary:
@@ -297,12 +365,15 @@ def main(argv: Sequence[str]) -> int:
     output = config.output or folder.with_name(f"{folder.name}-{config.split}.json")
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output {output}: not a file in a folder that is there")
+    if config.xlm_masks and config.split == "train":
+        raise InputError("--xlm-masks: XLM evaluates valid and test; give --split test")
     ranks = start_ranks()
     try:
         scores = evaluate(config, ranks)
+        xlm = evaluate_as_xlm(config, ranks) if config.xlm_masks else {}
         if ranks.rank == 0:
-            sys.stdout.write(table(scores) + "\n")
-            write_json(output, config, scores)
+            sys.stdout.write("\n".join([table(scores), xlm_table(xlm)]).rstrip() + "\n")
+            write_json(output, config, scores, xlm)
     finally:
         stop_ranks()
     return EXIT_OK

@@ -1,6 +1,6 @@
 """What a run writes down while it trains: a line per interval, metrics.jsonl, TensorBoard, a progress bar, a trace.
 
-metrics.jsonl has one object a line, each with "kind" ("train" or "valid") and "update". Losses are in bits per masked
+metrics.jsonl has one object a line, each with "kind" (train, valid, retrieve) and "update". Losses are in bits a masked
 token, below_unigram in percent of perplexity; tokens_per_second, tflops and mfu count all tokens, not the masked ones
 alone, in all seconds of the interval but those of validation and checkpoint.
 """

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlm_ds.architectures import ActivationName, Initialisation, ModelShape, position_table_rows
+from xlm_ds.batches import Rows
 from xlm_ds.dictionary import PAD
 from xlm_ds.linear_cross_entropy import linear_cross_entropy
 
@@ -203,8 +204,13 @@ class XlmEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(shape.layers))
         self.head = MaskedLmHead(shape)
 
-    def forward(self, batch: MaskedBatch) -> Tensor:
-        """Returns the negative log-likelihood of every target: (B*K,) fp32 nats, 0 where it is PAD."""
+    def forward(self, batch: MaskedBatch | Rows) -> Tensor:
+        """Returns the negative log-likelihood of every target: (B*K,) fp32 nats, 0 where it is PAD.
+
+        Of rows without targets it returns what `encode` does: DeepSpeed knows no way in but this one.
+        """
+        if isinstance(batch, Rows):
+            return self.encode(batch.input_ids, batch.languages, has_padding=batch.has_padding)
         lookup, product = tied(self.token_embedding.weight)
         return linear_cross_entropy(
             self._features(batch, lookup),

@@ -90,7 +90,7 @@ def prepare(config: PrepareConfig) -> None:
         make_folder(config.destdir / RAW)
     with locked(config.destdir / ".prepare.lock", busy_with(config.destdir, "prepare")):
         record = open_record(config, sources)
-        if record.has(*file_names(sources)):
+        if record.has(*file_names(sources, config.vocab)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)
             return
         try:
@@ -105,6 +105,7 @@ def _make(record: Record, sources: Sources, config: PrepareConfig) -> None:
         for lang, splits in sources.items():
             _tokenise_language(record, lang, splits, config, in_order)
     _make_codes(record, config, list(sources))
+    _keep_vocabulary(record, config.vocab)
     _apply_codes(record, text_names(sources), config.vocab, workers)
     _make_vocabulary(record, config.vocab, [f"train.{lang}" for lang in sources], workers)
     logger.info(
@@ -428,6 +429,14 @@ def _make_codes(record: Record, config: PrepareConfig, languages: Sequence[str])
     _write_codes(record, merges, counts)
     sample.unlink()
     record.publish("codes", {"merges": len(merges)})
+
+
+def _keep_vocabulary(record: Record, vocab: Path | None) -> None:
+    """D/bpe_vocab, beside the codes: new text must be split with both."""
+    if vocab is not None and not record.has("bpe_vocab"):
+        with naming(record.temporary("bpe_vocab")):
+            shutil.copyfile(vocab, record.temporary("bpe_vocab"))
+        record.publish("bpe_vocab")
 
 
 def _write_sample(path: Path, texts: Mapping[str, Path], config: PrepareConfig) -> None:

@@ -40,9 +40,13 @@ def text_names(sources: Sources) -> list[str]:
     return [f"{split}.{lang}" for lang, splits in sources.items() for split in splits_of(splits)]
 
 
-def file_names(sources: Sources) -> list[str]:
-    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted."""
-    return ["codes", "vocab_mlm", *text_names(sources)]
+def file_names(sources: Sources, vocab: Path | None) -> list[str]:
+    """The files that are made of these sources and stay, but for the record; tokenised text may be deleted.
+
+    `vocab`: the vocabulary that limits the pieces, if there is one.
+    """
+    limits = [] if vocab is None else ["bpe_vocab"]
+    return ["codes", *limits, "vocab_mlm", *text_names(sources)]
 
 
 def raw_name(lang: str) -> str:
@@ -100,7 +104,10 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
     folder = config.destdir
     old = _load_record(folder / RECORD)
     new = _describe(config, sources, known=old["inputs"])
-    names = [*file_names(sources), *(f"{TOKENISED}/{text}" for text in text_names(sources))]
+    names = [
+        *file_names(sources, config.vocab),
+        *(f"{TOKENISED}/{text}" for text in text_names(sources)),
+    ]
     if config.wiki_dump is not None:
         names += map(raw_name, sources)
     for name in names:

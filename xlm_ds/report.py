@@ -39,7 +39,7 @@ def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "valid"]
-    languages = sorted({name for r in records for name in r["loss_per_language"]})
+    languages = sorted({name for r in training + validation for name in r["loss_per_language"]})
     for index, language in enumerate(languages):
         for rows, style, label in ((training, "-", language), (validation, "o", None)):
             points = [

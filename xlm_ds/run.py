@@ -51,7 +51,10 @@ from xlm_ds.metrics import (
 )
 from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.pretrained import longest_row
+from xlm_ds.retrieve import AlignedRows, by_direction, read_all_aligned, retrieve_on_ranks
 from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, plateau_after
+from xlm_ds.text_ids import TextToIds
 
 Saved = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 GO_ON = (
@@ -75,6 +78,7 @@ class Run:
     unigram: UnigramWatch
     stopwatch: Stopwatch
     slow_hosts: SlowHosts
+    aligned: Sequence[AlignedRows]  # what retrieval is measured on
 
     @property
     def ranks(self) -> Ranks:
@@ -96,6 +100,7 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
     corpus = open_corpus(data)
     data = dataclasses.replace(data, monolingual_langs=corpus.languages)
     config = dataclasses.replace(config, data=data)
+    aligned = read_aligned_texts(config, corpus)
     engine, progress = build_engine(config, corpus, geometry, ranks, saved)
     run = Run(
         config=config,
@@ -121,6 +126,7 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
         ),
         slow_hosts=SlowHosts(hosts),
         log=open_log(config, engine, progress),
+        aligned=aligned,
     )
     describe(run, progress)
     return run, progress
@@ -232,6 +238,20 @@ def read_companions(corpus: Corpus, folder: Path, ranks: Ranks) -> dict[str, byt
 
     ranks.on_first(read)
     return companions
+
+
+def read_aligned_texts(config: TrainConfig, corpus: Corpus) -> list[AlignedRows]:
+    """Those of --retrieve-data, as ids. Raises InputError unless the flags go together; as read_all_aligned."""
+    source, interval = config.run.retrieve_data, config.run.retrieve_interval_updates
+    if (source is None) != (interval == 0):
+        raise InputError(
+            "--retrieve-data and --retrieve-interval-updates go together; give both or neither"
+        )
+    if source is None:
+        return []
+    to_ids = TextToIds.load(config.data.data, corpus.dictionary)
+    longest = longest_row(config, corpus.dictionary, corpus.languages)
+    return read_all_aligned(source, corpus.languages, to_ids, longest)
 
 
 def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:
@@ -449,6 +469,25 @@ def validate(run: Run) -> Tensor:
         for stream in run.corpus.valid
     ]
     return torch.stack(sums, dim=1)
+
+
+def retrieved(run: Run, update: int) -> None:
+    """Measures retrieval on every pair of --retrieve-data and writes it down. All ranks must call it."""
+    run.stopwatch.enter("validation")
+    run.engine.train(False)
+    figures: dict[str, dict[str, float]] = {"cosine": {}, "margin": {}}
+    for aligned in run.aligned:
+        one, other = (run.corpus.languages.index(language) for language in aligned.languages)
+        found = retrieve_on_ranks(
+            aligned,
+            run.engine,
+            (one, other),
+            rows_at_once=run.geometry.rows,
+            ranks=run.ranks,
+        )
+        for kind, directions in by_direction(aligned.languages, found).items():
+            figures[kind] |= directions
+    run.log.write("retrieve", update, figures)
 
 
 def check_finite(loss: float, progress: Progress, run: RunConfig) -> None:

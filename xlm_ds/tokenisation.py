@@ -46,7 +46,7 @@ def tokenisation_of(config: PrepareConfig) -> Tokenisation:
         tokenizer=config.tokenizer,
         lowercase=config.lowercase,
         remove_accents=config.remove_accents,
-        sacremoses=importlib.metadata.version("sacremoses"),
+        sacremoses=installed_sacremoses(),
         unicode=unicodedata.unidata_version,
         segmenters={lang: _installed(lang) for lang in segmented},
     )
@@ -60,6 +60,10 @@ def _installed(language: str) -> str:
             f"{language} is written without blanks, and {error.name}, which finds its words, is not installed; pip "
             f"install 'xlm_ds[{language}]', or give text with blanks between words and --tokenizer none"
         ) from error
+
+
+def installed_sacremoses() -> str:
+    return importlib.metadata.version("sacremoses")
 
 
 def tokenise_line(text: str, language: str, settings: Tokenisation) -> str:

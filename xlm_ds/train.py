@@ -67,6 +67,7 @@ from xlm_ds.run import (
     begin_run,
     is_turn,
     logged,
+    retrieved,
     run_geometry,
     save,
     validated,
@@ -139,6 +140,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
                 names += [BEST] if best else []
             elif due.validate:
                 progress = dataclasses.replace(progress, validation_due=True)
+            if is_turn(config.run.retrieve_interval_updates, progress.update) and not stopping:
+                retrieved(run, progress.update)
             if due.save:
                 save(run, progress, names)
             if stopping:
