@@ -36,6 +36,12 @@ class PrepareConfig:
     trainpref: str | None = knob("raw text that is split already: PREF.LANG", default=None)
     validpref: str | None = knob("raw validation text is PREF.LANG", default=None)
     testpref: str | None = knob("raw test text is PREF.LANG", default=None)
+    parallel: str | None = knob(
+        "aligned text of --pairs: para/{split} for para/train.en-fr.en and para/train.en-fr.fr, and valid and test "
+        "where they are; line i of one translates line i of the other, and no line is left out or moved",
+        default=None,
+    )
+    pairs: tuple[str, ...] = knob("pairs of --langs in --parallel, as en-fr,ar-en", default=())
     split_by: str | None = knob(
         "what goes to one split as a whole: a line, or a document (documents end at blank lines, also in what is "
         "written; default: line, of --wiki-dump document)",

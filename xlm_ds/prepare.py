@@ -5,6 +5,8 @@
     python -m xlm_ds.binarize --langs ar,de,en --srcdict D/vocab_mlm --only-source \
         --trainpref D/train --validpref D/valid --testpref D/test --destdir OUT
 
+Aligned text of two languages (--parallel, --pairs) goes the same way, line by line.
+
 The text before BPE stays in D/tokenised, that of dumps before both, a paragraph a line and a blank line after each
 article, in D/raw. D/prepare.json says what everything was made from and counts the lines: of `lines` read, `kept` are
 written, `blank` had no text, `duplicate` were also in another split. The same command run again goes on where it was
@@ -41,6 +43,7 @@ from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.merges import count_merges, learn_merges, load_bpe, sample_copies
 from xlm_ds.prepare_record import (
     RAW,
+    SPLITS,
     TOKENISED,
     Record,
     Sources,
@@ -104,10 +107,12 @@ def _make(record: Record, sources: Sources, config: PrepareConfig) -> None:
     with _workers(workers) as in_order:
         for lang, splits in sources.items():
             _tokenise_language(record, lang, splits, config, in_order)
-    _make_codes(record, config, list(sources))
+    _make_codes(record, config, sorted(config.langs))
     _keep_vocabulary(record, config.vocab)
     _apply_codes(record, text_names(sources), config.vocab, workers)
-    _make_vocabulary(record, config.vocab, [f"train.{lang}" for lang in sources], workers)
+    _make_vocabulary(
+        record, config.vocab, [f"train.{lang}" for lang in sorted(config.langs)], workers
+    )
     logger.info(
         "%s is ready; binarize it with --srcdict %s", config.destdir, record.path("vocab_mlm")
     )
@@ -152,10 +157,43 @@ def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
         lang: {split: _path(pref, lang, suffix) for split, pref in given.items()}
         for lang in languages
     }
+    sources |= _parallel_sources(config)
     for path in itertools.chain.from_iterable(splits.values() for splits in sources.values()):
         if not path.is_file():
             what = "not a file" if path.exists() else "no such file"
             raise InputError(f"{path}: {what}; every language needs its raw text")
+    return sources
+
+
+def _parallel_sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
+    """By side: of en-fr, `en-fr.en` and `en-fr.fr`. Valid and test only where a side of them is there."""
+    if (config.parallel is None) != (not config.pairs):
+        raise InputError(
+            "--parallel and --pairs go together: where aligned text is, and of which languages"
+        )
+    if config.parallel is None:
+        return {}
+    if "{split}" not in config.parallel:
+        raise InputError(
+            f"--parallel {config.parallel}: no {{split}} in it; give para/{{split}} for para/train.en-fr.en"
+        )
+    sources: dict[str, dict[str, Path]] = {}
+    for pair in config.pairs:
+        languages = pair.split("-")
+        if len(set(languages)) != 2 or not set(languages) <= set(config.langs):
+            raise InputError(
+                f"--pairs {pair}: not two of --langs {','.join(config.langs)}, as en-fr"
+            )
+        for split in SPLITS:
+            sides = {
+                f"{pair}.{language}": Path(
+                    f"{config.parallel.replace('{split}', split)}.{pair}.{language}"
+                )
+                for language in languages
+            }
+            if split == "train" or any(path.exists() for path in sides.values()):
+                for side, path in sides.items():
+                    sources.setdefault(side, {})[split] = path
     return sources
 
 
@@ -330,22 +368,27 @@ def _tokenise_language(
     config: PrepareConfig,
     in_order: InOrder,
 ) -> None:
+    """`lang`: a language, or a side of a pair, whose lines all stay where they are."""
+    language, aligned = lang.rpartition(".")[2], "." in lang
     tokenised = {split: f"{TOKENISED}/{split}.{lang}" for split in splits_of(sources)}
     if record.has(*tokenised.values()):
         logger.info("%s: tokenised already", lang)
         return
-    if config.wiki_dump is not None:
+    if config.wiki_dump is not None and not aligned:
         sources = {"all": _extract(record, lang, sources["all"], in_order)}
-    work = functools.partial(tokenise_chunk, language=lang, settings=tokenisation_of(config))
+    work = functools.partial(tokenise_chunk, language=language, settings=tokenisation_of(config))
     held_out = _held_out(sources["all"], lang, config) if "all" in sources else None
     made: list[Path] = []
     for split, name in tokenised.items():
         if not record.has(name):
             path = sources.get(split) or sources["all"]
             lines = _lines_of(path, split, held_out, config.unit) if held_out else read_lines(path)
-            elsewhere = _digests(made) if config.duplicates == "remove" else frozenset()
             chunks = in_order(work, lines)
-            counts = _write_kept(record.temporary(name), chunks, elsewhere, config.unit)
+            if aligned:
+                counts = _write_all(record.temporary(name), chunks)
+            else:
+                elsewhere = _digests(made) if config.duplicates == "remove" else frozenset()
+                counts = _write_kept(record.temporary(name), chunks, elsewhere, config.unit)
             if counts["kept"] == 0:
                 raise InputError(f"{path}: no line of text for {split}.{lang}: {_shown(counts)}")
             record.publish(name, counts)
@@ -381,6 +424,19 @@ def _write_kept(
                     counts["kept"] += 1
                     file.write(line)
     return counts | ({"documents": documents} if unit == "document" else {})
+
+
+def _write_all(path: Path, chunks: Iterable[TokenisedChunk]) -> dict[str, int]:
+    """Writes every line, also one without text: binarize says which have no translation."""
+    counts = dict.fromkeys(("lines", "kept", "blank", "normalised_blanks"), 0)
+    with naming(path), path.open("wb") as file:
+        for chunk in chunks:
+            counts["lines"] += len(chunk.lines)
+            counts["kept"] += sum(map(bool, chunk.lines))
+            counts["normalised_blanks"] += chunk.normalised_blanks
+            file.writelines(text.encode() + b"\n" for text in chunk.lines)
+    counts["blank"] = counts["lines"] - counts["kept"]
+    return counts
 
 
 def _digest(line: bytes) -> bytes:

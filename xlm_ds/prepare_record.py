@@ -133,6 +133,11 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
     return record
 
 
+def _text_of(name: str) -> str:
+    """tokenised/train.en -> en; train.en-fr.en -> en-fr.en."""
+    return Path(name).name.partition(".")[2]
+
+
 def _load_record(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"inputs": {}, "files": {}}
@@ -228,15 +233,22 @@ def _stale(files: Iterable[str], changes: Iterable[str], edited: Iterable[str]) 
         place.startswith(("tokenisation.", "splitting.")) and not place.startswith(segmenters)
         for place in changes
     )
-    raw = {place.split(".")[1] for place in changes if place.startswith("inputs.")}
-    raw |= {name.rpartition(".")[2] for name in edited if name.startswith(RAW)}
-    tokenised = raw | {name.rpartition(".")[2] for name in edited if name.startswith(TOKENISED)}
-    tokenised |= {place.split(".")[2] for place in changes if place.startswith(segmenters)}
+    raw = {
+        place.removeprefix("inputs.").rsplit(".", 2)[0]  # inputs.LANG.SPLIT.FACT
+        for place in changes
+        if place.startswith("inputs.")
+    }
+    raw |= {_text_of(name) for name in edited if name.startswith(RAW)}
+    tokenised = raw | {_text_of(name) for name in edited if name.startswith(TOKENISED)}
+    segmented = {
+        place.removeprefix(segmenters) for place in changes if place.startswith(segmenters)
+    }
 
     def is_stale(name: str) -> bool:
-        lang = name.rpartition(".")[2]
+        text = _text_of(name)
         if name.startswith(RAW):
-            return extraction or lang in raw
-        return not name.startswith(TOKENISED) or all_text or lang in tokenised
+            return extraction or text in raw
+        is_other = text in tokenised or text.rpartition(".")[2] in segmented
+        return not name.startswith(TOKENISED) or all_text or is_other
 
     return [name for name in files if is_stale(name)]
