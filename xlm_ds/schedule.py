@@ -100,8 +100,9 @@ def lr_at(update: int, config: OptimizationConfig, plateau: PlateauState) -> flo
         case name:
             left = max(config.max_update - update, 0)
             decay = _decay_updates(config)
-            share = DECAYS[name](left / decay) if left < decay else 1.0
-            return config.min_lr + (config.lr - config.min_lr) * share
+            if left >= decay:
+                return config.lr
+            return config.min_lr + (config.lr - config.min_lr) * DECAYS[name](left / decay)
 
 
 def plateau_after(
