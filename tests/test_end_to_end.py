@@ -133,6 +133,30 @@ def test_two_ranks_at_stage_1_continue_on_one_at_stage_3(
     assert losses_in(run) == pytest.approx(one_rank_losses, abs=1e-3)
 
 
+@pytest.mark.slow
+def test_two_ranks_at_stage_3_learn_from_pairs_what_one_does(
+    parallel_data: Path, tmp_path: Path
+) -> None:
+    template = json.loads((CONFIG_DIRECTORY / "zero1_fp32.json").read_text(encoding="utf-8"))
+    template["zero_optimization"]["stage"] = 3
+    (tmp_path / "ds.json").write_text(json.dumps(template), encoding="utf-8")
+    flags = ["--mlm-steps=ar,hi-en,en-ar", "--max-update=4", "--global-batch-tokens=512"]
+    flags += ["--tokens-per-sample=64", "--max-tokens=256", *NO_DROPOUT]
+    one, two = tmp_path / "one", tmp_path / "two"
+    succeed(*MODULE, *train_command(parallel_data, one, *flags))
+    flags += [f"--deepspeed_config={tmp_path / 'ds.json'}"]
+    succeed(*launcher(tmp_path, 2), *train_command(parallel_data, two, *flags))
+    assert losses_in(two) == pytest.approx(losses_in(one), abs=1e-4)
+    result = call(*MODULE, "xlm_ds.prove", one, two)
+    assert "samples: identical to update 4" in result.stdout
+    tables = [
+        succeed(*launched, "xlm_ds.evaluate", one / checkpoint.LAST, parallel_data, "--split=valid")
+        for launched in (MODULE, launcher(tmp_path, 2))
+    ]
+    rows = [[line for line in text.splitlines() if " hi-en " in line][-1] for text in tables]
+    assert rows[0].strip() == rows[1].split("] ")[-1].strip()
+
+
 def start(*command: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(part) for part in command],

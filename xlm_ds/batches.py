@@ -91,7 +91,7 @@ def build_batch(
     length = next(s.tokens_per_sample for s in streams if s is not None)
     targets_per_row = _core.masked_count(masking.mask_ratio, length - 1)
     input_ids = torch.empty((rows, length), dtype=torch.int64)
-    languages, second_languages, second_starts = torch.empty((3, rows), dtype=torch.int64)
+    languages, second_languages, second_starts = (np.empty(rows, np.int64) for _ in range(3))
     masked_positions = torch.empty(rows * targets_per_row, dtype=torch.int64)
     targets = torch.empty(rows * targets_per_row, dtype=torch.int64)
     has_padding, has_pairs = _core.fill_batch(
@@ -101,17 +101,22 @@ def build_batch(
         mask_ratio=masking.mask_ratio,
         vocab_size=masking.vocab_size,
         input_ids=input_ids.numpy(),
-        languages=languages.numpy(),
-        second_languages=second_languages.numpy(),
-        second_starts=second_starts.numpy(),
+        languages=languages,
+        second_languages=second_languages,
+        second_starts=second_starts,
         masked_positions=masked_positions.numpy(),
         targets=targets.numpy(),
         word_goes_on=masking.word_goes_on,
     )
-    batch = MaskedBatch(input_ids, languages, masked_positions, targets, has_padding)
-    if not has_pairs:
-        return batch
-    return batch._replace(second_languages=second_languages, second_starts=second_starts)
+    halves = (second_languages, second_starts) if has_pairs else ()
+    return MaskedBatch(
+        input_ids,
+        torch.from_numpy(languages),
+        masked_positions,
+        targets,
+        has_padding,
+        *map(torch.from_numpy, halves),
+    )
 
 
 def join_batches(parts: Sequence[MaskedBatch]) -> MaskedBatch:

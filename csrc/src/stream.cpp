@@ -32,11 +32,6 @@ Stream::Stream(const TokenDataset& first, std::int64_t language, const TokenData
   }
 }
 
-std::uint64_t Stream::key() const noexcept {
-  return static_cast<std::uint64_t>(language_) |
-         static_cast<std::uint64_t>(second_language_ + 1) << 32U;
-}
-
 Stream::Halves Stream::halves_of(std::uint64_t block) const {
   const std::size_t room = block_size() - 1;  // without the eos that begins the second half
   const std::size_t first = first_->block_length(block);
@@ -48,25 +43,18 @@ Stream::Halves Stream::halves_of(std::uint64_t block) const {
   return {half, room - half};
 }
 
-Stream::Row Stream::row(std::uint64_t block) const {
-  if (!is_pair()) return {first_->block_length(block), kNoSecond};
-  const auto [first, second] = halves_of(block);
+Stream::Row Stream::row_of_pair(std::uint64_t pair) const {
+  const auto [first, second] = halves_of(pair);
   return {first + 1 + second, first + 1};
 }
 
-void Stream::prefetch(std::uint64_t block) const {
-  first_->prefetch_block(block);
-  if (is_pair()) second_->prefetch_block(block);
-}
-
-Stream::Row Stream::fill(std::uint64_t block, std::int64_t vocab_size,
-                         std::span<std::int64_t> out) const {
-  if (!is_pair()) return {first_->fill_block(block, vocab_size, out), kNoSecond};
+Stream::Row Stream::fill_pair(std::uint64_t pair, std::int64_t vocab_size,
+                              std::span<std::int64_t> out) const {
   if (out.size() < block_size()) throw std::invalid_argument("there must be room for a whole row");
-  const auto [first, second] = halves_of(block);
-  fill_half(*first_, block, vocab_size, out.first(first));
+  const auto [first, second] = halves_of(pair);
+  fill_half(*first_, pair, vocab_size, out.first(first));
   out[first] = kEos;
-  fill_half(*second_, block, vocab_size, out.subspan(first + 1, second));
+  fill_half(*second_, pair, vocab_size, out.subspan(first + 1, second));
   return {first + 1 + second, first + 1};
 }
 

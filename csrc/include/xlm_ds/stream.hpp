@@ -40,16 +40,27 @@ class Stream {
 
   /// What masks are keyed with: the language, or a number that no other pair and no language has. So
   /// they do not depend on what else a run reads.
-  [[nodiscard]] std::uint64_t key() const noexcept;
+  [[nodiscard]] std::uint64_t key() const noexcept {
+    return static_cast<std::uint64_t>(language_) |
+           static_cast<std::uint64_t>(second_language_ + 1) << 32U;
+  }
 
   /// O(1), reads no tokens. Throws as TokenDataset::block_length.
-  [[nodiscard]] Row row(std::uint64_t block) const;
+  [[nodiscard]] Row row(std::uint64_t block) const {
+    return is_pair() ? row_of_pair(block) : Row{first_->block_length(block), kNoSecond};
+  }
 
-  void prefetch(std::uint64_t block) const;
+  void prefetch(std::uint64_t block) const {
+    first_->prefetch_block(block);
+    if (is_pair()) second_->prefetch_block(block);
+  }
 
   /// Writes the row without its first eos to the front of `out`, which must hold block_size.
   /// Throws as TokenDataset::fill_block.
-  Row fill(std::uint64_t block, std::int64_t vocab_size, std::span<std::int64_t> out) const;
+  Row fill(std::uint64_t block, std::int64_t vocab_size, std::span<std::int64_t> out) const {
+    if (is_pair()) return fill_pair(block, vocab_size, out);
+    return {first_->fill_block(block, vocab_size, out), kNoSecond};
+  }
 
   /// Lines, or pairs of lines, that lose tokens because they are too long. O(lines).
   [[nodiscard]] std::uint64_t count_cut() const;
@@ -62,6 +73,8 @@ class Stream {
   /// Tokens that are kept of two lines: all if they fit; else half of the room each, and what one
   /// does not need of its half goes to the other.
   [[nodiscard]] Halves halves_of(std::uint64_t block) const;
+  [[nodiscard]] Row row_of_pair(std::uint64_t pair) const;
+  Row fill_pair(std::uint64_t pair, std::int64_t vocab_size, std::span<std::int64_t> out) const;
 
   const TokenDataset* first_;
   const TokenDataset* second_ = nullptr;
