@@ -15,7 +15,7 @@ from xlm_ds import binarize, checkpoint, evaluate
 from xlm_ds.batches import MaskedBatch, Masking
 from xlm_ds.config import DataConfig, EvaluateConfig
 from xlm_ds.corpus import open_corpus, with_sample_numbers
-from xlm_ds.dictionary import PAD, Dictionary
+from xlm_ds.dictionary import MASK, PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
 from xlm_ds.flags import parse
@@ -67,7 +67,8 @@ def test_the_unigram_model_scores_the_unigram_level(
     found = score_with(
         lambda batch: unigram.expand(len(batch.targets), -1), stream, dictionary, unigram
     )
-    assert found.perplexity == pytest.approx(found.unigram_perplexity, rel=1e-5)
+    assert found.perplexity_at_mask == pytest.approx(found.unigram_perplexity, rel=1e-5)
+    assert 0.6 * found.masked_tokens < found.tokens_at_mask < found.masked_tokens
     assert found.below_unigram == pytest.approx(0, abs=1e-3)
     assert 1 < found.perplexity < len(dictionary)
 
@@ -142,14 +143,34 @@ def test_ranks_make_the_same_number_of_calls(tiny_data: Path, dictionary: Dictio
 
 def test_overall_counts_every_token_the_same() -> None:
     scores = [
-        Score("a", 100, math.log2(8), 8.0, 50.0, 16.0),
-        Score("b", 300, math.log2(2), 2.0, 10.0, 4.0),
+        Score("a", 100, math.log2(8), 8.0, 50.0, 80, 16.0, 32.0),
+        Score("b", 300, math.log2(2), 2.0, 10.0, 240, 4.0, 4.0),
     ]
     whole = overall(scores)
     assert whole.masked_tokens == 400
     assert whole.loss == pytest.approx((3 * 100 + 1 * 300) / 400)
     assert whole.perplexity == pytest.approx(2**1.5)
     assert whole.accuracy == pytest.approx(20)
+    assert whole.tokens_at_mask == 320
+    assert whole.perplexity_at_mask == pytest.approx(2**2.5)
+    assert whole.below_unigram == pytest.approx(100 * (1 - 2**-0.25))
+
+
+def test_a_model_that_copies_is_not_below_the_unigram_level(
+    tiny_data: Path, dictionary: Dictionary
+) -> None:
+    """It has the words that are shown, a tenth of the targets, and frequencies: context tells it nothing."""
+    unigram = smoothed_log_probabilities(open_english(tiny_data, dictionary, "train").counts())
+
+    def copying(batch: MaskedBatch) -> Tensor:
+        shown = batch.input_ids.flatten()[batch.masked_positions]
+        known = 100.0 * torch.nn.functional.one_hot(shown, len(dictionary))
+        return torch.where((shown == MASK)[:, None], unigram, known)
+
+    stream = open_english(tiny_data, dictionary, "test")
+    found = score_with(copying, stream, dictionary, unigram)
+    assert found.accuracy > 5
+    assert found.below_unigram == pytest.approx(0, abs=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def test_the_unigram_level_is_drawn(tmp_path: Path) -> None:
     """Half the level's perplexity is one bit below it."""
     run = write_run(
         tmp_path,
-        [{**record("train", u, 9.0), "loss": 9.0, "below_unigram": 50.0} for u in (1, 2)],
+        [{**record("train", u, 9.0), "loss_at_mask": 9.0, "below_unigram": 50.0} for u in (1, 2)],
     )
     report.draw_curves(report.read_metrics(run), tmp_path / "curves.png")
     assert report.unigram_levels(report.read_metrics(run)) == [(1, 10.0), (2, 10.0)]

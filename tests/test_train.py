@@ -507,7 +507,7 @@ def test_a_steady_update_never_looks_at_a_tensor(
     monkeypatch.setattr(train, "lr_at", beginning)
     for name in ("cpu", "item", "tolist"):  # of which nothing is dispatched on a CPU
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name), name, reads))
-    monkeypatch.setattr(xlm_ds.run, "validate", lambda *_: torch.ones(2, 3))
+    monkeypatch.setattr(xlm_ds.run, "validate", lambda *_: torch.ones(4, 3))
     with reads:
         run(
             "a",

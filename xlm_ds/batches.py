@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from xlm_ds import _core
-from xlm_ds.dictionary import PAD, Dictionary
+from xlm_ds.dictionary import MASK, PAD, Dictionary
 from xlm_ds.order import Samples, evaluation_samples
 from xlm_ds.streams import Stream
 
@@ -117,6 +117,12 @@ def build_batch(
         has_padding,
         *map(torch.from_numpy, halves),
     )
+
+
+def shows_mask(batch: MaskedBatch) -> torch.Tensor:
+    """(B*K,): whether a target is shown as <mask>; a tenth of them show the target itself, a tenth another word."""
+    shown = batch.input_ids.flatten().index_select(0, batch.masked_positions)
+    return (shown == MASK) & (batch.targets != PAD)
 
 
 def join_batches(parts: Sequence[MaskedBatch]) -> MaskedBatch:

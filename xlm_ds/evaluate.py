@@ -5,10 +5,11 @@
 Every language, and every pair (TLM: a line beside its translation), is evaluated in full, under several fixed draws of
 the masks, so the figures do not depend on the batch size or on the number of ranks. Of a --mask-ratio that changed
 during the run the first value is used, as in the run's own validation, so that the figures of all its checkpoints
-compare; a run with --whole-word-masking is evaluated with it. The unigram level is what one gets on the same masked
-tokens from nothing but add-one-smoothed counts of that language's (in a pair, that half's) training text: a model above
-it has learnt nothing about context. With --xlm-masks also the figures of XLM's own evaluation, under its names
-(valid_en_mlm_ppl).
+compare; a run with --whole-word-masking is evaluated with it. The unigram level is what one gets, on those masked
+tokens that show <mask>, from nothing but add-one-smoothed counts of that language's (in a pair, that half's) training
+text: a model above it has learnt nothing about context. The other fifth of them show a word, every second time the very
+one, which a model that only copies gets right. With --xlm-masks also the figures of XLM's own evaluation, under its
+names (valid_en_mlm_ppl).
 """
 
 import json
@@ -39,6 +40,7 @@ from xlm_ds.batches import (
     build_masking,
     evaluation_batches,
     rank_slice,
+    shows_mask,
 )
 from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
 from xlm_ds.dataset import open_split
@@ -61,12 +63,14 @@ class Score(NamedTuple):
     loss: float  # bits per masked token
     perplexity: float
     accuracy: float  # percent
-    unigram_perplexity: float
+    tokens_at_mask: int  # of the masked tokens those that show <mask>, per draw
+    perplexity_at_mask: float
+    unigram_perplexity: float  # of those
 
     @property
     def below_unigram(self) -> float:
-        """Percent by which the perplexity is below the unigram level (negative: above it)."""
-        return 100 * (1 - self.perplexity / self.unigram_perplexity)
+        """Percent by which the perplexity at <mask> is below the unigram level (negative: above it)."""
+        return 100 * (1 - self.perplexity_at_mask / self.unigram_perplexity)
 
 
 def sum_over_split(
@@ -142,15 +146,17 @@ def score(
     """
 
     def measure(batch: MaskedBatch) -> Tensor:
-        """(4,): nats, targets, correct, nats of the unigram model."""
+        """(6,): nats, targets, correct; of those that show <mask> number, nats, nats of the unigram model."""
         logits = model.logits(batch).float()
         real = batch.targets != PAD
         nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
         correct = (logits.argmax(dim=-1) == batch.targets) & real
-        unigram = -unigram_log_probabilities[half_of_targets(batch), batch.targets] * real
-        return torch.stack([x.double().sum() for x in (nats, real, correct, unigram)]).cpu()
+        at_mask = shows_mask(batch)
+        unigram = -unigram_log_probabilities[half_of_targets(batch), batch.targets] * at_mask
+        figures = (nats, real, correct, at_mask, nats * at_mask, unigram)
+        return torch.stack([x.double().sum() for x in figures]).cpu()
 
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(6, dtype=torch.float64)
     for draw in range(draws):
         total += sum_over_split(measure, stream, masking, draw=draw, rows=rows, ranks=ranks)
     return _score_of(stream.name, total, draws)
@@ -167,23 +173,40 @@ def half_of_targets(batch: MaskedBatch) -> Tensor:
 def overall(scores: Sequence[Score]) -> Score:
     """All languages together, every masked token counting the same."""
     tokens = sum(s.masked_tokens for s in scores)
+    at_mask = sum(s.tokens_at_mask for s in scores)
     mean_log = sum(math.log(s.perplexity) * s.masked_tokens for s in scores) / tokens
-    unigram = sum(math.log(s.unigram_perplexity) * s.masked_tokens for s in scores) / tokens
     accuracy = sum(s.accuracy * s.masked_tokens for s in scores) / tokens
+    of_mask, of_unigram = (
+        sum(math.log(perplexity) * s.tokens_at_mask for s, perplexity in perplexities)
+        / max(at_mask, 1)
+        for perplexities in (
+            [(s, s.perplexity_at_mask) for s in scores],
+            [(s, s.unigram_perplexity) for s in scores],
+        )
+    )
     return Score(
-        "all", tokens, mean_log * BITS_PER_NAT, math.exp(mean_log), accuracy, math.exp(unigram)
+        "all",
+        tokens,
+        mean_log * BITS_PER_NAT,
+        math.exp(mean_log),
+        accuracy,
+        at_mask,
+        math.exp(of_mask),
+        math.exp(of_unigram),
     )
 
 
 def _score_of(language: str, sums: Tensor, draws: int) -> Score:
-    nats, targets, correct, unigram = sums.tolist()
+    nats, targets, correct, at_mask, nats_at_mask, unigram = sums.tolist()
     return Score(
         language,
         round(targets / draws),
         nats / targets * BITS_PER_NAT,
         math.exp(nats / targets),
         100 * correct / targets,
-        math.exp(unigram / targets),
+        round(at_mask / draws),
+        math.exp(nats_at_mask / max(at_mask, 1)),
+        math.exp(unigram / max(at_mask, 1)),
     )
 
 
@@ -210,10 +233,11 @@ def load_model(folder: Path, vocab_size: int) -> tuple[XlmEncoder, TrainConfig]:
 
 def table(scores: Sequence[Score]) -> str:
     """The scores as fixed-width text."""
-    head = f"{'language':>8} {'masked':>8} {'bits':>7} {'ppl':>9} {'acc %':>6} {'unigram':>9} {'below %':>8}"
+    head = f"{'language':>8} {'masked':>8} {'bits':>7} {'ppl':>9} {'acc %':>6} {'at <mask>':>10}"
+    head += f" {'unigram':>9} {'below %':>8}"
     lines = [
         f"{s.language:>8} {s.masked_tokens:>8} {s.loss:>7.3f} {s.perplexity:>9.1f} {s.accuracy:>6.2f} "
-        f"{s.unigram_perplexity:>9.1f} {s.below_unigram:>8.1f}"
+        f"{s.perplexity_at_mask:>10.1f} {s.unigram_perplexity:>9.1f} {s.below_unigram:>8.1f}"
         for s in scores
     ]
     return "\n".join([head, *lines])

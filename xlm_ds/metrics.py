@@ -1,8 +1,9 @@
 """What a run writes down while it trains: a line per interval, metrics.jsonl, TensorBoard, a progress bar, a trace.
 
 metrics.jsonl has one object a line, each with "kind" (train, valid, retrieve) and "update". Losses are in bits a masked
-token, below_unigram in percent of perplexity; tokens_per_second, tflops and mfu count all tokens, not the masked ones
-alone, in all seconds of the interval but those of validation and checkpoint.
+token, loss_at_mask of those alone that show <mask>, below_unigram in percent of their perplexity; tokens_per_second,
+tflops and mfu count all tokens, not the masked ones alone, in all seconds of the interval but those of validation and
+checkpoint.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.architectures import ModelShape, useful_flops
-from xlm_ds.batches import MaskedBatch
+from xlm_ds.batches import MaskedBatch, shows_mask
 from xlm_ds.config import OptimizationConfig
 from xlm_ds.devices import this_gpu
 from xlm_ds.dictionary import PAD
@@ -55,7 +56,7 @@ class LossMeter:
         self._stream_of = torch.full((size, size + 1), -1, device=device)
         for number, (language, *second) in enumerate(streams):
             self._stream_of[language, second[0] if second else -1] = number
-        self._sums = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4, len(streams), dtype=torch.float64, device=device)
         self._bad_sample = torch.tensor(NO_SAMPLE, device=device)
 
     def add(self, batch: MaskedBatch, losses: Tensor, first: int) -> None:
@@ -67,14 +68,17 @@ class LossMeter:
         stream = self._stream_of[batch.languages, second]
         stream = stream.repeat_interleave(losses.numel() // rows)
         finite = losses.detach().isfinite()
-        self._sums[0].index_add_(0, stream, losses.detach().where(finite, 0.0).double())
-        self._sums[1].index_add_(0, stream, ((batch.targets != PAD) & finite).double())
+        nats = losses.detach().where(finite, 0.0)
+        real = (batch.targets != PAD) & finite
+        at_mask = shows_mask(batch) & finite
+        figures = torch.stack([nats, real, nats * at_mask, at_mask]).double()
+        self._sums.index_add_(1, stream, figures)
         sample = torch.arange(first, first + rows, device=finite.device)
         bad = sample.where(~finite.view(rows, -1).all(1), NO_SAMPLE).min()
         self._bad_sample = torch.minimum(self._bad_sample, bad)
 
     def take(self) -> Tensor:
-        """(2, S): sums of nats and counts since the last call, on the CPU."""
+        """(4, S): sums of nats and counts since the last call, on the CPU, then of the targets that show <mask>."""
         taken = self._sums.cpu().clone()
         self._sums.zero_()
         return taken
@@ -105,12 +109,14 @@ def unigram_levels(train: Sequence[Stream], valid: Sequence[Stream]) -> tuple[Te
 
 
 def loss_figures(sums: Tensor, streams: Sequence[str], levels: Tensor) -> dict[str, Any]:
-    """Losses in bits and perplexity from (2, S) sums of nats and counts, and from the unigram levels (S,) in nats;
-    nothing without a count.
+    """Losses in bits and perplexity from LossMeter's sums (4, S), and from the unigram levels (S,) in nats.
 
-    The level is the mean over the same targets as the loss: the streams are weighted as they were drawn.
+    Nothing without a count.
+
+    The level is the mean over the same targets as the loss at <mask>: the streams are weighted as they were drawn.
+    Where a word is shown itself a model needs to know nothing but that: 4 bits less for one that copies.
     """
-    nats, counts = sums
+    nats, counts, nats_at_mask, at_mask = sums
     if counts.sum() == 0:  # all updates of the interval were skipped
         return {}
     loss = float(nats.sum() / counts.sum())
@@ -119,17 +125,19 @@ def loss_figures(sums: Tensor, streams: Sequence[str], levels: Tensor) -> dict[s
         for i, name in enumerate(streams)
         if counts[i] > 0
     }
-    return {
+    figures = {
         "loss": loss * BITS_PER_NAT,
         "perplexity": math.exp(min(loss, 700.0)),  # beyond which a double overflows
-        "below_unigram": below_unigram(sums, levels),
-        "loss_per_language": per_language,
     }
+    if at_mask.sum() > 0:
+        figures["loss_at_mask"] = float(nats_at_mask.sum() / at_mask.sum()) * BITS_PER_NAT
+        figures["below_unigram"] = below_unigram(sums, levels)
+    return {**figures, "loss_per_language": per_language}
 
 
 def below_unigram(sums: Tensor, levels: Tensor) -> float:
-    """Percent by which the perplexity is below the unigram level (negative: above it)."""
-    nats, counts = sums
+    """Percent by which the perplexity at <mask> is below the unigram level (negative: above it)."""
+    _, _, nats, counts = sums
     return 100 * -math.expm1(min(float((nats - counts * levels).sum() / counts.sum()), 700.0))
 
 
@@ -153,23 +161,24 @@ class UnigramWatch:
         self._names = [stream.name for stream in train]
         self._optimization = optimization
         self._batch_tokens = batch_tokens
-        self._sums = torch.zeros(2, len(train), dtype=torch.float64)
+        self._sums = torch.zeros(4, len(train), dtype=torch.float64)
         self._has_warned = False
 
     def definition(self) -> str:
         """What below_unigram means."""
         levels = zip(self._names, self.train.exp().tolist(), strict=True)
         return (
-            "below_unigram: percent of perplexity below the unigram level, which a model has that knows how often each "
-            f"language has each word, and nothing else: {', '.join(f'{n} {level:.5g}' for n, level in levels)}"
+            "below_unigram: percent of perplexity at <mask> below the unigram level, which a model has that knows how "
+            "often each language has each word, and nothing else: "
+            + ", ".join(f"{name} {level:.5g}" for name, level in levels)
         )
 
     def watch(self, sums: Tensor, update: int) -> None:
-        """`sums` (2, S): nats and counts of an interval that ends at this update."""
+        """`sums` (4, S): nats and counts of an interval that ends at this update."""
         if self._has_warned or update < self._optimization.warmup_updates + self.UPDATES:
             return
         self._sums += sums
-        if self._sums[1].sum() < self.TARGETS:
+        if self._sums[3].sum() < self.TARGETS:
             return
         below = below_unigram(self._sums, self.train)
         self._sums.zero_()
@@ -180,8 +189,8 @@ class UnigramWatch:
     def _warning(self, update: int, below: float) -> str:
         side = f"{below:.1f} % below" if below >= 0 else f"{-below:.0f} % above"
         return (
-            f"after {update} updates the training perplexity is {side} what the frequencies of words alone give: the "
-            "model does not use the words around a mask yet. What usually mends it: a larger batch (now "
+            f"after {update} updates the training perplexity at <mask> is {side} what the frequencies of words alone "
+            "give: the model does not use the words around a mask yet. What usually mends it: a larger batch (now "
             f"{self._batch_tokens} tokens an update: --update-freq, --max-tokens), a warm-up (--warmup-updates, now "
             f"{self._optimization.warmup_updates}), another --lr (now {self._optimization.lr:g}), or more updates"
         )

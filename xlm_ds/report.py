@@ -64,9 +64,9 @@ def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
 def unigram_levels(records: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """Update and bits per token, of the records that have them."""
     return [
-        (r["update"], r["loss"] - math.log2(1 - r["below_unigram"] / 100))
+        (r["update"], r["loss_at_mask"] - math.log2(1 - r["below_unigram"] / 100))
         for r in records
-        if "below_unigram" in r
+        if "loss_at_mask" in r
     ]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xlm_ds import checkpoint
 from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
-from xlm_ds.batches import MaskedBatch
+from xlm_ds.batches import MaskedBatch, shows_mask
 from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
 from xlm_ds.config import OptimizationConfig, RunConfig, TrainConfig
 from xlm_ds.corpus import Corpus, micro_batch, open_corpus, order_facts, with_sample_numbers
@@ -449,12 +449,13 @@ def validated(run: Run, progress: Progress) -> tuple[Progress, bool]:
 
 
 def validate(run: Run) -> Tensor:
-    """(2, S): nats and targets of every stream in full, under fixed masks."""
+    """(4, S), as LossMeter has it, of every stream in full, under fixed masks."""
 
     def measure(batch: MaskedBatch) -> Tensor:
-        """(2,): nats, targets."""
-        real = batch.targets != PAD
-        return torch.stack([x.double().sum() for x in (run.engine(batch), real)]).cpu()
+        """(4,): nats, targets; and of those that show <mask>."""
+        nats, at_mask = run.engine(batch), shows_mask(batch)
+        figures = (nats, batch.targets != PAD, nats * at_mask, at_mask)
+        return torch.stack([x.double().sum() for x in figures]).cpu()
 
     run.engine.train(False)
     sums = [
