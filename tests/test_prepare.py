@@ -556,3 +556,80 @@ def test_the_record_can_be_read_back(raw: Path, tmp_path: Path) -> None:
     train = lines(tmp_path / "D/tokenised/train.de")
     assert set(train) <= {tokenise_line(line, "de", settings) for line in whole}
     assert Record(tmp_path / "D", record).has("codes", "vocab_mlm", "train.hi")
+
+
+# ----------------------------------------------------------------------------------- aligned text
+
+
+@pytest.fixture
+def para(tmp_path: Path) -> Path:
+    """Sides of de-hi; no line of theirs may be lost, neither one without text nor one that is there twice."""
+    folder = tmp_path / "para"
+    folder.mkdir()
+    german = ["Das Haus.", "", "Das Haus.", "Wo ist es?"]
+    hindi = ["यह घर है।", "वह पेड़ है।", "यह घर है।", ""]
+    for split, count in (("train", 4), ("valid", 2)):
+        for lang, text in (("de", german), ("hi", hindi)):
+            content = "".join(f"{line}\n" for line in text[:count])
+            (folder / f"{split}.de-hi.{lang}").write_text(content, encoding="utf-8")
+    return folder
+
+
+def parallel(para: Path) -> list[str]:
+    return ["--parallel", f"{para}/{{split}}", "--pairs", "de-hi"]
+
+
+def test_lines_of_a_pair_stay_where_they_are(raw: Path, para: Path, tmp_path: Path) -> None:
+    """And are tokenised and split as their languages' text is, which alone gives codes and vocabulary."""
+    alone = run(raw, tmp_path / "A")
+    record = run(raw, tmp_path / "D", *parallel(para))
+    made = tmp_path / "D"
+    for name in ("codes", "vocab_mlm", "train.de", "train.hi"):
+        assert (made / name).read_bytes() == (tmp_path / "A" / name).read_bytes()
+    assert alone["codes"] == record["codes"]
+    assert lines(made / "tokenised" / "train.de-hi.de") == [
+        *("Das Haus .", "", "Das Haus .", "Wo ist es ?"),
+    ]
+    assert [bool(line) for line in lines(made / "train.de-hi.hi")] == [True, True, True, False]
+    assert [line.replace("@@ ", "") for line in lines(made / "train.de-hi.de")] == lines(
+        made / "tokenised" / "train.de-hi.de"
+    )
+    assert len(lines(made / "valid.de-hi.hi")) == 2
+    assert not (made / "test.de-hi.de").exists()
+    facts = record["files"]["tokenised/train.de-hi.hi"]
+    assert (facts["lines"], facts["kept"], facts["blank"]) == (4, 3, 1)
+    before = tree(made)
+    assert run(raw, made, *parallel(para)) == record
+    assert tree(made) == before
+
+
+def test_a_side_that_has_changed_is_made_again_and_nothing_else_is_tokenised(
+    raw: Path, para: Path, tmp_path: Path
+) -> None:
+    run(raw, tmp_path / "D", *parallel(para))
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "D" / "tokenised").iterdir()}
+    path = para / "train.de-hi.de"
+    path.write_text(path.read_text(encoding="utf-8").replace("Haus", "Dorf"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"inputs\.de-hi\.de\.train\.sha256 was"):
+        run(raw, tmp_path / "D", *parallel(para))
+    run(raw, tmp_path / "D", *parallel(para), "--overwrite")
+    again = {p.name for p, mtime in made.items() if p.stat().st_mtime_ns != mtime}
+    assert again == {"train.de-hi.de", "valid.de-hi.de"}
+    assert lines(tmp_path / "D" / "tokenised" / "train.de-hi.de")[0] == "Das Dorf ."
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pairs=de-hi"], "--parallel and --pairs go together"),
+        (["--parallel=x/{split}"], "--parallel and --pairs go together"),
+        (["--parallel=x", "--pairs=de-hi"], r"--parallel x: no \{split\} in it"),
+        (["--parallel=x/{split}", "--pairs=de-fr"], "--pairs de-fr: not two of --langs de,hi"),
+        (["--parallel=x/{split}", "--pairs=de-de"], "--pairs de-de: not two of"),
+        (["--parallel=x/{split}", "--pairs=de"], "--pairs de: not two of"),
+        (["--parallel=x/{split}", "--pairs=de-hi"], r"x/train\.de-hi\.de: no such file"),
+    ],
+)
+def test_pairs_that_do_not_fit(raw: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(raw, tmp_path / "D", *more)
