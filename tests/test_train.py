@@ -700,8 +700,8 @@ def test_a_stop_saves() -> None:
 def test_dropout_seeds_differ_wherever_the_run_is() -> None:
     draws = set()
     for place in ((0, 1, 0, 0), (0, 2, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (1, 1, 0, 0)):
-        train.seed_dropout(*place)
+        xlm_ds.run.seed_dropout(*place)
         draws.add(float(torch.rand(1)))
     assert len(draws) == 5
-    train.seed_dropout(0, 1, 0, 0)
+    xlm_ds.run.seed_dropout(0, 1, 0, 0)
     assert float(torch.rand(1)) in draws

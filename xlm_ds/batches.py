@@ -21,6 +21,8 @@ from xlm_ds.dictionary import MASK, PAD, Dictionary
 from xlm_ds.order import Samples, evaluation_samples
 from xlm_ds.streams import Stream
 
+NO_LABEL = -1
+
 
 class MaskedBatch(NamedTuple):
     """Tensors on the CPU, int64, owned by the batch.
@@ -54,6 +56,16 @@ class Rows(NamedTuple):
     input_ids: torch.Tensor
     languages: torch.Tensor
     has_padding: bool
+
+
+class LabelledBatch(NamedTuple):
+    """Rows, each of which has a label.
+
+    labels  (B,): its number, or NO_LABEL where a row only fills up the batch
+    """
+
+    rows: Rows
+    labels: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,8 @@ class Progress:
     skipped_updates: int = 0  # of all updates, those whose gradient was not finite
     batch_at_start: int = 0  # samples of an update when the run began (0: not recorded)
     chains: str = ""  # of digests.py, which continue ("": not recorded)
+    best_accuracy: float | None = None  # of finetune, percent
+    bad_validations: int = 0  # of finetune, in a row since the best
 
 
 # ------------------------------------------------------------------------------------------ write
@@ -389,10 +391,26 @@ def read_progress(manifest: Mapping[str, Any]) -> Progress:
     return Progress(**{**manifest["progress"], "plateau": plateau})
 
 
+def is_finetuned(manifest: Mapping[str, Any]) -> bool:
+    return "finetuned" in manifest
+
+
 def read_configuration(folder: Path, manifest: Mapping[str, Any]) -> TrainConfig:
-    """What the checkpoint was trained with. Raises InputError if a later version wrote it."""
+    """What the checkpoint was trained with. Raises InputError if it is a fine-tuned one, or of a later version."""
+    if is_finetuned(manifest):
+        raise InputError(
+            f"{folder}: is of finetune, a classifier that predicts no words any more; give the checkpoint that it was "
+            f"made from ({manifest['finetuned']['model']})"
+        )
+    return trained_with(folder, manifest, manifest["configuration"])
+
+
+def trained_with(
+    folder: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]
+) -> TrainConfig:
+    """`configuration`: of the manifest."""
     try:
-        return from_dict(TrainConfig, manifest["configuration"])
+        return from_dict(TrainConfig, configuration)
     except InputError as error:
         raise InputError(
             f"{folder}: written by another version of xlm_ds ({manifest['environment'].get('xlm_ds')}): {error}"

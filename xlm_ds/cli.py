@@ -13,6 +13,7 @@ STAGES = {
     "plan": "a configuration -> memory, speed and hours of its training",
     "preflight": "the hosts of a run -> what would make it fail there",
     "train": "binarized data -> checkpoints",
+    "finetune": "a checkpoint and labelled texts -> a classifier, tested in every language",
     "supervise": "starts a failed run again from its last checkpoint",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
     "retrieve": "a checkpoint and aligned texts -> how often translations find each other",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xlm_ds.devices import GPUS
-from xlm_ds.flags import Answered, knob
+from xlm_ds.flags import Answered, knob, knob_like
 from xlm_ds.log import InputError
 from xlm_ds.steps import Steps
 
@@ -387,28 +387,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizationConfig:
-    """Batch, optimizer and learning rate: the numbers a DeepSpeed JSON must leave "auto"."""
+class LearningConfig:
+    """Optimizer and learning rate: numbers that a DeepSpeed JSON must leave "auto"."""
 
     optimizer: str = knob(
         "optimizer (its class is the DeepSpeed JSON's)", default="adam", choices=("adam",)
     )
-    max_tokens: int = knob(
-        "tokens per rank and micro-batch: floor(N / tokens-per-sample) rows",
-        default=2048,
-        bounds="[1, 2147483647]",
-    )
-    update_freq: int = knob("micro-batches per update", default=1, bounds="[1, inf)")
-    global_batch_tokens: int | None = knob(
-        "tokens per update over all ranks; decides the number of micro-batches instead of --update-freq",
-        default=None,
-        bounds="[1, inf)",
-    )
     max_update: int = knob("stop after N updates (0: no limit)", default=0, bounds="[0, inf)")
     max_epoch: int = knob("stop after N epochs (0: no limit)", default=0, bounds="[0, inf)")
-    criterion: str = knob(
-        "loss", default="legacy_masked_lm_loss", choices=("legacy_masked_lm_loss",)
-    )
     lr: float = knob("learning rate", default=1e-4, bounds="(0, inf)")
     adam_betas: tuple[float, float] = knob("Adam's betas", default=(0.9, 0.999), bounds="[0, 1)")
     adam_eps: float = knob("Adam's epsilon (torch's form)", default=1e-8, bounds="[0, inf)")
@@ -444,8 +430,28 @@ class OptimizationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """Where the run lives, and when it saves, validates and speaks."""
+class OptimizationConfig(LearningConfig):
+    """Those, the batch and the loss of pretraining."""
+
+    max_tokens: int = knob(
+        "tokens per rank and micro-batch: floor(N / tokens-per-sample) rows",
+        default=2048,
+        bounds="[1, 2147483647]",
+    )
+    update_freq: int = knob("micro-batches per update", default=1, bounds="[1, inf)")
+    global_batch_tokens: int | None = knob(
+        "tokens per update over all ranks; decides the number of micro-batches instead of --update-freq",
+        default=None,
+        bounds="[1, inf)",
+    )
+    criterion: str = knob(
+        "loss", default="legacy_masked_lm_loss", choices=("legacy_masked_lm_loss",)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonRunConfig:
+    """Where a run lives, of training or fine-tuning, and when it saves, validates and speaks."""
 
     save_dir: Path = knob(
         "the run's folder: checkpoints, log, metrics, configuration", default=Path("checkpoints")
@@ -453,35 +459,13 @@ class RunConfig:
     restore_file: str = knob(
         "checkpoint to continue from: a name in --save-dir, or a path", default="checkpoint_last"
     )
-    save_interval: int = knob("save every N epochs", default=1, bounds="[1, inf)")
     save_interval_updates: int = knob(
         "also save every N updates (0: never); it validates with --validate-interval-updates",
         default=0,
         bounds="[0, inf)",
     )
-    no_epoch_checkpoints: bool = knob(
-        "keep only checkpoint_last and checkpoint_best", default=False
-    )
-    keep_last_epochs: int = knob(
-        "keep the last N epoch checkpoints (-1: all)", default=-1, bounds="[-1, inf)"
-    )
-    keep_interval_updates: int = knob(
-        "keep the last N checkpoints of --save-interval-updates (-1: all)",
-        default=-1,
-        bounds="[-1, inf)",
-    )
-    validate_interval: int = knob("validate every N epochs", default=1, bounds="[1, inf)")
     validate_interval_updates: int = knob(
         "also validate every N updates (0: never)", default=0, bounds="[0, inf)"
-    )
-    retrieve_interval_updates: int = knob(
-        "measure sentence retrieval on --retrieve-data every N updates (0: never)",
-        default=0,
-        bounds="[0, inf)",
-    )
-    retrieve_data: Path | None = knob(
-        "raw text aligned line by line: a folder with LG1-LG2.LG1 and LG1-LG2.LG2, or PREF of PREF.LG1-LG2.LG1 …",
-        default=None,
     )
     log_interval: int = knob("one line every N updates", default=100, bounds="[1, inf)")
     digest_interval: int = knob(
@@ -517,6 +501,35 @@ class RunConfig:
         "DeepSpeed JSON: ZeRO stage, precision, offload (default: fp32 ZeRO 1 on a CPU, bf16 ZeRO 1 on a GPU)",
         default=None,
     )
+    local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig(CommonRunConfig):
+    """The same of pretraining."""
+
+    save_interval: int = knob("save every N epochs", default=1, bounds="[1, inf)")
+    no_epoch_checkpoints: bool = knob(
+        "keep only checkpoint_last and checkpoint_best", default=False
+    )
+    keep_last_epochs: int = knob(
+        "keep the last N epoch checkpoints (-1: all)", default=-1, bounds="[-1, inf)"
+    )
+    keep_interval_updates: int = knob(
+        "keep the last N checkpoints of --save-interval-updates (-1: all)",
+        default=-1,
+        bounds="[-1, inf)",
+    )
+    validate_interval: int = knob("validate every N epochs", default=1, bounds="[1, inf)")
+    retrieve_interval_updates: int = knob(
+        "measure sentence retrieval on --retrieve-data every N updates (0: never)",
+        default=0,
+        bounds="[0, inf)",
+    )
+    retrieve_data: Path | None = knob(
+        "raw text aligned line by line: a folder with LG1-LG2.LG1 and LG1-LG2.LG2, or PREF of PREF.LG1-LG2.LG1 …",
+        default=None,
+    )
     no_compile: bool = knob(
         "do not compile the layers on a GPU: slower, but without the minute it takes at the start",
         default=False,
@@ -525,7 +538,6 @@ class RunConfig:
         "say what the run would need and take on this machine, as xlm-ds plan does; start and write nothing",
         default=False,
     )
-    local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -570,6 +582,80 @@ TRAIN_ANSWERED = (
     ),
     Answered("--deepspeed", False, ""),  # DeepSpeed's own examples pass it
 )
+
+
+# --------------------------------------------------------------------------------------- finetune
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneDataConfig:
+    """The model, the labelled texts, and what is made of them."""
+
+    model: Path = knob("a checkpoint's folder, or a run's: its best", positional=True)
+    data: Path = knob(
+        "folder with {train,valid,test}.LANG.tsv (label<TAB>text[<TAB>text]), XNLI's files, or "
+        "{train,valid,test}.{s1,s2,label}.LANG",
+        positional=True,
+    )
+    train_langs: tuple[str, ...] = knob(
+        "languages to train on (default: all that have training texts)", default=()
+    )
+    test_langs: tuple[str, ...] = knob(
+        "languages to validate and test on (default: all that have test texts)", default=()
+    )
+    stop_lang: str | None = knob(
+        "language whose accuracy on the validation texts decides which checkpoint is the best (default: the mean of "
+        "--train-langs)",
+        default=None,
+    )
+    patience: int = knob(
+        "end after N validations in a row without a better accuracy (0: never)",
+        default=0,
+        bounds="[0, inf)",
+    )
+    pooling: str = knob(
+        "what is classified: the state of a text's first position, as in XLM, or the mean of all its positions",
+        default="first",
+        choices=("first", "mean"),
+    )
+    dropout: float | None = knob(
+        "dropout in the network and before the classifier (default: the model's)",
+        default=None,
+        bounds="[0, 1)",
+    )
+    attention_dropout: float | None = knob(
+        "dropout on attention weights (default: the model's)", default=None, bounds="[0, 1)"
+    )
+    random_weights: bool = knob(
+        "begin with the network untrained: what the pretraining is worth", default=False
+    )
+    seed: int = knob(
+        "decides the classifier's weights, order and dropout",
+        default=0,
+        bounds="[0, 18446744073709551615]",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneOptimizationConfig(LearningConfig):
+    """Optimizer, learning rate and batch of fine-tuning."""
+
+    batch_size: int = knob("examples per update over all ranks", default=32, bounds="[1, inf)")
+    max_rows: int | None = knob(
+        "examples per rank and micro-batch at most (default: a rank's share of the batch at once)",
+        default=None,
+        bounds="[1, inf)",
+    )
+    max_epoch: int = knob_like(LearningConfig, "max_epoch", default=10)
+    lr: float = knob_like(LearningConfig, "lr", default=2.5e-5)
+    lr_scheduler: str = knob_like(LearningConfig, "lr_scheduler", default="linear")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    data: FinetuneDataConfig
+    optimization: FinetuneOptimizationConfig
+    run: CommonRunConfig
 
 
 # --------------------------------------------------------------------------------------- supervise

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xlm_ds.config import OptimizationConfig
+from xlm_ds.config import LearningConfig
 from xlm_ds.log import InputError, logger
 
 _INSTALLED_CONFIGS = Path(__file__).parent / "ds_configs"
@@ -101,7 +101,7 @@ def read_deepspeed_config(path: Path, device: str) -> dict[str, Any]:
 
 def resolve_deepspeed_config(
     template: Mapping[str, Any],
-    optimization: OptimizationConfig,
+    optimization: LearningConfig,
     *,
     rows: int,
     accumulation: int,

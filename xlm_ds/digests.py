@@ -171,7 +171,11 @@ class Digests:
 
     def add(self, batch: MaskedBatch, first: int) -> None:
         """A micro-batch on the CPU, whose rows are the samples from `first` on."""
-        self._digest += sample_digests(batch, first).sum(dtype=np.uint64)
+        self.add_samples(sample_digests(batch, first))
+
+    def add_samples(self, digests: NDArray[np.uint64]) -> None:
+        """(n,): of samples of this rank."""
+        self._digest += digests.sum(dtype=np.uint64)
 
     def end_update(self, update: int, first: int, count: int) -> None:
         """Update number `update` has been made, of the `count` samples from `first` on of all ranks."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from xlm_ds.batches import MaskedBatch, Rows
+from xlm_ds.batches import LabelledBatch, MaskedBatch, Rows
 from xlm_ds.deepspeed_config import (
     check_monitors,
     has_fused_adam,
@@ -527,14 +527,14 @@ def _sentence(error: Exception) -> str:
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage.
+    """A model with an encoder in it under DeepSpeed: forward, backward, step, and its whole state at any ZeRO stage.
 
     `compiles`: its layers are compiled at their first call, but not in ZeRO 3, whose hooks break the graphs.
     """
 
     def __init__(
         self,
-        model: XlmEncoder,
+        model: torch.nn.Module,
         settings: Mapping[str, Any],
         ranks: Ranks,
         *,
@@ -542,12 +542,15 @@ class Engine:
         where: str = "this configuration",
     ) -> None:
         self._compiled = compiles and settings["zero_optimization"]["stage"] < 3
+        encoders = [module for module in model.modules() if isinstance(module, XlmEncoder)]
         if self._compiled:
-            model.compile_layers()
+            for encoder in encoders:
+                encoder.compile_layers()
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         weights = {name: parameter.detach().clone() for parameter, name in self._names.items()}
         # ZeRO 3 gathers a module's own parameters; the encoder itself reads the tied table.
-        deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
+        for encoder in encoders:
+            deepspeed.zero.register_external_parameter(encoder, encoder.token_embedding.weight)
         self.settings = dict(settings)
         self.ranks = ranks
         ranks.on_first(lambda: check_monitors(self.settings))  # which has the monitors
@@ -580,9 +583,9 @@ class Engine:
         self._norm = torch.zeros((), device=ranks.device)
         self._updates = 0
 
-    def __call__(self, batch: MaskedBatch | Rows) -> Tensor:
+    def __call__(self, batch: MaskedBatch | Rows | LabelledBatch) -> Tensor:
         """Negative log likelihood in nats of every masked token; 0 where the target is padding. Of rows without targets
-        the final hidden states (B, T, d).
+        the final hidden states (B, T, d), and of a classifier's the scores of the labels (B, C).
 
         In ZeRO 3 all ranks must make the same calls.
         """
@@ -664,7 +667,7 @@ class Engine:
         update: int,
         skipped: int = 0,
         samples: int,
-        warm_up_batch: MaskedBatch,
+        warm_up_batch: MaskedBatch | LabelledBatch,
     ) -> None:
         """Takes up `state`, kind ("weight" or a moment) -> name -> whole tensor, at any stage and world size; the
         model must hold the weights already.

@@ -48,6 +48,12 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def knob_like(config_class: type[Any], name: str, *, default: Any) -> Any:
+    """The knob of another dataclass, with a default of its own."""
+    item = next(f for f in dataclasses.fields(config_class) if f.name == name)
+    return dataclasses.field(default=default, metadata=item.metadata)
+
+
 class Answered(NamedTuple):
     """A flag of the recipe that no longer decides anything: accepted, and answered with one line."""
 

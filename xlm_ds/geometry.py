@@ -42,16 +42,18 @@ def batch_geometry(config: OptimizationConfig, tokens_per_sample: int, world_siz
     return divided(samples, rows, world_size)
 
 
-def divided(batch: int, rows: int, world_size: int) -> Geometry:
-    """A batch of so many samples in micro-batches of at most `rows`. Raises InputError if ranks would have different
-    shares."""
+def divided(
+    batch: int, rows: int, world_size: int, flag: str = "--global-batch-tokens"
+) -> Geometry:
+    """A batch of so many samples in micro-batches of at most `rows`. Raises InputError, which names the flag that owns
+    the batch, if ranks would have different shares."""
     share, rest = divmod(batch, world_size)
     if rest:
         possible = [n for n in range(1, batch + 1) if batch % n == 0]
         near = sorted(sorted(possible, key=lambda n: abs(n - world_size))[:6])
         raise InputError(
             f"the run has {batch} samples an update, which {world_size} ranks cannot share evenly; start it with "
-            f"{', '.join(map(str, near))} ranks, or give another batch: --global-batch-tokens"
+            f"{', '.join(map(str, near))} ranks, or give another batch: {flag}"
         )
     fitting = next(r for r in range(min(rows, share), 0, -1) if share % r == 0)
     return Geometry(fitting, share // fitting, world_size)

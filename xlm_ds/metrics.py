@@ -26,7 +26,7 @@ from tqdm import tqdm
 from xlm_ds import _core
 from xlm_ds.architectures import ModelShape, useful_flops
 from xlm_ds.batches import MaskedBatch, shows_mask
-from xlm_ds.config import OptimizationConfig
+from xlm_ds.config import LearningConfig
 from xlm_ds.devices import this_gpu
 from xlm_ds.dictionary import PAD
 from xlm_ds.files import Appended
@@ -154,7 +154,7 @@ class UnigramWatch:
         self,
         train: Sequence[Stream],
         valid: Sequence[Stream],
-        optimization: OptimizationConfig,
+        optimization: LearningConfig,
         batch_tokens: int,
     ) -> None:
         self.train, self.valid = unigram_levels(train, valid)
@@ -269,8 +269,14 @@ class Stopwatch:
 
     def count(self, samples: int, mask_ratio: float) -> None:
         """Samples of all ranks that have been trained on."""
-        self._tokens += samples * self._tokens_per_sample
-        self._flops += self._useful_flops(samples, mask_ratio)
+        self.count_tokens(
+            samples * self._tokens_per_sample, self._useful_flops(samples, mask_ratio)
+        )
+
+    def count_tokens(self, tokens: int, flops: float) -> None:
+        """The same, of samples that are not all as long."""
+        self._tokens += tokens
+        self._flops += flops
 
     def take(self) -> dict[str, Any]:
         """Figures of the time and the tokens since the last call. Waits for the device."""

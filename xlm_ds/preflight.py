@@ -34,6 +34,7 @@ from xlm_ds.architectures import parameter_count, shape_from_config
 from xlm_ds.config import (
     TRAIN_ANSWERED,
     DataConfig,
+    FinetuneConfig,
     ModelConfig,
     PreflightConfig,
     TrainConfig,
@@ -500,6 +501,19 @@ def ring_bandwidth(device: "torch.device") -> float:
 
 
 def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
+    """compare_hosts of a training's: its data too."""
+    compare_hosts(
+        request_of(
+            config, str(config.data.data), config.data.monolingual_langs, config.data.mlm_steps
+        ),
+        lambda facts: needed_bytes(config.data, config.model, facts),
+        ranks,
+    )
+
+
+def compare_hosts(
+    request: Request, need_bytes: Callable[[Iterable[Facts]], int | None], ranks: "Ranks"
+) -> None:
     """Compares the hosts of a run that has more than one; all ranks must call it, when the run's folder is there.
 
     Raises: InputError with all that is wrong on rank 0; the others exit with its code, without a word.
@@ -513,7 +527,7 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
         return
     started = time.monotonic()
     names = _names({rank: host for rank, (host, _) in firsts.items()})
-    request = _request_of(config, token=firsts[0][1])
+    request = dataclasses.replace(request, token=firsts[0][1])
     try:
         facts = dataclasses.replace(probe(request), gpus=gpu_names()) if is_first else None
         of_first = ranks.gathered(facts)[0]
@@ -532,7 +546,7 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
     hosts = {names[rank]: found[rank] for rank in firsts}
 
     def compare() -> None:
-        need = needed_bytes(config.data, config.model, hosts.values())
+        need = need_bytes(hosts.values())
         if wrong := problems(hosts, slots=dict.fromkeys(hosts, 1), need_bytes=need):
             raise InputError(as_one(wrong))
 
@@ -544,18 +558,24 @@ def check_hosts(config: TrainConfig, ranks: "Ranks") -> None:
     )
 
 
-def _request_of(config: TrainConfig, token: str) -> Request:
+def request_of(
+    config: TrainConfig | FinetuneConfig,
+    data: str | None = None,
+    languages: tuple[str, ...] = (),
+    mlm_steps: tuple[str, ...] = (),
+) -> Request:
+    """For compare_hosts, which gives it its token."""
     return Request(
-        data=str(config.data.data),
-        languages=config.data.monolingual_langs,
-        mlm_steps=config.data.mlm_steps,
+        data=data,
+        languages=languages,
+        mlm_steps=mlm_steps,
         save_dir=str(config.run.save_dir),
-        token=token,
+        token="",
         settings=_settings(config),
     )
 
 
-def _settings(config: TrainConfig) -> dict[str, str]:
+def _settings(config: TrainConfig | FinetuneConfig) -> dict[str, str]:
     """Every flag but the one that differs between ranks."""
     sections: Iterable[Mapping[str, Any]] = to_dict(config).values()
     flags = {"--" + k.replace("_", "-"): str(v) for values in sections for k, v in values.items()}

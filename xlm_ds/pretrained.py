@@ -3,13 +3,14 @@
     model = xlm_ds.load("run")                                  # a run's folder, or a checkpoint's
     model.encode(["Wie geht es dir?", "Gut."], "de")            # (2, d) float32
     model.fill("The <mask> is here.", "en", top=3)              # [[Candidate("house", 0.21), …]]
+    xlm_ds.load("finetuned").classify(["Wie geht es dir?"], "de")       # [Classified("question", 0.97)]
 
 Texts are raw: the run's own tokenisation, codes and dictionary, which are in the checkpoint, make ids of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlm_ds.architectures import shape_from_config
-from xlm_ds.batches import MaskedBatch, Rows
-from xlm_ds.checkpoint import BEST, check_files, read_manifest
+from xlm_ds.batches import NO_LABEL, MaskedBatch, Rows
+from xlm_ds.checkpoint import (
+    BEST,
+    check_files,
+    is_finetuned,
+    load_weights,
+    read_manifest,
+    trained_with,
+)
+from xlm_ds.classification import Classifier, Examples, rows_of_texts
+from xlm_ds.classification import on_device as labelled_on_device
 from xlm_ds.config import TrainConfig
 from xlm_ds.dictionary import EOS, MASK, PAD, SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.evaluate import load_model
 from xlm_ds.log import InputError, logger
-from xlm_ds.model import XlmEncoder
+from xlm_ds.model import XlmEncoder, build_model
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.text_ids import TextToIds
 
@@ -37,6 +47,13 @@ class Candidate(NamedTuple):
     probability: float
 
 
+class Classified(NamedTuple):
+    """The likeliest label of a text, and its share of all labels'."""
+
+    label: str
+    probability: float
+
+
 class Pretrained:
     """The network in eval mode, so that the same texts give the same figures, and its way from text to ids."""
 
@@ -47,9 +64,16 @@ class Pretrained:
         languages: Sequence[str],
         longest: int | None,
         device: torch.device,
+        classifier: Classifier | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
-        """`longest`: ids that a text may have, its two eos included (None: any number)."""
+        """`longest`: ids that a text may have, its two eos included (None: any number).
+
+        `classifier`: what `model` is part of where it was fine-tuned; it scores the labels.
+        """
         self.model = model.to(device).eval()
+        self.classifier = None if classifier is None else classifier.to(device).eval()
+        self.labels = tuple(labels)
         self.to_ids = to_ids
         self.languages = tuple(languages)
         self.longest = longest
@@ -63,10 +87,17 @@ class Pretrained:
         there = [name for name in ("dict.txt", *COMPANIONS) if name in manifest["sha256"]]
         check_files(folder, manifest, there)
         to_ids = TextToIds.load(folder)
-        model, trained = load_model(folder, len(to_ids.dictionary))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        classifier = None
+        if is_finetuned(manifest):
+            classifier = load_classifier(folder, manifest, len(to_ids.dictionary))
+            model = classifier.encoder
+            trained = base_configuration(folder, manifest)
+        else:
+            model, trained = load_model(folder, len(to_ids.dictionary))
         longest = longest_row(trained, to_ids.dictionary, manifest["languages"])
-        return cls(model, to_ids, manifest["languages"], longest, device)
+        labels = manifest["finetuned"]["labels"] if classifier else ()
+        return cls(model, to_ids, manifest["languages"], longest, device, classifier, labels)
 
     def encode(
         self, texts: Sequence[str], language: str, batch_size: int = 32
@@ -91,11 +122,49 @@ class Pretrained:
         return found
 
     @torch.inference_mode()
+    def classify(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], language: str, batch_size: int = 32
+    ) -> list[Classified]:
+        """Of each text, or pair of texts, the likeliest label.
+
+        Raises: InputError for a model that is not fine-tuned, a language that it does not know, or a text without a
+        word.
+        """
+        if self.classifier is None:
+            raise InputError(
+                "the model is not fine-tuned, so it knows no labels; xlm-ds finetune makes one that does"
+            )
+        if isinstance(texts, str):
+            raise InputError("classify takes a list of texts; put the one in [ ]")
+        number = self.language_id(language)
+        examples = [(text,) if isinstance(text, str) else text for text in texts]
+        rows = rows_of_texts(
+            examples, language, self.to_ids, self.longest, lambda n: f"text {n + 1} of {len(texts)}"
+        )
+        whole = Examples(rows, np.full(len(rows), NO_LABEL), np.full(len(rows), number))
+        found = []
+        for first in range(0, len(rows), batch_size):
+            some = np.arange(first, min(first + batch_size, len(rows)))
+            scores = self.classifier(labelled_on_device(whole.batch(some), self.device))
+            best = scores.softmax(dim=1).max(dim=1)
+            found += [
+                Classified(self.labels[label], probability)
+                for label, probability in zip(
+                    best.indices.tolist(), best.values.tolist(), strict=True
+                )
+            ]
+        return found
+
+    @torch.inference_mode()
     def fill(self, text: str, language: str, top: int = 5) -> list[list[Candidate]]:
         """For each `<mask>` of the text, which stands for a word, the best pieces for it, the best first.
 
         Raises: InputError for an unknown language, a text without `<mask>`, or with one beyond the position table.
         """
+        if self.classifier is not None:
+            raise InputError(
+                "the model is fine-tuned and predicts no words any more; load the one that it was made from"
+            )
         symbols = self.to_ids.dictionary.symbols
         if not 1 <= top <= len(symbols) - len(SPECIAL_SYMBOLS):
             raise InputError(f"top {top}: the dictionary has {len(symbols) - len(SPECIAL_SYMBOLS)}")
@@ -128,6 +197,30 @@ class Pretrained:
 
     def language_id(self, language: str) -> int:
         return language_id(language, self.languages)
+
+
+def load_classifier(folder: Path, manifest: Mapping[str, Any], vocab_size: int) -> Classifier:
+    """The network of a fine-tuned checkpoint, with its weights."""
+    finetuned = manifest["finetuned"]
+    shape = shape_from_config(
+        (trained := base_configuration(folder, manifest)).model,
+        vocab_size=vocab_size,
+        languages=len(manifest["languages"]),
+        tokens_per_sample=trained.data.tokens_per_sample,
+    )
+    classifier = Classifier(
+        build_model(shape, seed=0),
+        labels=len(finetuned["labels"]),
+        pooling=finetuned["pooling"],
+        dropout=0.0,
+    )
+    load_weights(classifier, folder, manifest)
+    return classifier.eval()
+
+
+def base_configuration(folder: Path, manifest: Mapping[str, Any]) -> TrainConfig:
+    """What the model was trained with that a fine-tuned checkpoint was made from."""
+    return trained_with(folder, manifest, manifest["finetuned"]["configuration"])
 
 
 def checkpoint_folder(path: Path) -> Path:

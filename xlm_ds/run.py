@@ -8,6 +8,7 @@ train.py has the loop.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from xlm_ds import checkpoint
 from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
 from xlm_ds.batches import MaskedBatch, shows_mask
 from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
-from xlm_ds.config import OptimizationConfig, RunConfig, TrainConfig
+from xlm_ds.config import CommonRunConfig, FinetuneConfig, LearningConfig, TrainConfig
 from xlm_ds.corpus import Corpus, micro_batch, open_corpus, order_facts, with_sample_numbers
 from xlm_ds.deepspeed_config import (
     default_deepspeed_config,
@@ -31,7 +32,7 @@ from xlm_ds.deepspeed_config import (
     resolve_deepspeed_config,
     with_monitor_folder,
 )
-from xlm_ds.dictionary import PAD
+from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.digests import FILE, Digests, begin_file
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.evaluate import on_device, sum_over_split
@@ -109,7 +110,7 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
         engine=engine,
         digests=start_digests(config.run, engine, geometry, progress),
         saver=Saver(ranks),
-        companions=read_companions(corpus, data.data, ranks),
+        companions=read_companions(corpus.dictionary, data.data, ranks),
         meter=LossMeter([stream.languages for stream in corpus.train], ranks.device),
         unigram=UnigramWatch(
             corpus.train,
@@ -186,15 +187,7 @@ def build_engine(
 ) -> tuple[Engine, Progress]:
     """The model in its engine, from the start or from the checkpoint that the run goes on from."""
     check_schedule(config.optimization)
-    path = config.run.deepspeed_config or default_deepspeed_config(ranks.device.type)
-    settings = resolve_deepspeed_config(
-        read_deepspeed_config(path, ranks.device.type),
-        config.optimization,
-        rows=geometry.rows,
-        accumulation=geometry.accumulation,
-        where=str(path),
-    )
-    settings = with_monitor_folder(settings, config.run.save_dir / "monitors")
+    settings, path = deepspeed_settings(config.optimization, config.run, geometry, ranks)
     shape = network_shape(config, corpus)
     logger.info(f"{config.model.arch}: {parameter_count(shape):,} parameters; {path}")
     model = build_model(shape, seed=config.data.seed)
@@ -226,12 +219,27 @@ def build_engine(
     return engine, progress
 
 
-def read_companions(corpus: Corpus, folder: Path, ranks: Ranks) -> dict[str, bytes]:
+def deepspeed_settings(
+    optimization: LearningConfig, options: CommonRunConfig, geometry: Geometry, ranks: Ranks
+) -> tuple[dict[str, Any], Path]:
+    """DeepSpeed's configuration with the run's numbers, and the file that it is made from."""
+    path = options.deepspeed_config or default_deepspeed_config(ranks.device.type)
+    settings = resolve_deepspeed_config(
+        read_deepspeed_config(path, ranks.device.type),
+        optimization,
+        rows=geometry.rows,
+        accumulation=geometry.accumulation,
+        where=str(path),
+    )
+    return with_monitor_folder(settings, options.save_dir / "monitors"), path
+
+
+def read_companions(dictionary: Dictionary, folder: Path, ranks: Ranks) -> dict[str, bytes]:
     """What text needs to become ids, by name of the file; on rank 0."""
     companions = {}
 
     def read() -> None:
-        companions["dict.txt"] = corpus.dictionary.text.encode()
+        companions["dict.txt"] = dictionary.text.encode()
         for path in (folder / name for name in COMPANIONS):
             if path.exists():
                 companions[path.name] = path.read_bytes()
@@ -293,7 +301,7 @@ def check_same_data(
 
 
 def start_digests(
-    run: RunConfig, engine: Engine, geometry: Geometry, progress: Progress
+    run: CommonRunConfig, engine: Engine, geometry: Geometry, progress: Progress
 ) -> Digests:
     """The run's digests, which go on where the checkpoint's were."""
     stage = engine.settings["zero_optimization"]["stage"]
@@ -313,7 +321,7 @@ def start_digests(
     )
 
 
-def open_log(config: TrainConfig, engine: Engine, progress: Progress) -> RunLog:
+def open_log(config: TrainConfig | FinetuneConfig, engine: Engine, progress: Progress) -> RunLog:
     """Opens the run's files and writes the resolved configuration there."""
     run = config.run
     active = engine.ranks.rank == 0
@@ -364,6 +372,12 @@ def describe(run: Run, progress: Progress) -> None:
     logger.info(run.unigram.definition())
 
 
+def seed_dropout(seed: int, update: int, micro: int, rank: int) -> None:
+    """Dropout depends on where in the run it is and on nothing before, so no generator's state is saved."""
+    key = hashlib.blake2b(f"{seed}/{update}/{micro}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(key, "little"))
+
+
 # ------------------------------------------------------------------------------- figures and saves
 
 
@@ -377,14 +391,9 @@ def logged(run: Run, progress: Progress) -> Progress:
     engine.check()
     sums = ranks.sum(run.meter.take())
     figures = loss_figures(sums, run.corpus.names, run.unigram.train)
-    figures |= {
-        "lr": lr_at(progress.update - 1, optimization, progress.plateau),
-        "gradient_norm": engine.gradient_norm(),
-    }
+    figures |= update_figures(engine, optimization, progress)
     check_skipped(run, progress)
     progress = dataclasses.replace(progress, skipped_updates=engine.skipped_updates())
-    if progress.skipped_updates:
-        figures["skipped_updates"] = progress.skipped_updates
     epoch = progress.samples / run.corpus.order.epoch_samples
     figures |= {"epoch": epoch, **run.stopwatch.take(), **time_left(optimization, progress)}
     run.log.write("train", progress.update, figures)
@@ -393,7 +402,19 @@ def logged(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str, int]:
+def update_figures(
+    engine: Engine, optimization: LearningConfig, progress: Progress
+) -> dict[str, float]:
+    """Of the last update."""
+    figures = {
+        "lr": lr_at(progress.update - 1, optimization, progress.plateau),
+        "gradient_norm": engine.gradient_norm(),
+    }
+    skipped = engine.skipped_updates()
+    return {**figures, "skipped_updates": skipped} if skipped else figures
+
+
+def time_left(optimization: LearningConfig, progress: Progress) -> dict[str, int]:
     if optimization.max_update == 0:
         return {}
     left = optimization.max_update - progress.update
@@ -403,10 +424,9 @@ def time_left(optimization: OptimizationConfig, progress: Progress) -> dict[str,
 def check_skipped(run: Run, progress: Progress) -> None:
     """Raises InputError, on all ranks, if too many updates in a row were skipped; says what they were made of."""
     length, begin = run.engine.skipped_in_a_row()
-    options = run.config.run
     if length == 0:
         run.meter.forget_bad_sample()
-    if length < options.max_skipped_updates or precision_of(run.engine.settings) == "fp16":
+    if not too_many_skipped(run.engine, run.config.run):
         return
     batch = run.geometry.batch
     first = progress.samples - (progress.update - begin) * batch
@@ -416,9 +436,24 @@ def check_skipped(run: Run, progress: Progress) -> None:
         if first <= bad < NO_SAMPLE  # or it is of an update that was skipped by itself
         else ""
     )
-    raise InputError(
-        f"{length} updates in a row were skipped, as their gradient was not finite: the first is update {begin + 1}, "
-        f"of the samples {first} to {first + batch - 1}{culprit}; {GO_ON}{options.save_dir}, if it has made one"
+    raise skipped_too_many(
+        run.engine,
+        run.config.run,
+        f", of the samples {first} to {first + batch - 1}{culprit}",
+    )
+
+
+def too_many_skipped(engine: Engine, options: CommonRunConfig) -> bool:
+    length, _ = engine.skipped_in_a_row()
+    return length >= options.max_skipped_updates and precision_of(engine.settings) != "fp16"
+
+
+def skipped_too_many(engine: Engine, options: CommonRunConfig, made_of: str = "") -> InputError:
+    """`made_of`: what the first of them was."""
+    length, begin = engine.skipped_in_a_row()
+    return InputError(
+        f"{length} updates in a row were skipped, as their gradient was not finite: the first is update {begin + 1}"
+        f"{made_of}; {GO_ON}{options.save_dir}, if it has made one"
     )
 
 
@@ -491,7 +526,7 @@ def retrieved(run: Run, update: int) -> None:
     run.log.write("retrieve", update, figures)
 
 
-def check_finite(loss: float, progress: Progress, run: RunConfig) -> None:
+def check_finite(loss: float, progress: Progress, run: CommonRunConfig) -> None:
     if not math.isfinite(loss):
         raise InputError(
             f"the validation loss is not finite at update {progress.update}; {GO_ON}{run.save_dir}, if it has made one"

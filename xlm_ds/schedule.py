@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xlm_ds.config import OptimizationConfig
+from xlm_ds.config import LearningConfig
 from xlm_ds.log import InputError
 
 # What is left of the way from --lr down to --min-lr, by the share of the decay's updates that are left.
@@ -38,7 +38,7 @@ class PlateauState:
     best: float | None = None  # lowest validation loss so far
 
 
-def check_schedule(config: OptimizationConfig) -> None:
+def check_schedule(config: LearningConfig) -> None:
     """Raises InputError if no learning rate can be computed from these numbers."""
     if config.lr_scheduler not in DECAYS:
         if config.min_lr:
@@ -68,7 +68,7 @@ def check_schedule(config: OptimizationConfig) -> None:
         )
 
 
-def describe_schedule(config: OptimizationConfig) -> str:
+def describe_schedule(config: LearningConfig) -> str:
     """Returns one sentence that says what the learning rate will do."""
     parts = [f"learning rate {config.lr:g}"]
     if config.warmup_updates:
@@ -88,7 +88,7 @@ def describe_schedule(config: OptimizationConfig) -> str:
     return ", ".join(parts)
 
 
-def lr_at(update: int, config: OptimizationConfig, plateau: PlateauState) -> float:
+def lr_at(update: int, config: LearningConfig, plateau: PlateauState) -> float:
     """Returns the learning rate of the next update, `update` of them having been made."""
     if is_warming_up(update, config):
         return _warmup_lr(update, config)
@@ -106,7 +106,7 @@ def lr_at(update: int, config: OptimizationConfig, plateau: PlateauState) -> flo
 
 
 def plateau_after(
-    state: PlateauState, valid_loss: float, config: OptimizationConfig, *, update: int
+    state: PlateauState, valid_loss: float, config: LearningConfig, *, update: int
 ) -> PlateauState:
     """Returns the state after a validation; the same while warming up or with another scheduler.
 
@@ -125,31 +125,31 @@ def plateau_after(
     return PlateauState(shrinks=state.shrinks + 1, bad_count=0, best=state.best)
 
 
-def lr_exhausted(update: int, config: OptimizationConfig, plateau: PlateauState) -> bool:
+def lr_exhausted(update: int, config: LearningConfig, plateau: PlateauState) -> bool:
     """Whether the rate has come down to stop_min_lr; a rate that is still warming up never has."""
     return not is_warming_up(update, config) and (
         lr_at(update, config, plateau) <= config.stop_min_lr
     )
 
 
-def is_warming_up(update: int, config: OptimizationConfig) -> bool:
+def is_warming_up(update: int, config: LearningConfig) -> bool:
     """Whether no update has been made at the peak rate yet."""
     return config.warmup_updates > 0 and update <= config.warmup_updates
 
 
-def _warmup_lr(update: int, config: OptimizationConfig) -> float:
+def _warmup_lr(update: int, config: LearningConfig) -> float:
     done = update / config.warmup_updates
     return config.warmup_init_lr + done * (config.lr - config.warmup_init_lr)
 
 
-def _decay_updates(config: OptimizationConfig) -> int:
+def _decay_updates(config: LearningConfig) -> int:
     """How many updates a schedule of DECAYS takes from --lr to --min-lr."""
     if config.decay_updates is not None:
         return config.decay_updates
     return config.max_update - config.warmup_updates
 
 
-def _inverse_sqrt_lr(update: int, config: OptimizationConfig) -> float:
+def _inverse_sqrt_lr(update: int, config: LearningConfig) -> float:
     """The peak at the end of the warm-up, from there on in proportion to 1/sqrt(update)."""
     peak_update = max(config.warmup_updates, 1)
     return config.lr * math.sqrt(peak_update / max(update, peak_update))

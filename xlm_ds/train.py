@@ -9,13 +9,10 @@ TensorBoard files; the same command started again goes on from checkpoint_last.
 
 import contextlib
 import dataclasses
-import hashlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from xlm_ds.config import (
@@ -24,13 +21,8 @@ from xlm_ds.config import (
     TrainConfig,
 )
 from xlm_ds.flags import before_slow_imports, parse
-from xlm_ds.lifeline import end_by_signals, launcher
-from xlm_ds.log import (
-    EXIT_OK,
-    add_log_file,
-    logger,
-    run_stage,
-)
+from xlm_ds.lifeline import Ending, StopSignal, end_by_signals, launcher
+from xlm_ds.log import EXIT_OK, logger, run_stage
 
 LAUNCHER = launcher()  # by the time that torch is imported it may be gone, and an orphan train on
 
@@ -44,23 +36,10 @@ from xlm_ds import checkpoint, plan
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import micro_batch, open_corpus, update_targets, with_sample_numbers
 from xlm_ds.devices import this_cpu, this_gpu
-from xlm_ds.engine import Ranks, collectives_timed, is_lost_rank, start_ranks, stop_ranks
+from xlm_ds.engine import Ranks, collectives_timed
 from xlm_ds.evaluate import on_device
-from xlm_ds.files import busy_with, locked, make_folder
-from xlm_ds.lifeline import (
-    ENDS_WITH,
-    LOGS,
-    Ending,
-    StopSignal,
-    connection_is_lost,
-    launcher_is_gone,
-    leave,
-    one_report,
-    output_is_lost,
-    place,
-    stop_file,
-)
 from xlm_ds.preflight import check_hosts
+from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
     Run,
     batch_at_start,
@@ -70,6 +49,7 @@ from xlm_ds.run import (
     retrieved,
     run_geometry,
     save,
+    seed_dropout,
     validated,
 )
 from xlm_ds.schedule import check_schedule, lr_at, lr_exhausted
@@ -79,12 +59,8 @@ from xlm_ds.schedule import check_schedule, lr_at, lr_exhausted
 
 def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -> int:
     """Trains until --max-update, --max-epoch, --stop-min-lr or a signal; returns the exit code."""
-    add_log_file(rank_log(config.run.save_dir, ranks.rank))
-    ending.hosts = ranks.gathered(place().host)
-    logger.info(f"{place()}, process {os.getpid()}, {ranks.device}, of {ranks.world_size} ranks")
+    join(config.run, ranks, stop, ending)
     check_hosts(config, ranks)
-    if ranks.rank == 0:
-        stop.watch(stop_file(config.run.save_dir))
     run, progress = begin_run(config, ranks, ending.hosts)
     corpus, geometry, engine, stopwatch = run.corpus, run.geometry, run.engine, run.stopwatch
     epoch_samples = corpus.order.epoch_samples
@@ -122,7 +98,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
             progress = advanced(progress, geometry.batch, started)
             epochs = progress.samples // epoch_samples
             ending.update = progress.update
-            stopping = asked_to_stop(run, stop, progress)
+            stopping = asked_to_stop(progress.update, ranks, stop, run.saver)
             due = what_is_due(
                 config.run,
                 progress.update,
@@ -146,7 +122,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
                 save(run, progress, names)
             if stopping:
                 run.saver.finish()
-                return stopped(stopping, first_wish(stop, ranks), config.run, progress)
+                return stopped(stopping, config.run, ranks, stop, progress.update)
         run.saver.finish()
 
     logger.info(
@@ -164,16 +140,6 @@ def advanced(progress: Progress, batch: int, started: float) -> Progress:
         samples=progress.samples + batch,
         seconds=time.monotonic() - started,
     )
-
-
-def asked_to_stop(run: Run, stop: StopSignal, progress: Progress) -> int:
-    """The signal that any rank is asked to end by, on all ranks, or 0; meanwhile ends a save that all have written."""
-    if progress.update % run.ranks.control_interval:
-        return 0
-    signal_number, writing = run.ranks.largest(stop.requested, run.saver.is_writing())
-    if not writing:
-        run.saver.finish()
-    return signal_number
 
 
 def finished(run: Run, progress: Progress) -> bool:
@@ -244,71 +210,11 @@ def dry_run(config: TrainConfig) -> int:
     return EXIT_OK
 
 
-def seed_dropout(seed: int, update: int, micro: int, rank: int) -> None:
-    """Dropout depends on where in the run it is and on nothing before, so no generator's state is saved."""
-    key = hashlib.blake2b(f"{seed}/{update}/{micro}/{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(key, "little"))
-
-
-# ---------------------------------------------------------------------------------------- signals
-
-
-def rank_log(save_dir: Path, rank: int) -> Path:
-    return save_dir / LOGS / f"rank-{rank}.log" if rank else save_dir / "train.log"
-
-
-def first_wish(stop: StopSignal, ranks: Ranks) -> str:
-    """Why the run is to end, as the lowest of the ranks has it that want it to."""
-    wishes: list[str] = ranks.gathered(f"{stop.why} ({place()})" if stop.why else "")
-    return next(wish for wish in wishes if wish)
-
-
-def stopped(number: int, why: str, run: RunConfig, progress: Progress) -> int:
-    how = "the same command goes on from it"
-    if run.restore_file != LAST:
-        how = f"to go on from it, leave out --restore-file {run.restore_file}"
-    logger.info(
-        f"stopped by {why} after update {progress.update}, saved {run.save_dir / LAST}; {how}"
-    )
-    return ENDS_WITH[signal.Signals(number)]
-
-
-@contextlib.contextmanager
-def run_folder(save_dir: Path, ending: Ending, ranks: Ranks) -> Iterator[None]:
-    """The run's folder, made, cleared of what killed saves left, and this run's alone."""
-    with contextlib.ExitStack() as held:
-
-        def take() -> None:
-            make_folder(save_dir)
-            held.enter_context(locked(save_dir / ".run.lock", busy_with(save_dir, "run")))
-            checkpoint.discard_leftovers(save_dir)
-            ending.begin()
-
-        ranks.on_first(take)
-        ending.start = ranks.gathered(ending.start)[0]
-        yield
-
-
 def main(argv: Sequence[str]) -> int:
     config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
     if config.run.dry_run:
         return dry_run(config)
-    stop = StopSignal(config.run.stop_seconds)
-    if launched := "RANK" in os.environ:
-        stop.watch(launcher_is_gone(LAUNCHER))
-        stop.watch(output_is_lost())
-        stop.watch(connection_is_lost())
-    ranks = start_ranks(config.run.heartbeat_timeout)
-    ending = Ending(config.run.save_dir)
-    with run_folder(config.run.save_dir, ending, ranks), one_report("train", ending, is_lost_rank):
-        stop.joined(ending)
-        code = train(config, ranks, stop, ending)
-        if ranks.rank == 0:
-            ending.claim(code, "done" if code == EXIT_OK else "stopped and saved")
-    stop_ranks()
-    if launched:
-        leave(code)
-    return code
+    return run_on_ranks("train", config.run, LAUNCHER, lambda *joined: train(config, *joined))
 
 
 if __name__ == "__main__":
