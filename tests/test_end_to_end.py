@@ -18,7 +18,17 @@ from xlm_ds import checkpoint
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("prepare", "binarize", "train", "evaluate", "retrieve", "fill", "prove", "report")
+STAGES = (
+    "prepare",
+    "binarize",
+    "train",
+    "finetune",
+    "evaluate",
+    "retrieve",
+    "fill",
+    "prove",
+    "report",
+)
 MODULE = [sys.executable, "-m"]
 
 

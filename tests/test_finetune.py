@@ -16,7 +16,7 @@ import torch
 import xlm_ds
 from test_end_to_end import MODULE, call, launcher, start, succeed, wait_for_update
 from test_train import NeverStop, StopAt, last_weights, losses_in, records_in, train_here
-from xlm_ds import checkpoint, finetune
+from xlm_ds import checkpoint, finetune, report
 from xlm_ds.batches import LabelledBatch, Rows
 from xlm_ds.classification import Classifier, Examples, accuracy_figures, joined_row, outcome
 from xlm_ds.config import FinetuneConfig
@@ -347,11 +347,16 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(
     refused(tune, "is of train, not of finetune", *config)
 
 
-def test_what_is_not_for_classifiers_says_so(tune: Start, base: Path, tiny_data: Path) -> None:
+def test_what_is_not_for_classifiers_says_so(
+    tune: Start, base: Path, tiny_data: Path, ranks: Ranks
+) -> None:
     run = tune("a", "--max-update=1")
     result = call(*MODULE, "xlm_ds.evaluate", run / checkpoint.BEST, tiny_data)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is of finetune, a classifier that predicts no words any more" in result.stderr
+    with pytest.raises(InputError, match="is of finetune, a classifier"):
+        train_here(tiny_data, run.parent / "b", ranks, f"--restore-file={run / checkpoint.BEST}")
+    assert report.main([str(run)]) == 0
     with pytest.raises(InputError, match="predicts no words any more"):
         xlm_ds.load(run).fill("<mask>", "en")
     with pytest.raises(InputError, match="is not fine-tuned"):

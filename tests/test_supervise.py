@@ -547,6 +547,9 @@ def test_one_run_has_one_supervise(start: Supervise, run: Path) -> None:
         "/bin/xlm-ds train",
         "python -m xlm_ds train",
         "srun python -m xlm_ds.train",
+        "torchrun --nproc-per-node 2 -m xlm_ds.finetune",
+        "deepspeed /somewhere/xlm_ds/finetune.py",
+        "xlm-ds finetune",
     ],
 )
 def test_train_is_found_behind_any_launcher(launcher: str) -> None:
@@ -563,6 +566,7 @@ def test_train_is_found_behind_any_launcher(launcher: str) -> None:
         (["--", "deepspeed", "train.py"], "deepspeed train.py: does not start training"),
         (["--", "python", "-m", "xlm_ds.train", "OUT", "--sav-dir=x"], "did you mean --save-dir"),
         (["--", "python", "-m", "xlm_ds.train"], "DATA is missing"),
+        (["--", "python", "-m", "xlm_ds.finetune"], "MODEL is missing"),
         (["--", "xlm-no-such", "-m", "xlm_ds.train", "OUT"], "xlm-no-such: no such program"),
         (["--", "python", "-m", "xlm_ds.train", "OUT", "--dry-run"], "starts no run"),
         (["--restart=3", "--", "python", "-m", "xlm_ds.train", "OUT"], "did you mean --restarts"),

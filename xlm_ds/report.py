@@ -32,7 +32,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
-    """A PNG of bits per masked token (training, and validation as dots) and the learning rate."""
+    """A PNG of bits per masked token, or of finetune per example (dots: validation), and the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -51,7 +51,8 @@ def draw_curves(records: Sequence[dict[str, Any]], output: Path) -> None:
                 losses.plot(*zip(*points, strict=True), style, color=f"C{index}", label=label)
     if levels := unigram_levels(training):
         losses.plot(*zip(*levels, strict=True), ":", color="gray", label="unigram")
-    losses.set_ylabel("bits per masked token\n(dots: validation)")
+    unit = "example" if any("accuracy" in r for r in validation) else "masked token"
+    losses.set_ylabel(f"bits per {unit}\n(dots: validation)")
     losses.grid(visible=True, alpha=0.3)
     losses.legend(ncols=max(len(languages) // 2, 1))
     rates.plot([r["update"] for r in training], [r["lr"] for r in training], color="black")

@@ -26,7 +26,14 @@ from types import FrameType
 from typing import NamedTuple
 
 from xlm_ds import keeper
-from xlm_ds.config import TRAIN_ANSWERED, RunConfig, SuperviseConfig, TrainConfig
+from xlm_ds.config import (
+    TRAIN_ANSWERED,
+    CommonRunConfig,
+    FinetuneConfig,
+    RunConfig,
+    SuperviseConfig,
+    TrainConfig,
+)
 from xlm_ds.files import locked, make_folder, replacing
 from xlm_ds.flags import parse
 from xlm_ds.launching import check_launch, option, read_hostfile
@@ -65,12 +72,15 @@ LINGER_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 600.0
 
 
+SUPERVISED = ("train", "finetune")
+
+
 class Launch(NamedTuple):
     """A run and the command that starts it."""
 
     command: list[str]
-    launcher: list[str]  # the words of the command up to xlm_ds.train
-    run: RunConfig  # what train makes of the words after it
+    launcher: list[str]  # the words of the command up to xlm_ds.train, or finetune
+    run: CommonRunConfig  # what that makes of the words after it
 
 
 class Ended(NamedTuple):
@@ -323,25 +333,37 @@ class Asked:
 def read_command(command: list[str]) -> Launch:
     """What the command would run. Raises InputError if it cannot be supervised."""
     first = words_before_flags(command)
-    silent = tuple(entry._replace(answer="") for entry in TRAIN_ANSWERED)  # the run says it
-    run = parse(TrainConfig, command[first:], answered=silent, stage="train").run
-    if run.dry_run:
+    words = command[first:]
+    run: CommonRunConfig
+    if stage_of(command[first - 1]) == "finetune":
+        run = parse(FinetuneConfig, words).run
+    else:
+        silent = tuple(entry._replace(answer="") for entry in TRAIN_ANSWERED)  # the run says it
+        run = parse(TrainConfig, words, answered=silent, stage="train").run
+    if isinstance(run, RunConfig) and run.dry_run:
         raise InputError("--dry-run starts no run that could be supervised; leave supervise out")
     if shutil.which(command[0]) is None:
         raise InputError(f"{command[0]}: no such program; give its path, or put it on PATH")
     return Launch(command, command[:first], run)
 
 
+def stage_of(word: str) -> str:
+    """The stage that such a word names: xlm_ds.train, …/xlm_ds/train.py or train; "" if none that can be supervised."""
+    path = Path(word)
+    is_file = path.parts[-2:-1] == ("xlm_ds",) and path.suffix == ".py"
+    name = path.stem if is_file else word.removeprefix("xlm_ds.")
+    return name if name in SUPERVISED else ""
+
+
 def words_before_flags(command: Sequence[str]) -> int:
-    """How many words come before train's own flags."""
+    """How many words come before the stage's own flags."""
     for i, word in enumerate(command):
-        if word == "xlm_ds.train" or Path(word).parts[-2:] == ("xlm_ds", "train.py"):
-            return i + 1
-        if word == "train" and i and Path(command[i - 1]).name in ("xlm-ds", "xlm_ds"):
+        after_program = i > 0 and Path(command[i - 1]).name in ("xlm-ds", "xlm_ds")
+        if stage_of(word) and (word not in SUPERVISED or after_program):
             return i + 1
     raise InputError(
         f"{' '.join(command) or 'nothing'}: does not start training; expected xlm_ds.train (after --module or -m), "
-        "…/xlm_ds/train.py or xlm-ds train as words of the command"
+        "…/xlm_ds/train.py or xlm-ds train as words of the command, or finetune in its place"
     )
 
 
