@@ -82,11 +82,13 @@ def finetuned(job: Job, arguments: argparse.Namespace) -> Outcome:
     folder = arguments.work / job.name
     result = folder / "outcome.json"
     if not result.exists():
+        config = arguments.deepspeed_config
         command = [sys.executable, "-m", "xlm_ds.finetune", str(checkpoint_folder(arguments.model)),
                    str(arguments.data), f"--save-dir={folder}", f"--train-langs={job.language}",
                    f"--lr={job.setting.lr}", f"--pooling={job.setting.pooling}", f"--seed={job.seed}",
                    f"--max-epoch={arguments.epochs}", f"--batch-size={arguments.batch_size}", "--warmup-updates=20",
-                   *(["--random-weights"] if job.random_weights else [])]  # fmt: skip
+                   *(["--random-weights"] if job.random_weights else []),
+                   *([f"--deepspeed_config={config}"] if config else [])]  # fmt: skip
         begun = time.monotonic()
         path = os.pathsep.join(filter(None, [str(harness.ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | harness.CHILD_ENVIRONMENT | {"PYTHONPATH": path}
@@ -253,6 +255,11 @@ def main() -> None:
     parser.add_argument("--poolings", nargs="+", default=["first", "mean"])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        help="as of finetune: zero1_bf16.json is faster where the processor has bf16",
+    )
     parser.add_argument("--draws", type=int, default=10_000, help="of the bootstrap")
     parser.add_argument(
         "--jobs",
@@ -316,6 +323,7 @@ def main() -> None:
             "seeds": arguments.seeds,
             "epochs": arguments.epochs,
             "batch_size": arguments.batch_size,
+            "deepspeed_config": str(arguments.deepspeed_config or "zero1_fp32.json"),
             "draws": arguments.draws,
         },
         "chosen_on_source_valid": {

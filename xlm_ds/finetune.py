@@ -621,7 +621,11 @@ def save(run: Finetuning, progress: Progress, names: Sequence[str]) -> None:
         "vocab_size": len(run.model.to_ids.dictionary),
         "dictionary_sha256": run.model.to_ids.dictionary.sha256,
         "epoch_samples": run.order.epoch_samples,
-        "blocks": len(run.task.train.rows),
+        "blocks": {
+            language: int((run.task.train.languages == number).sum())
+            for number, language in enumerate(run.model.languages)
+            if language in run.config.data.train_langs
+        },
         "batch_samples": run.geometry.batch,
     }
     run.engine.ranks.on_first(lambda: refuse_if_gone(save_dir))
