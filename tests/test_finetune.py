@@ -5,6 +5,7 @@ import math
 import random
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import xlm_ds
-from test_end_to_end import MODULE, call, launcher, start, succeed, wait_for_update
+from test_end_to_end import MODULE, ROOT, call, launcher, start, succeed, wait_for_update
 from test_train import NeverStop, StopAt, last_weights, losses_in, records_in, train_here
 from xlm_ds import checkpoint, finetune, report
 from xlm_ds.batches import LabelledBatch, Rows
@@ -240,6 +241,42 @@ def test_sigterm_saves_and_the_same_command_goes_on(base: Path, task: Path, tmp_
     output = succeed(*MODULE, *command)
     assert "going on from" in output
     assert re.search(r"^ +mean +60 +100\.00$", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_transfer(base: Path, task: Path, tmp_path: Path) -> None:
+    """The task shares its words between the languages, so everything transfers; what is chosen is the best on valid."""
+    command: list[str | Path] = [ROOT / "benchmarks" / "finetune.py", base, task]
+    command += [f"--work={tmp_path / 'work'}"]
+    flags = [
+        "--seeds=2",
+        "--lrs",
+        "1e-9",
+        "1e-2",
+        "--poolings",
+        "mean",
+        "--epochs=8",
+        "--draws=200",
+    ]
+    flags += ["--jobs=1", f"--output={tmp_path / 'f.json'}"]
+    printed = succeed(sys.executable, *command, *flags)
+    result = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
+    assert result["chosen_on_source_valid"]["zero-shot"]["lr"] == 1e-2
+    assert result["accuracy"]["bag of words"]["hi"] == 100
+    for name in ("zero-shot", "untrained", "in language"):
+        assert result["accuracy"][name]["transfer"] == result["accuracy"][name]["hi"] > 90
+    found = result["differences"]["zero-shot - bag of words"]["hi"]
+    assert found["low"] <= found["points"] <= found["high"] <= 0
+    assert [goal["reached"] for goal in result["goals"]] == [False, False]
+    assert "NOT reached" in printed
+    assert len(result["runs"]) == 2 * 2 * 2 + 2
+    assert not list((tmp_path / "work").glob("*/checkpoint*")), "they are many"
+    again = succeed(sys.executable, *command, *flags)
+    assert "% on valid" not in again, "what is done was done again"
+    assert (
+        json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["accuracy"]
+        == result["accuracy"]
+    )
 
 
 # ------------------------------------------------------------------------------------- early stopping

@@ -204,6 +204,7 @@ class Finetuning:
     config: FinetuneConfig  # with the languages, and the number of updates, that it has come to
     model: Base
     task: Task
+    facts: Mapping[str, Any]  # what a checkpoint says of both
     order: Order  # of the training examples
     geometry: Geometry
     engine: Engine
@@ -235,11 +236,15 @@ def begin_run(
     check_same_on_all(task, ranks)
     order = build_order([len(task.train.rows)], alpha=1.0, seed=config.data.seed)
     config = with_last_update(config, order.epoch_samples)
+    facts = facts_of(config, model, task)
+    if saved is not None:
+        check_same_task(config, facts, *saved)
     engine, progress = build_engine(config, model, task, geometry, ranks, saved)
     run = Finetuning(
         config=config,
         model=model,
         task=task,
+        facts=facts,
         order=order,
         geometry=geometry,
         engine=engine,
@@ -440,7 +445,6 @@ def build_engine(
             batch_at_start=geometry.batch
         )
     folder, manifest = saved
-    check_same_task(config, model, task, manifest, folder)
     state = checkpoint.stored_state(folder, manifest)
     checkpoint.copy_weights(classifier, state["weight"], folder)
     engine = Engine(classifier, settings, ranks, where=str(path))
@@ -469,12 +473,12 @@ def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
 
 
 def check_same_task(
-    config: FinetuneConfig, model: Base, task: Task, manifest: Mapping[str, Any], folder: Path
+    config: FinetuneConfig, now: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any]
 ) -> None:
     """Refuses another model, labels or pooling than the checkpoint's; says what else changes the samples to come."""
     if not checkpoint.is_finetuned(manifest):
         raise InputError(f"{folder}: is of train, not of finetune; give another --save-dir")
-    before, now = manifest["finetuned"], facts_of(config, model, task)
+    before = manifest["finetuned"]
     if before["model_sha256"] != now["model_sha256"]:
         raise InputError(f"{folder}: was made from another model ({before['model']})")
     if before["labels"] != now["labels"]:
@@ -616,7 +620,7 @@ def save(run: Finetuning, progress: Progress, names: Sequence[str]) -> None:
     folder = save_dir / checkpoint.folder_name(epoch, progress.update)
     description = {
         "configuration": to_dict(run.config),
-        "finetuned": facts_of(run.config, run.model, run.task),
+        "finetuned": run.facts,
         "languages": list(run.model.languages),
         "vocab_size": len(run.model.to_ids.dictionary),
         "dictionary_sha256": run.model.to_ids.dictionary.sha256,
