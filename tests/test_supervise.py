@@ -72,6 +72,12 @@ Supervise = Callable[..., subprocess.Popen[str]]
 BRIEF = ("--stop-seconds=0.1",)  # of a run that is to be killed
 
 
+@pytest.fixture(autouse=True)
+def not_a_subreaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called in this process must not make it the parent of other tests' orphans."""
+    monkeypatch.setattr("xlm_ds.keeper.adopt_orphans", lambda: None)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
