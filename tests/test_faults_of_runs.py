@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pytest
 
 from hosts import Hosts, require_hosts
+from test_digests import ranks_of
 from xlm_ds import checkpoint, prove
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.digests import read_lines
@@ -571,6 +572,50 @@ def test_a_port_in_use_ends_every_launcher(launcher: str, tiny_data: Path, tmp_p
         assert result.returncode == 1, said
         assert f"port: {port}, useIpv6: false, code: -98, name: EADDRINUSE" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_of_a_killed_deepspeed_on_one_host_save_and_end(
+    number: signal.Signals,
+    tiny_data: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Its launch.py lives on, whose end alone DeepSpeed's ranks could notice."""
+    (tmp_path / "hostfile").write_text("localhost slots=2\n", encoding="utf-8")
+    run = tmp_path / "run"
+    where = ["--hostfile=hostfile", "--no_ssh_check", "--master_addr=127.0.0.1"]
+    training = ["xlm_ds.train", str(tiny_data), f"--save-dir={run}", *SHAPE, "--max-update=1000000"]
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    with subprocess.Popen(
+        [str(deepspeed), *where, f"--master_port={free_port()}", "--module", *training],
+        cwd=tmp_path,
+        env=without_rank() | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as runner:
+        give_up = time.monotonic() + LIMIT_SECONDS
+        while not (run / checkpoint.LAST).exists():
+            assert runner.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        ranks = ranks_of(run)
+        assert set(ranks) == {0, 1}
+        began = time.monotonic()
+        runner.send_signal(number)
+        while ranks_of(run) and time.monotonic() - began < 15:
+            time.sleep(0.05)
+        record_property("seconds", time.monotonic() - began)
+    try:
+        assert time.monotonic() - began < 10
+    finally:
+        for pid in ranks_of(run).values():
+            os.kill(pid, signal.SIGKILL)
+    assert end_of(run)["exit_code"] == 75
+    log = (run / "train.log").read_text(encoding="utf-8")
+    assert "stopped by the end of deepspeed (rank" in log
+    assert whole_checkpoint(run) == end_of(run)["update"]
 
 
 def without_rank() -> dict[str, str]:
