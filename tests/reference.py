@@ -516,3 +516,39 @@ def xlm_evaluation(
         targets = {int(t): int(x[t, 0]) for t in np.flatnonzero(to_predict[:, 0])}
         result.append(([mask if t in targets else int(x[t, 0]) for t in range(bptt)], targets))
     return result
+
+
+def xlm_pair_evaluation(
+    first: Sequence[Sequence[int]],
+    second: Sequence[Sequence[int]],
+    *,
+    word_pred: float,
+    batch_size: int,
+    most: int | None,
+) -> list[tuple[list[int], dict[int, int], int]]:
+    """Of each pair that XLM evaluates, in its order: its input, {position: what was there}, start of its second half.
+
+    Time-major and padded, as the specification has it (8.4, 8.8). Lines are words alone, without eos.
+    """
+    pad, eos, mask = 1, 2, 4
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a and b][:most]
+    lengths = np.array([len(a) + 2 + len(b) + 2 for a, b in pairs])
+    order = np.argsort(lengths, kind="mergesort")
+    generator = np.random.RandomState(0)
+    result = []
+    for batch in np.array_split(order, math.ceil(len(order) / batch_size)):
+        x = np.full((lengths[batch].max(), len(batch)), pad)
+        for column, number in enumerate(batch):
+            a, b = pairs[number]
+            x[: lengths[number], column] = [eos, *a, eos, eos, *b, eos]
+        to_predict = generator.rand(*x.shape) <= word_pred
+        to_predict[0] = False
+        for column, number in enumerate(batch):
+            to_predict[lengths[number] - 1 :, column] = False
+            if not to_predict[: lengths[number] - 1, column].any():
+                to_predict[generator.randint(1, lengths[number] - 1), column] = True
+        for column, number in enumerate(batch):
+            targets = {int(t): int(x[t, column]) for t in np.flatnonzero(to_predict[:, column])}
+            row = [mask if t in targets else int(x[t, column]) for t in range(lengths[number])]
+            result.append((row, targets, len(pairs[number][0]) + 2))
+    return result

@@ -11,6 +11,7 @@ import torch
 import reference
 from pairs import write_mmap
 from test_evaluate import ALONE
+from test_streams import opened, write_pair
 from test_train import train_here
 from xlm_ds import checkpoint, evaluate
 from xlm_ds.batches import MaskedBatch
@@ -20,7 +21,8 @@ from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
-from xlm_ds.xlm_masks import share_of, xlm_batches
+from xlm_ds.streams import Stream
+from xlm_ds.xlm_masks import pairs_of, share_of, xlm_batches, xlm_pair_batches
 
 VOCABULARY = 50
 
@@ -109,6 +111,122 @@ def test_how_much_is_evaluated(language: str, split: str, languages: int, share:
     assert share_of(language, split, languages) == share
 
 
+@pytest.mark.parametrize(
+    ("first", "split", "languages", "most"),
+    [
+        ("en", "valid", 5, None),
+        ("en", "test", 5, None),
+        ("en", "valid", 6, 1500),
+        ("en", "test", 30, 300),
+        ("xx", "valid", 30, 1500),
+        ("en", "valid", 31, 1500),
+        ("xx", "valid", 31, 600),
+        ("en", "test", 31, 600),
+    ],
+)
+def test_how_many_pairs_are_evaluated(
+    first: str, split: str, languages: int, most: int | None
+) -> None:
+    assert pairs_of(first, split, languages) == most
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+Lines = list[list[int]]
+Row = tuple[list[int], dict[int, int], int]  # input without padding, targets, start of second half
+
+
+def sides(count: int, *, longest: int = 14) -> tuple[Lines, Lines]:
+    """Lines of words, of which a few are empty, many rows are of one length, and some have three words' room."""
+    generator = np.random.default_rng(count)
+
+    def lines() -> Lines:
+        lengths = generator.integers(0, longest + 1, count)
+        return [generator.integers(5, VOCABULARY, n).tolist() for n in lengths]
+
+    return lines(), lines()
+
+
+def pair_of(folder: Path, first: Lines, second: Lines, *, length: int = 32) -> Stream:
+    write_pair(folder, *([[*line, 2] for line in side] for side in (first, second)))
+    (pair,) = opened(folder, "a-b", length=length)
+    return Stream(languages=(3, 1), sides=pair.sides)
+
+
+def pair_rows_in(batch: MaskedBatch) -> list[Row]:
+    assert batch.second_starts is not None
+    found = rows_in(batch)
+    assert batch.has_padding == any(PAD in ids for ids, _ in found)
+    return [
+        ([token for token in ids if token != PAD], targets, start)
+        for (ids, targets), start in zip(found, batch.second_starts.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 64, 65, 200])
+@pytest.mark.parametrize(("ratio", "most"), [(0.15, None), (0.02, None), (0.6, 40)])
+def test_pairs_and_their_masks_are_the_twins(
+    count: int, ratio: float, most: int | None, tmp_path: Path
+) -> None:
+    """Also where a row has no position drawn, as nearly always with a ratio of 0.02, and one is forced."""
+    first, second = sides(count)
+    first[0], second[0] = [7], [8]
+    expected = reference.xlm_pair_evaluation(
+        first, second, word_pred=ratio, batch_size=32, most=most
+    )
+    stream = pair_of(tmp_path, first, second)
+    for max_tokens in (1, 100, 10_000):
+        batches = list(xlm_pair_batches(stream, mask_ratio=ratio, max_tokens=max_tokens, most=most))
+        assert [row for batch in batches for row in pair_rows_in(batch)] == expected
+        for batch in batches:
+            rows, longest = batch.input_ids.shape
+            assert rows == 1 or rows * longest <= max_tokens
+            assert batch.second_languages is not None
+            assert batch.languages.tolist() == [3] * rows
+            assert batch.second_languages.tolist() == [1] * rows
+    assert all(targets for _, targets, _ in expected)
+    assert len(expected) == 40 or most is None or count < 40
+
+
+def test_the_eos_between_two_lines_may_be_masked_and_those_at_the_ends_not(tmp_path: Path) -> None:
+    stream = pair_of(tmp_path, *sides(200))
+    places: set[tuple[bool, bool]] = set()
+    for batch in xlm_pair_batches(stream, mask_ratio=0.5, max_tokens=10_000):
+        for ids, targets, start in pair_rows_in(batch):
+            assert not targets.keys() & {0, len(ids) - 1}
+            places.add((start - 1 in targets, start in targets))
+    assert len(places) == 4
+
+
+def test_ranks_share_the_batches_of_pairs(tmp_path: Path) -> None:
+    stream = pair_of(tmp_path, *sides(200))
+
+    def of_rank(rank: int, world_size: int) -> list[Row]:
+        batches = xlm_pair_batches(
+            stream, mask_ratio=0.15, max_tokens=300, rank=rank, world_size=world_size
+        )
+        return [row for batch in batches for row in pair_rows_in(batch)]
+
+    whole = of_rank(0, 1)
+    for world_size in (2, 3, 9):
+        found = [row for rank in range(world_size) for row in of_rank(rank, world_size)]
+        assert sorted(map(str, found)) == sorted(map(str, whole))
+
+
+def test_a_line_beyond_the_positions_keeps_its_eos(tmp_path: Path) -> None:
+    """Each half has positions of its own, so both may be as long as the table."""
+    first, second = [[5, 6, 7, 8, 9, 10, 11]], [[12] * 30]
+    stream = pair_of(tmp_path, first, second, length=8)
+    (batch,) = xlm_pair_batches(stream, mask_ratio=0, max_tokens=100)
+    ((ids, targets, start),) = pair_rows_in(batch)
+    for place, token in targets.items():
+        ids[place] = token
+    assert ids == [2, 5, 6, 7, 8, 9, 10, 2, 2, *[12] * 6, 2]
+    assert start == 8
+    with pytest.raises(InputError, match="no line of a-b and its translation have words"):
+        next(xlm_pair_batches(pair_of(tmp_path, [[]], [[5]]), mask_ratio=0, max_tokens=9))
+
+
 # --------------------------------------------------------------------------------------- the stage
 
 
@@ -152,6 +270,69 @@ def test_figures_are_those_of_the_twins_blocks(trained: Path, tiny_data: Path) -
     assert found["valid_mlm_ppl"] == pytest.approx(sum(perplexities) / 3, rel=1e-5)
     assert found["valid_mlm_acc"] == pytest.approx(sum(accuracies) / 3)
     assert len(found) == 8
+
+
+@pytest.mark.parametrize("arch", ["xlm_base", "xlm"])
+def test_figures_of_pairs_are_those_of_the_twins_rows(
+    parallel_data: Path, tmp_path: Path, ranks: Ranks, arch: str
+) -> None:
+    """Under both languages' names in the order asked for, and outside of the mean over languages."""
+    steps = ["--mlm-steps=ar,en,ar-en,hi-en", f"--arch={arch}", "--warmup-updates=2"]
+    train_here(parallel_data, tmp_path, ranks, *steps, "--max-update=3", "--tokens-per-sample=64")
+    checkpoint_ = tmp_path / checkpoint.LAST
+    few = ["--split=valid", "--max-tokens=64"]
+    found = evaluate.evaluate_as_xlm(config_of(checkpoint_, parallel_data, *few), ALONE)
+    kinds = ("ppl", "acc")
+    names = ("ar", "en", "ar_en", "hi_en")
+    wanted = [f"valid_{name}_mlm_{kind}" for name in names for kind in kinds]
+    assert [*found] == [*wanted, "valid_mlm_ppl", "valid_mlm_acc"]
+    for kind in kinds:
+        mean = (found[f"valid_ar_mlm_{kind}"] + found[f"valid_en_mlm_{kind}"]) / 2
+        assert found[f"valid_mlm_{kind}"] == pytest.approx(mean)
+    config = config_of(checkpoint_, parallel_data, *few, "--mlm-steps=en-hi")
+    assert set(evaluate.evaluate_as_xlm(config, ALONE)) == {
+        "valid_en_hi_mlm_ppl",
+        "valid_en_hi_mlm_acc",
+    }
+
+    model, _ = evaluate.load_model(checkpoint_, len(Dictionary.load(parallel_data / "dict.txt")))
+    longest = 512 if arch == "xlm" else 64
+    nats, right, words = 0.0, 0, 0
+    for row, targets, start in reference.xlm_pair_evaluation(
+        *(lines_in(parallel_data / f"valid.hi-en.{language}.bin", longest) for language in ("hi", "en")),
+        word_pred=0.15,
+        batch_size=32,
+        most=None,
+    ):  # fmt: skip
+        batch = MaskedBatch(
+            input_ids=torch.tensor([row]),
+            languages=torch.tensor([2]),
+            masked_positions=torch.tensor(list(targets)),
+            targets=torch.tensor(list(targets.values())),
+            has_padding=False,
+            second_languages=torch.tensor([1]),
+            second_starts=torch.tensor([start]),
+        )
+        with torch.no_grad():
+            scores = model.logits(batch).log_softmax(dim=-1)
+        for line, target in zip(scores, targets.values(), strict=True):
+            nats -= float(line[target])
+            right += int(line.argmax()) == target
+            words += 1
+    assert found["valid_hi_en_mlm_ppl"] == pytest.approx(math.exp(nats / words), rel=1e-5)
+    assert found["valid_hi_en_mlm_acc"] == pytest.approx(100 * right / words)
+
+
+def lines_in(path: Path, longest: int) -> Lines:
+    """Without the eos that ends each; at most so many tokens with two."""
+    lines: Lines = [[]]
+    for token in np.fromfile(path, "<u2").tolist():
+        if token == 2:
+            lines.append([])
+        else:
+            lines[-1].append(token)
+    assert not lines.pop()
+    return [line[: longest - 2] for line in lines]
 
 
 def test_they_stand_beside_ours(

@@ -9,13 +9,13 @@ compare; a run with --whole-word-masking is evaluated with it. The unigram level
 tokens that show <mask>, from nothing but add-one-smoothed counts of that language's (in a pair, that half's) training
 text: a model above it has learnt nothing about context. The other fifth of them show a word, every second time the very
 one, which a model that only copies gets right. With --xlm-masks also the figures of XLM's own evaluation, under its
-names (valid_en_mlm_ppl).
+names (valid_en_mlm_ppl, valid_en_fr_mlm_ppl).
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from xlm_ds.architectures import shape_from_config
+from xlm_ds.architectures import ModelShape, shape_from_config
 from xlm_ds.batches import (
     MaskedBatch,
     Masking,
@@ -43,7 +43,6 @@ from xlm_ds.batches import (
     shows_mask,
 )
 from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
-from xlm_ds.dataset import open_split
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
 from xlm_ds.files import replacing
@@ -52,7 +51,7 @@ from xlm_ds.metrics import BITS_PER_NAT
 from xlm_ds.model import XlmEncoder, build_model, in_second_half
 from xlm_ds.order import evaluation_samples
 from xlm_ds.streams import Choice, Stream, choose, open_streams
-from xlm_ds.xlm_masks import share_of, xlm_batches
+from xlm_ds.xlm_masks import pairs_of, share_of, xlm_batches, xlm_pair_batches
 
 
 class Score(NamedTuple):
@@ -220,15 +219,20 @@ def load_model(folder: Path, vocab_size: int) -> tuple[XlmEncoder, TrainConfig]:
     """The network of a checkpoint with its weights, and the configuration it was trained with."""
     manifest = read_manifest(folder)
     trained = read_configuration(folder, manifest)
-    shape = shape_from_config(
-        trained.model,
-        vocab_size=vocab_size,
-        languages=len(manifest["languages"]),
-        tokens_per_sample=trained.data.tokens_per_sample,
-    )
+    shape = shape_of(trained, vocab_size=vocab_size, languages=len(manifest["languages"]))
     model = build_model(shape, seed=0)
     load_weights(model, folder, manifest)
     return model.eval(), trained
+
+
+def shape_of(trained: TrainConfig, *, vocab_size: int, languages: int) -> ModelShape:
+    """Of a model that has been trained with so many words and languages."""
+    return shape_from_config(
+        trained.model,
+        vocab_size=vocab_size,
+        languages=languages,
+        tokens_per_sample=trained.data.tokens_per_sample,
+    )
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -305,7 +309,8 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, known: Sequence[str]) -
 
 
 def evaluate_as_xlm(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
-    """XLM's figures under its own names: SPLIT_LG_mlm_ppl and _acc (percent), and their means SPLIT_mlm_ppl and _acc.
+    """XLM's figures under its own names: SPLIT_LG_mlm_ppl and _acc (percent), SPLIT_LG_LG_mlm_ppl and _acc of a pair,
+    and the means of the languages' figures, SPLIT_mlm_ppl and _acc.
 
     Raises InputError for a text too short for its part of it.
     """
@@ -314,38 +319,65 @@ def evaluate_as_xlm(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
     dictionary = Dictionary.load(folder / "dict.txt")
     model, trained = load_model(folder, len(dictionary))
     model.to(ranks.device)
-    streams = chosen(config, trained, known).streams
-    languages = [names[0] for names in streams if len(names) == 1]
-    datasets = open_split(
-        config.data,
-        config.split,
-        languages,
-        tokens_per_sample=trained.data.tokens_per_sample,
-        break_mode="none",
-        vocab_size=len(dictionary),
-        dictionary_sha256=dictionary.sha256,
-    )
+    shape = shape_of(trained, vocab_size=len(dictionary), languages=len(known))
+    choice = chosen(config, trained, known)
     figures: dict[str, float] = {}
-    for dataset in datasets:
-        batches = xlm_batches(
-            dataset,
-            known.index(dataset.language),
-            mask_ratio=trained.data.mask_ratio.values[0],
-            rows=rows_that_fit(config.max_tokens, trained.data.tokens_per_sample),
-            share=share_of(dataset.language, config.split, len(known)),
+    of_languages: list[str] = []
+    for names in choice.streams:
+        (stream,) = open_streams(
+            config.data,
+            config.split,
+            choice._replace(streams=(names,)),
+            tokens_per_sample=shape.max_positions
+            if len(names) == 2
+            else trained.data.tokens_per_sample,
+            break_mode="none",
+            vocab_size=len(dictionary),
+            dictionary_sha256=dictionary.sha256,
+        )
+        total = torch.zeros(3, dtype=torch.float64)
+        for batch in _batches_of_xlm(stream, config, trained, languages=len(known), ranks=ranks):
+            total += _nats_targets_correct(model, on_device(batch, ranks.device))
+        nats, targets, correct = ranks.sum(total).tolist()
+        name = f"{config.split}_{'_'.join(names)}_mlm"
+        figures |= {f"{name}_ppl": math.exp(nats / targets), f"{name}_acc": 100 * correct / targets}
+        if not stream.is_pair:
+            of_languages.append(name)
+    for kind in ("ppl", "acc") if of_languages else ():
+        found = [figures[f"{name}_{kind}"] for name in of_languages]
+        figures[f"{config.split}_mlm_{kind}"] = sum(found) / len(found)
+    return figures
+
+
+def _batches_of_xlm(
+    stream: Stream, config: EvaluateConfig, trained: TrainConfig, *, languages: int, ranks: Ranks
+) -> Iterator[MaskedBatch]:
+    """A rank's; says how many lines of a pair are cut."""
+    first = stream.sides[0].language
+    mask_ratio = trained.data.mask_ratio.values[0]
+    if not stream.is_pair:
+        return xlm_batches(
+            stream.sides[0],
+            stream.languages[0],
+            mask_ratio=mask_ratio,
+            rows=rows_that_fit(config.max_tokens, stream.tokens_per_sample),
+            share=share_of(first, config.split, languages),
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        total = torch.zeros(3, dtype=torch.float64)
-        for batch in batches:
-            total += _nats_targets_correct(model, on_device(batch, ranks.device))
-        nats, targets, correct = ranks.sum(total).tolist()
-        name = f"{config.split}_{dataset.language}_mlm"
-        figures |= {f"{name}_ppl": math.exp(nats / targets), f"{name}_acc": 100 * correct / targets}
-    for kind in ("ppl", "acc"):
-        found = [value for name, value in figures.items() if name.endswith(kind)]
-        figures[f"{config.split}_mlm_{kind}"] = sum(found) / len(found)
-    return figures
+    if cut := sum(side.count_cut() for side in stream.sides):
+        logger.warning(
+            f"--xlm-masks: {cut} lines of {config.split}.{stream.name} are longer than the {stream.tokens_per_sample} "
+            "positions of the model and are cut"
+        )
+    return xlm_pair_batches(
+        stream,
+        mask_ratio=mask_ratio,
+        max_tokens=config.max_tokens,
+        most=pairs_of(first, config.split, languages),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xlm_ds.architectures import shape_from_config
 from xlm_ds.batches import NO_LABEL, MaskedBatch, Rows
 from xlm_ds.checkpoint import (
     BEST,
@@ -31,7 +30,7 @@ from xlm_ds.classification import Classifier, Examples, rows_of_texts
 from xlm_ds.classification import on_device as labelled_on_device
 from xlm_ds.config import TrainConfig
 from xlm_ds.dictionary import EOS, MASK, PAD, SPECIAL_SYMBOLS, Dictionary
-from xlm_ds.evaluate import load_model
+from xlm_ds.evaluate import load_model, shape_of
 from xlm_ds.log import InputError, logger
 from xlm_ds.model import XlmEncoder, build_model
 from xlm_ds.pair_record import COMPANIONS
@@ -202,12 +201,8 @@ class Pretrained:
 def load_classifier(folder: Path, manifest: Mapping[str, Any], vocab_size: int) -> Classifier:
     """The network of a fine-tuned checkpoint, with its weights."""
     finetuned = manifest["finetuned"]
-    shape = shape_from_config(
-        (trained := base_configuration(folder, manifest)).model,
-        vocab_size=vocab_size,
-        languages=len(manifest["languages"]),
-        tokens_per_sample=trained.data.tokens_per_sample,
-    )
+    trained = base_configuration(folder, manifest)
+    shape = shape_of(trained, vocab_size=vocab_size, languages=len(manifest["languages"]))
     classifier = Classifier(
         build_model(shape, seed=0),
         labels=len(finetuned["labels"]),
@@ -233,12 +228,7 @@ def longest_row(
     trained: TrainConfig, dictionary: Dictionary, languages: Sequence[str]
 ) -> int | None:
     """Ids that a row may have: as many as the position table (None: there is none)."""
-    shape = shape_from_config(
-        trained.model,
-        vocab_size=len(dictionary),
-        languages=len(languages),
-        tokens_per_sample=trained.data.tokens_per_sample,
-    )
+    shape = shape_of(trained, vocab_size=len(dictionary), languages=len(languages))
     return shape.max_positions if shape.token_positions else None
 
 
