@@ -1,7 +1,9 @@
 """Streams: which languages and pairs a run reads, rows of two halves and their masks, and training on them (TLM)."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import reference
 from pairs import write_lazy, write_mmap
-from test_batches import originals, row_sets, samples_of
+from test_batches import dictionary_of, originals, row_sets, samples_of
 from test_train import last_weights, losses_in, records_in, train_here
 from xlm_ds import checkpoint, evaluate, plan, prove
-from xlm_ds.architectures import shape_from_config
+from xlm_ds.architectures import ModelShape, shape_from_config
 from xlm_ds.batches import (
     Masking,
     build_batch,
@@ -143,6 +146,11 @@ def test_a_stored_pair_is_read_in_either_direction(tmp_path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------- rows
 
+
+def bits_of(going_on: Collection[int] | None) -> NDArray[np.uint64] | None:
+    return None if going_on is None else dictionary_of(going_on).word_goes_on
+
+
 SIDES = st.lists(
     st.tuples(*[st.lists(st.integers(5, V - 1), max_size=30).map(lambda line: [*line, EOS])] * 2),
     min_size=1,
@@ -158,6 +166,7 @@ SIDES = st.lists(
     st.floats(0, 1),
     st.integers(0, 2**64 - 1),
     st.integers(0, 2**40),
+    st.none() | st.sets(st.integers(5, V - 1)) | st.sampled_from([range(5, V), range(50, V)]),
 )
 def test_rows_equal_their_twin(
     tmp_path: Path,
@@ -167,12 +176,14 @@ def test_rows_equal_their_twin(
     ratio: float,
     seed: int,
     pass_: int,
+    going_on: Collection[int] | None,
 ) -> None:
+    """`going_on`: ids of the symbols that end with @@, or nothing where words are not masked whole."""
     first, second = (list(side) for side in zip(*sides, strict=True))
     write_pair(tmp_path, first, second, write)
     stream = Stream(languages=(3, 1), sides=opened(tmp_path, "a-b", length=length)[0].sides)
     samples = samples_of(*((0, pass_, k) for k in range(len(sides))))
-    masking = Masking(seed=seed, mask_ratio=ratio, vocab_size=V)
+    masking = Masking(seed=seed, mask_ratio=ratio, vocab_size=V, word_goes_on=bits_of(going_on))
     batch = build_batch([stream], samples, masking)
     assert batch.second_starts is not None
     assert batch.second_languages is not None
@@ -181,7 +192,13 @@ def test_rows_equal_their_twin(
         tokens, start = reference.pair_row(first[k], second[k], length - 1)
         sample = (reference.stream_key(3, 1), pass_, k)
         ids, positions, there = reference.batch_row(
-            seed, sample, tokens, size=length - 1, ratio=ratio, vocab_size=V
+            seed,
+            sample,
+            tokens,
+            size=length - 1,
+            ratio=ratio,
+            vocab_size=V,
+            going_on=going_on or (),
         )
         masks = {p: t for p, t in zip(positions, there, strict=True) if t != PAD}
         assert row == (ids, masks)
@@ -192,6 +209,40 @@ def test_rows_equal_their_twin(
     assert count_targets([stream], samples, ratio) == targets
     cut = sum(len(a) + len(b) + 2 > length for a, b in sides)
     assert stream.core.count_cut() == cut
+
+
+@pytest.mark.parametrize("going_on", [range(5, V), range(5, V, 2)], ids=["all", "half"])
+@pytest.mark.parametrize("length", [20, 60], ids=["cut", "whole"])
+def test_whole_words_end_with_their_half(folder: Path, going_on: range, length: int) -> None:
+    """Also where the last symbol of a line says that its word goes on, as where it is cut: no eos is part of it."""
+    (pair,) = opened(folder, "a-b", length=length)
+    masking = dataclasses.replace(MASKING, word_goes_on=bits_of(going_on))
+    batch = next(evaluation_batches(pair, masking, draw=0, rows=70))
+    assert batch.second_starts is not None
+    apart = broken = longest = 0
+    for (_, masked), ids, start in zip(
+        row_sets(batch), originals(batch).tolist(), batch.second_starts.tolist(), strict=True
+    ):
+        end = len(ids) - ids[::-1].index(EOS)
+        if ids[start - 2] in going_on:
+            apart += start - 1 in masked and start - 2 not in masked
+        halves = (1, ids[1:start]), (start, ids[start:end])
+        words = [
+            {begin + place for place in word}
+            for begin, half in halves
+            for word in reference.words_of(half, going_on)
+        ]
+        assert [{start - 1}, {start}, {end - 1}] == [w for w in words if ids[min(w)] == EOS]
+        partly = [word for word in words if word & masked.keys() not in (set(), word)]
+        assert len(partly) <= 1
+        for word in partly:
+            there = sorted(word & masked.keys())
+            assert there == sorted(word)[: len(there)]
+        broken += len(partly)
+        longest = max(longest, *(len(word & masked.keys()) for word in words))
+    assert apart > 2
+    assert broken > 10
+    assert longest > 3
 
 
 @pytest.fixture(scope="module")
@@ -319,10 +370,20 @@ def test_an_order_with_pairs_equals_its_twin() -> None:
 # ----------------------------------------------------------------------------------------- network
 
 
-SHAPE = shape_from_config(
-    ModelConfig(encoder_layers=1, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=2),
-    vocab_size=V, languages=2, tokens_per_sample=32,
-)  # fmt: skip
+@pytest.fixture(scope="module", params=["xlm_base", "xlm"])
+def shape(request: pytest.FixtureRequest) -> ModelShape:
+    return shape_from_config(
+        ModelConfig(
+            arch=request.param,
+            encoder_layers=1,
+            encoder_embed_dim=16,
+            encoder_ffn_embed_dim=32,
+            encoder_attention_heads=2,
+        ),
+        vocab_size=V,
+        languages=2,
+        tokens_per_sample=32,
+    )
 
 
 def test_positions_begin_again_with_the_second_half() -> None:
@@ -337,11 +398,15 @@ def test_positions_begin_again_with_the_second_half() -> None:
         [2, 3, 4, 2, 3, 4, 5, 6],
         [2, 3, 4, 5, 6, 7, 8, 9],
     ]
+    of_xlm = position_rows(ids, ids.ne(PAD), starts, first=0)
+    assert of_xlm.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
-def test_each_half_has_its_language_and_positions(streams: tuple[Stream, ...]) -> None:
+def test_each_half_has_its_language_and_positions(
+    streams: tuple[Stream, ...], shape: ModelShape
+) -> None:
     """The embedded second half is that of a row that is nothing else, in its language."""
-    model = build_model(SHAPE, seed=0).eval()
+    model = build_model(shape, seed=0).eval()
     seen: list[torch.Tensor] = []
     model.dropout.register_forward_hook(lambda _, __, out: seen.append(out))
     batch = build_batch(streams, samples_of((2, 0, 5), (0, 0, 1)), MASKING)
@@ -358,7 +423,7 @@ def test_each_half_has_its_language_and_positions(streams: tuple[Stream, ...]) -
 
 
 @pytest.mark.usefixtures("ranks")  # one thread
-def test_a_half_that_is_masked_is_read_off_the_other(tmp_path: Path) -> None:
+def test_a_half_that_is_masked_is_read_off_the_other(tmp_path: Path, shape: ModelShape) -> None:
     """Of eight pairs no two have a word in common, so one who sees no first half is log 8 off at each masked word."""
     words = 6
     ids = torch.arange(5, 5 + 8 * 2 * words).view(2, 8, words)
@@ -375,7 +440,7 @@ def test_a_half_that_is_masked_is_read_off_the_other(tmp_path: Path) -> None:
     batch = batch._replace(
         input_ids=hidden, masked_positions=positions.flatten(), targets=ids[1].flatten()
     )
-    model = build_model(SHAPE, seed=0).eval()
+    model = build_model(shape, seed=0).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(200):
         optimizer.zero_grad()
@@ -441,11 +506,19 @@ def test_digests_are_their_twins_and_those_of_any_division(corpus: Corpus) -> No
 FLAGS = [f"--mlm-steps={','.join(STEPS)}", "--tokens-per-sample=64", "--max-tokens=512"]
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["--arch=xlm", "--warmup-updates=2"]], ids=["xlm_base", "xlm"]
+)
 def test_resuming_with_pairs_is_bit_equal_and_proved(
-    parallel_data: Path, tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+    parallel_data: Path,
+    tmp_path: Path,
+    ranks: Ranks,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
 ) -> None:
     for name, updates in (("whole", 6), ("parts", 3), ("parts", 6)):
-        train_here(parallel_data, tmp_path / name, ranks, *FLAGS, f"--max-update={updates}")
+        flags = [*FLAGS, *more, f"--max-update={updates}"]
+        train_here(parallel_data, tmp_path / name, ranks, *flags)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert losses_in(whole) == losses_in(parts)
     a, b = last_weights(whole), last_weights(parts)

@@ -137,7 +137,7 @@ Row = tuple[list[int], dict[int, int], int]  # input without padding, targets, s
 
 
 def sides(count: int, *, longest: int = 14) -> tuple[Lines, Lines]:
-    """Lines of words, of which a few are empty, many rows are of one length, and some have three words' room."""
+    """Lines of words; a few are empty, and many rows are as long as others."""
     generator = np.random.default_rng(count)
 
     def lines() -> Lines:
