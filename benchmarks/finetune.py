@@ -81,6 +81,11 @@ def finetuned(job: Job, arguments: argparse.Namespace) -> Outcome:
     """Runs it, unless it has run, and keeps its figures without its checkpoints."""
     folder = arguments.work / job.name
     result = folder / "outcome.json"
+    made_of = {"model": read_manifest(checkpoint_folder(arguments.model))["manifest_sha256"],
+               "data": str(arguments.data), "epochs": arguments.epochs, "batch_size": arguments.batch_size,
+               "deepspeed_config": str(arguments.deepspeed_config)}  # fmt: skip
+    if result.exists() and json.loads(result.read_text(encoding="utf-8")).get("made_of") != made_of:
+        sys.exit(f"{result}: of another model, data or flags; give another --work, or delete it")
     if not result.exists():
         config = arguments.deepspeed_config
         command = [sys.executable, "-m", "xlm_ds.finetune", str(checkpoint_folder(arguments.model)),
@@ -97,7 +102,7 @@ def finetuned(job: Job, arguments: argparse.Namespace) -> Outcome:
             sys.exit(f"{job.name}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         tested = json.loads((folder / "test.json").read_text(encoding="utf-8"))
         best = read_manifest(folder / "checkpoint_best")["progress"]["best_accuracy"]
-        content = {"valid": best, "languages": tested["languages"]}
+        content = {"made_of": made_of, "valid": best, "languages": tested["languages"]}
         result.write_text(json.dumps(content), encoding="utf-8")
         for checkpoint in folder.glob("checkpoint*"):
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)

@@ -320,6 +320,62 @@ def refused(tune: Start, expected: str, *flags: str, **options: Any) -> None:
         tune("bad", *flags, **options)
 
 
+def test_no_other_language_decides_anything(tune: Start, task: Path, tmp_path: Path) -> None:
+    """In zero-shot transfer validation texts of others may be wrong, and many."""
+    turned = dict(zip(CLASSES, CLASSES[1:] + CLASSES[:1], strict=True))
+    right = (task / "valid.hi.tsv").read_text(encoding="utf-8").splitlines()
+    split = [line.split("\t") for line in right]
+    wrong = 10 * "".join(f"{turned[label]}\t{text}\n" for label, text in split)
+    other = write_copy(task, tmp_path / "other", valid_hi=wrong)
+    flags = [
+        "--max-epoch=8",
+        "--lr-scheduler=reduce_lr_on_plateau",
+        "--random-weights",
+        *NO_DROPOUT,
+    ]
+    a, b = tune("a", *flags), tune("b", *flags, data=other)
+    rates = [[r["lr"] for r in records_in(run) if r["kind"] == "train"] for run in (a, b)]
+    assert rates[0] == rates[1]
+    assert accuracies(a)["en"] == accuracies(b)["en"]
+
+
+def test_other_validation_texts_have_another_best(
+    tune: Start, task: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tune("a", "--max-epoch=3")
+    first = (task / "valid.en.tsv").read_text(encoding="utf-8").replace("animals", "colours")
+    other = write_copy(task, tmp_path / "other", valid_en=first)
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        assert tune("a", "--max-epoch=4", data=other) == run
+    assert "validation texts changed" in caplog.text
+    found = checkpoint.read_manifest(run / "checkpoint_best")["progress"]
+    assert (found["update"], found["best_accuracy"] < 100) == (24, True)
+
+
+def test_a_run_that_begins_with_another_s_checkpoint_finds_a_best_of_its_own(tune: Start) -> None:
+    first = tune("a", "--max-epoch=12", "--random-weights")
+    again = tune(
+        "b",
+        "--max-epoch=13",
+        "--random-weights",
+        f"--restore-file={first / 'checkpoint_last'}",
+        "--lr=1e-9",
+    )
+    assert (again / "checkpoint_best").exists()
+
+
+def test_the_classifier_is_no_part_of_the_table_of_words(tune: Start) -> None:
+    run = tune("a", "--max-update=1", "--random-weights", "--lr=1e-12", "--warmup-updates=0")
+    weights = checkpoint.load_tensors(
+        run / "checkpoint_last", checkpoint.read_manifest(run / "checkpoint_last"), "weight"
+    )
+    table = weights["encoder.token_embedding.weight"][:9]
+    likeness = torch.nn.functional.cosine_similarity(
+        weights["output.weight"][:, None], table[None], dim=-1
+    )
+    assert float(likeness.abs().max()) < 0.9
+
+
 def test_bad_languages(tune: Start) -> None:
     refused(tune, r"--train-langs fr: the model knows ar, en, hi", "--train-langs=fr")
     refused(tune, r"--train-langs ar: .* has train texts in en, hi", "--train-langs=ar")

@@ -159,8 +159,10 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def init_output(model: Classifier, seed: int) -> None:
-    """N(0, INIT_STD) from the seed: the same on every rank."""
-    model.output.weight.normal_(0.0, INIT_STD, generator=torch.Generator().manual_seed(seed))
+    """N(0, INIT_STD) from the seed, the same on every rank, and not what a network's first table is drawn from."""
+    key = hashlib.blake2b(f"{seed}/classifier".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    model.output.weight.normal_(0.0, INIT_STD, generator=generator)
 
 
 # ------------------------------------------------------------------------------------------- figures

@@ -425,8 +425,9 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--xlm-masks: XLM evaluates valid and test; give --split test")
     ranks = start_ranks()
     try:
-        scores = evaluate(config, ranks)
+        # First, as it may refuse a text that is too short for its part of it.
         xlm = evaluate_as_xlm(config, ranks) if config.xlm_masks else {}
+        scores = evaluate(config, ranks)
         if ranks.rank == 0:
             sys.stdout.write("\n".join([table(scores), xlm_table(xlm)]).rstrip() + "\n")
             write_json(output, config, scores, xlm)

@@ -240,6 +240,8 @@ def begin_run(
     if saved is not None:
         check_same_task(config, facts, *saved)
     engine, progress = build_engine(config, model, task, geometry, ranks, saved)
+    if saved is not None:
+        progress = with_comparable_best(config, facts, progress, saved[1], ranks)
     run = Finetuning(
         config=config,
         model=model,
@@ -468,7 +470,9 @@ def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
         "model": str(model.folder),
         "model_sha256": model.manifest["manifest_sha256"],
         "configuration": to_dict(model.trained),
+        "random_weights": config.data.random_weights,
         "train_sha256": task.train.sha256(),
+        "valid_sha256": task.valid.sha256(),
     }
 
 
@@ -488,15 +492,38 @@ def check_same_task(
         )
     if before["pooling"] != now["pooling"]:
         raise InputError(f"{folder}: was trained with --pooling {before['pooling']}; go on with it")
-    facts = {"train_sha256": "texts", "batch_samples": "--batch-size", "seed": "--seed"}
-    old = {**before, "batch_samples": manifest["batch_samples"]}
-    old["seed"] = manifest["configuration"]["data"]["seed"]
-    current = {**now, "batch_samples": config.optimization.batch_size, "seed": config.data.seed}
+    if before["random_weights"] != now["random_weights"]:
+        raise InputError(f"{folder}: --random-weights was {before['random_weights']} at its begin")
+    if (
+        manifest["batch_samples"] != config.optimization.batch_size
+    ):  # its epochs are so many updates
+        raise InputError(
+            f"{folder}: was trained with --batch-size {manifest['batch_samples']}; go on with it"
+        )
+    facts = {"train_sha256": "texts", "seed": "--seed"}
+    old = {**before, "seed": manifest["configuration"]["data"]["seed"]}
+    current = {**now, "seed": config.data.seed}
     for name, shown in facts.items():
         if old[name] != current[name]:
             logger.info(
                 f"{shown} changed: the samples from here on are others than they would have been"
             )
+
+
+def with_comparable_best(
+    config: FinetuneConfig,
+    facts: Mapping[str, Any],
+    progress: Progress,
+    manifest: Mapping[str, Any],
+    ranks: Ranks,
+) -> Progress:
+    """`progress` without a best accuracy that no checkpoint here has, or that is of other validation texts."""
+    is_here: bool = ranks.gathered((config.run.save_dir / BEST).exists())[0]
+    if is_here and manifest["finetuned"]["valid_sha256"] == facts["valid_sha256"]:
+        return progress
+    if is_here:
+        logger.info("validation texts changed: the best checkpoint is looked for anew")
+    return dataclasses.replace(progress, best_accuracy=None, bad_validations=0)
 
 
 def describe(run: Finetuning) -> None:
@@ -562,15 +589,17 @@ def validated(run: Finetuning, progress: Progress) -> tuple[Progress, bool]:
     figures = accuracy_figures(sums, run.model.languages)
     is_whole = int(sums[1].sum()) == len(run.task.valid.rows)
     check_finite(figures["loss"] if is_whole else math.nan, progress, run.config.run)
-    by_language = figures["accuracy_per_language"]
-    decides = [by_language[language] for language in stop_languages(run.config.data)]
-    accuracy = sum(decides) / len(decides)
+    decides = stop_languages(run.config.data)
+    accuracy, loss = (
+        sum(figures[of][language] for language in decides) / len(decides)
+        for of in ("accuracy_per_language", "loss_per_language")
+    )
     before = -1.0 if progress.best_accuracy is None else progress.best_accuracy
     run.log.write("valid", progress.update, {**figures, "deciding_accuracy": accuracy})
     progress = dataclasses.replace(
         progress,
         plateau=plateau_after(
-            progress.plateau, figures["loss"], run.config.optimization, update=progress.update
+            progress.plateau, loss, run.config.optimization, update=progress.update
         ),
         best_accuracy=max(accuracy, before),
         bad_validations=0 if accuracy > before else progress.bad_validations + 1,

@@ -179,8 +179,9 @@ def _parallel_sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
         )
     sources: dict[str, dict[str, Path]] = {}
     for pair in config.pairs:
-        languages = pair.split("-")
-        if len(set(languages)) != 2 or not set(languages) <= set(config.langs):
+        both = itertools.permutations(config.langs, 2)
+        languages = next((two for two in both if "-".join(two) == pair), None)
+        if languages is None:
             raise InputError(
                 f"--pairs {pair}: not two of --langs {','.join(config.langs)}, as en-fr"
             )

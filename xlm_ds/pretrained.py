@@ -107,6 +107,7 @@ class Pretrained:
         """
         if isinstance(texts, str):
             raise InputError("encode takes a list of texts; put the one in [ ]")
+        self.language_id(language)  # said before the texts are looked at
         rows = rows_of(texts, language, self.to_ids, self.longest)
         if not rows:
             return np.empty((0, self.model.token_embedding.embedding_dim), np.float32)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlm_ds import _core
-from xlm_ds.dictionary import MASK, SPECIAL_SYMBOLS, UNK, Dictionary
+from xlm_ds.dictionary import MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
 from xlm_ds.log import InputError, logger
 from xlm_ds.merges import load_bpe
 from xlm_ds.prepare_record import RECORD
@@ -84,8 +84,9 @@ class TextToIds:
     def _ids_of(self, words: str) -> NDArray[np.int64]:
         if self._bpe is not None:
             words = self._bpe.apply_line(words.encode()).decode()
-        # str.split knows the same 29 blanks as binarize.
-        return np.array([self._ids.get(piece, UNK) for piece in words.split()], np.int64)
+        # str.split knows the same 29 blanks as binarize. A word spelt as padding is none: padding is known by its id.
+        ids = (self._ids.get(piece, UNK) for piece in words.split())
+        return np.array([UNK if number == PAD else number for number in ids], np.int64)
 
 
 def _load_tokenisation(path: Path) -> Tokenisation | None:

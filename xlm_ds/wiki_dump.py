@@ -43,7 +43,7 @@ _PAIRS = (("{{", "}}"), ("{|", "|}"), ("[", "]"))
 # XML has no such character, so no text has it: it begins a list's item, which ends at its line's end.
 _ITEM = "\0"
 
-_PREFIX = re.compile(r"\s*([^:\[\]{}|]+?)\s*:")
+_PREFIX = re.compile(r"([^:\[\]{}|]+):")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
 _IMAGE = re.compile(r":.*\.(jpe?g|png|svg|gif|webp|tiff?|djvu|pdf|og[gav]|webm)\s*$", re.IGNORECASE)
 _SWITCH = re.compile(r"__[^\W\d_]+__")  # __NOTOC__, in the wiki's own language too
@@ -122,9 +122,9 @@ _EXPECTED = (
 
 
 def _content(raw: IO[bytes], path: Path) -> IO[bytes] | bz2.BZ2File:
-    start = raw.read(3)
+    start = raw.read(4)
     raw.seek(0)
-    if start == b"BZh":
+    if start.startswith(b"BZh"):
         return bz2.open(raw)
     if start.lstrip(b"\xef\xbb\xbf").startswith(b"<"):
         return raw
@@ -202,13 +202,20 @@ def article_lines(wikitext: str, unshown: frozenset[str]) -> list[str]:
     """
     import mwparserfromhell
 
-    unclosed = (wikitext.count(opens) - wikitext.count(closes) for opens, closes in _PAIRS)
-    if sum(max(0, count) for count in unclosed) * len(wikitext) > _UNCLOSED_CHARACTERS:
+    if sum(_unclosed(wikitext, *pair) for pair in _PAIRS) * len(wikitext) > _UNCLOSED_CHARACTERS:
         return []
     chosen = _VARIANTS.sub(_first_variant, wikitext)
     parsed = mwparserfromhell.parse(chosen)
     lines = _paragraphs("".join(_text(parsed.nodes, unshown)))
     return [line for line in map(_tidy, lines) if any(map(str.isalpha, line))]
+
+
+def _unclosed(wikitext: str, opens: str, closes: str) -> int:
+    """How many are open at the end; what closes nothing does not count."""
+    depth = 0
+    for mark in re.findall(f"{re.escape(opens)}|{re.escape(closes)}", wikitext):
+        depth = depth + 1 if mark == opens else max(0, depth - 1)
+    return depth
 
 
 def _first_variant(match: re.Match[str]) -> str:
@@ -257,13 +264,13 @@ def _text_of_tag(node: Any, unshown: frozenset[str]) -> Iterator[str]:
 def _is_shown(link: Any, unshown: frozenset[str]) -> bool:
     """Not categories and pictures, which dumps also call by names that they do not list, and not other languages."""
     title = str(link.title)
-    prefix = _PREFIX.match(title)
+    prefix = _PREFIX.match(title.strip())
     if prefix is None:  # [[:Category:A]] too, which is a link like any other
         return True
     several = link.text is not None and any("|" in str(text) for text in link.text.filter_text())
     return not (
-        prefix[1].lower() in unshown
-        or _LANGUAGE.fullmatch(prefix[1])
+        prefix[1].strip().lower() in unshown
+        or _LANGUAGE.fullmatch(prefix[1].strip())
         or _IMAGE.search(title)
         or several
     )
