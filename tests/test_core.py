@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = "address,undefined"
-pytestmark = pytest.mark.timeout(900)  # a minute's build on two free cores
+pytestmark = [
+    pytest.mark.slow,  # a minute's build on two free cores, and CI runs it
+    pytest.mark.timeout(900),
+]
 
 
 @pytest.fixture(scope="module")
