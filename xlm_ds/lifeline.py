@@ -96,16 +96,17 @@ class StopSignal:
         """The others are there, and the run's folder: before, there is nothing to save, and nobody to tell."""
         self._ending = ending
 
-    def watch(self, look: Callable[[], tuple[int, str] | None]) -> None:
-        """Calls `look` twice a second on a thread of its own, as what it looks at may not answer.
+    def watch(self, *looks: Callable[[], tuple[int, str] | None]) -> None:
+        """Calls `looks` in this order, twice a second, on a thread of their own, as what they look at may not answer.
 
-        It returns a signal and why, if the run should end.
+        One returns a signal and why, if the run should end.
         """
 
         def watch() -> None:
             while not self.requested:
-                if found := look():
-                    self.request(*found)
+                for look in looks:
+                    if found := look():
+                        self.request(*found)
                 time.sleep(TICK_SECONDS)
 
         threading.Thread(target=watch, name="watch", daemon=True).start()

@@ -48,9 +48,8 @@ def run_on_ranks(
     """
     stop = StopSignal(options.stop_seconds)
     if launched := "RANK" in os.environ:
-        stop.watch(launcher_is_gone(launcher))
-        stop.watch(output_is_lost())
-        stop.watch(connection_is_lost())
+        # In this order: with its launcher goes a rank's connection.
+        stop.watch(launcher_is_gone(launcher), output_is_lost(), connection_is_lost())
     ranks = start_ranks(options.heartbeat_timeout)
     ending = Ending(options.save_dir)
     with run_folder(options.save_dir, ending, ranks), one_report(stage, ending, is_lost_rank):
