@@ -131,6 +131,11 @@ def build_batch(
     )
 
 
+def copied_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From pageable memory torch's copy waits for everything the device has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def shows_mask(batch: MaskedBatch) -> torch.Tensor:
     """(B*K,): whether a target is shown as <mask>; a tenth of them show the target itself, a tenth another word."""
     shown = batch.input_ids.flatten().index_select(0, batch.masked_positions)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xlm_ds.batches import NO_LABEL, LabelledBatch, Rows
+from xlm_ds.batches import NO_LABEL, LabelledBatch, Rows, copied_to
 from xlm_ds.dictionary import EOS, PAD
 from xlm_ds.log import InputError, logger
 from xlm_ds.model import INIT_STD, XlmEncoder
@@ -115,12 +115,11 @@ def on_device(batch: LabelledBatch, device: torch.device) -> LabelledBatch:
     if device.type == "cpu":
         return batch
 
-    def copied(tensor: Tensor) -> Tensor:
-        # From pageable memory torch's copy waits for everything the device has still to do.
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    rows = Rows(copied(batch.rows.input_ids), copied(batch.rows.languages), batch.rows.has_padding)
-    return LabelledBatch(rows, copied(batch.labels))
+    input_ids, languages, labels = (
+        copied_to(tensor, device)
+        for tensor in (batch.rows.input_ids, batch.rows.languages, batch.labels)
+    )
+    return LabelledBatch(Rows(input_ids, languages, batch.rows.has_padding), labels)
 
 
 # ------------------------------------------------------------------------------------------- network

@@ -38,6 +38,7 @@ from xlm_ds.batches import (
     Masking,
     build_batch,
     build_masking,
+    copied_to,
     evaluation_batches,
     rank_slice,
     shows_mask,
@@ -112,8 +113,7 @@ def on_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
         return batch
 
     def copied(tensor: Tensor) -> Tensor:
-        # From pageable memory torch's copy waits for everything the device has still to do.
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return copied_to(tensor, device)
 
     def copied_if_there(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else copied(tensor)

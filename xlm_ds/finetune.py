@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlm_ds import checkpoint
-from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config, useful_flops
+from xlm_ds.architectures import ModelShape, parameter_count, useful_flops
 from xlm_ds.batches import NO_LABEL, LabelledBatch
 from xlm_ds.checkpoint import BEST, LAST, Progress, Saver
 from xlm_ds.classification import (
@@ -51,6 +51,7 @@ from xlm_ds.classification import (
 from xlm_ds.deepspeed_config import precision_of
 from xlm_ds.digests import Digests
 from xlm_ds.engine import Engine, Ranks, collectives_timed
+from xlm_ds.evaluate import shape_of
 from xlm_ds.files import replacing
 from xlm_ds.geometry import Geometry, divided
 from xlm_ds.host_facts import checkpoint_bytes
@@ -63,6 +64,7 @@ from xlm_ds.pretrained import checkpoint_folder, load_classifier, longest_row
 from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
     Saved,
+    advanced,
     check_finite,
     deepspeed_settings,
     is_turn,
@@ -117,12 +119,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, stop: StopSignal, ending: End
             run.digests.end_update(progress.update + 1, progress.samples, geometry.batch)
             run.log.advance()
             epochs_before = progress.samples // run.order.epoch_samples
-            progress = dataclasses.replace(
-                progress,
-                update=progress.update + 1,
-                samples=progress.samples + geometry.batch,
-                seconds=time.monotonic() - started,
-            )
+            progress = advanced(progress, geometry.batch, started)
             epoch_ends = progress.samples // run.order.epoch_samples > epochs_before
             ending.update = progress.update
             stopping = asked_to_stop(progress.update, ranks, stop, run.saver)
@@ -283,11 +280,8 @@ def open_base(config: FinetuneConfig) -> Base:
         folder, manifest, [n for n in manifest["sha256"] if not n.endswith(".safetensors")]
     )
     to_ids = TextToIds.load(folder)
-    shape = shape_from_config(
-        trained.model,
-        vocab_size=len(to_ids.dictionary),
-        languages=len(manifest["languages"]),
-        tokens_per_sample=trained.data.tokens_per_sample,
+    shape = shape_of(
+        trained, vocab_size=len(to_ids.dictionary), languages=len(manifest["languages"])
     )
     return Base(folder, manifest, trained, shape, to_ids)
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xlm_ds import checkpoint
-from xlm_ds.architectures import ModelShape, parameter_count, shape_from_config
+from xlm_ds.architectures import ModelShape, parameter_count
 from xlm_ds.batches import MaskedBatch, shows_mask
 from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
 from xlm_ds.config import CommonRunConfig, FinetuneConfig, LearningConfig, TrainConfig
@@ -35,7 +36,7 @@ from xlm_ds.deepspeed_config import (
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.digests import FILE, Digests, begin_file
 from xlm_ds.engine import Engine, Ranks
-from xlm_ds.evaluate import on_device, sum_over_split
+from xlm_ds.evaluate import on_device, shape_of, sum_over_split
 from xlm_ds.flags import to_dict, to_toml
 from xlm_ds.geometry import Geometry, batch_geometry, divided, rows_that_fit
 from xlm_ds.lifeline import LOGS
@@ -263,12 +264,7 @@ def read_aligned_texts(config: TrainConfig, corpus: Corpus) -> list[AlignedRows]
 
 
 def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:
-    return shape_from_config(
-        config.model,
-        vocab_size=len(corpus.dictionary),
-        languages=len(corpus.languages),
-        tokens_per_sample=config.data.tokens_per_sample,
-    )
+    return shape_of(config, vocab_size=len(corpus.dictionary), languages=len(corpus.languages))
 
 
 def check_same_data(
@@ -576,6 +572,16 @@ def refuse_if_gone(save_dir: Path) -> None:
             f"{save_dir}: is gone (unmounted, moved or removed), so nothing was saved; when it is back, the same "
             "command goes on from its last checkpoint"
         )
+
+
+def advanced(progress: Progress, batch: int, started: float) -> Progress:
+    """One update of `batch` samples further; `started` by time.monotonic()."""
+    return dataclasses.replace(
+        progress,
+        update=progress.update + 1,
+        samples=progress.samples + batch,
+        seconds=time.monotonic() - started,
+    )
 
 
 def is_turn(interval: int, update: int) -> bool:

@@ -42,6 +42,7 @@ from xlm_ds.preflight import check_hosts
 from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
     Run,
+    advanced,
     batch_at_start,
     begin_run,
     is_turn,
@@ -130,16 +131,6 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
     )
     logger.info(stopwatch.shares())
     return EXIT_OK
-
-
-def advanced(progress: Progress, batch: int, started: float) -> Progress:
-    """One update of `batch` samples further; `started` by time.monotonic()."""
-    return dataclasses.replace(
-        progress,
-        update=progress.update + 1,
-        samples=progress.samples + batch,
-        seconds=time.monotonic() - started,
-    )
 
 
 def finished(run: Run, progress: Progress) -> bool:
