@@ -35,9 +35,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xlm_ds.checkpoint import read_manifest
+from xlm_ds.checkpoint import checkpoint_folder, read_manifest
 from xlm_ds.labelled import find_labelled
-from xlm_ds.pretrained import checkpoint_folder
 from xlm_ds.text_ids import TextToIds
 
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

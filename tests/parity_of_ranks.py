@@ -13,11 +13,10 @@ from test_engine import (
     settings_of,
     small_model,
 )
-from xlm_ds.batches import MaskedBatch
+from xlm_ds.batches import MaskedBatch, on_device
 from xlm_ds.checkpoint import TENSORS
 from xlm_ds.digests import fragment_digest
 from xlm_ds.engine import Engine, Ranks, start_ranks, stop_ranks
-from xlm_ds.evaluate import on_device
 
 UPDATES = 3
 OVERFLOWS = 16  # that fp16 is given to find its loss scale

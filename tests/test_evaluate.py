@@ -17,7 +17,14 @@ from xlm_ds.config import DataConfig, EvaluateConfig
 from xlm_ds.corpus import open_corpus, with_sample_numbers
 from xlm_ds.dictionary import MASK, PAD, Dictionary
 from xlm_ds.engine import Ranks
-from xlm_ds.evaluate import Score, overall, score, smoothed_log_probabilities, sum_over_split
+from xlm_ds.evaluate import (
+    Score,
+    open_subject,
+    overall,
+    score,
+    smoothed_log_probabilities,
+    sum_over_split,
+)
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
 from xlm_ds.streams import Stream, choose, open_streams
@@ -182,7 +189,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ra
 
 def evaluated(trained: Path, tiny_data: Path, *flags: str) -> list[Score]:
     config = parse(EvaluateConfig, [str(trained), str(tiny_data), *flags])
-    return evaluate.evaluate(config, ALONE)
+    return evaluate.evaluate(config, open_subject(config, ALONE), ALONE)
 
 
 def test_the_batch_size_changes_nothing(trained: Path, tiny_data: Path) -> None:
@@ -234,7 +241,7 @@ def test_a_dictionary_without_subwords_is_said(
 
 def test_the_json_has_the_tables_figures(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = parse(EvaluateConfig, [str(trained), str(tiny_data)])
-    scores = evaluate.evaluate(config, ALONE)
+    scores = evaluate.evaluate(config, open_subject(config, ALONE), ALONE)
     evaluate.write_json(tmp_path / "scores.json", config, scores)
     written = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert [s["perplexity"] for s in written["scores"]] == [s.perplexity for s in scores]
@@ -251,6 +258,44 @@ def test_the_json_has_the_tables_figures(trained: Path, tiny_data: Path, tmp_pat
 def test_bad_input(trained: Path, tiny_data: Path, flags: list[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         evaluated(trained, tiny_data, *flags)
+
+
+def copy_without(data: Path, target: Path, *left_out: str) -> Path:
+    target.mkdir()
+    for path in data.iterdir():
+        if not any(path.name.startswith(f"{name}.") for name in left_out):
+            (target / path.name).symlink_to(path)
+    return target
+
+
+def test_what_has_no_such_split_is_left_out_unless_asked_for(
+    trained: Path, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = copy_without(tiny_data, tmp_path / "data", "test.en")
+    assert [s.language for s in evaluated(trained, data)] == ["ar", "hi", "all"]
+    assert f"{data}: has no test of en, left out" in caplog.text
+    with pytest.raises(InputError, match=r"test\.en\.idx: there is no such file"):
+        evaluated(trained, data, "--monolingual-langs=ar,en")
+
+
+def test_nothing_is_measured_before_all_files_are_open(
+    trained: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = copy_without(tiny_data, tmp_path / "data", "train.hi")
+    monkeypatch.setattr(evaluate, "score", None)
+    with pytest.raises(InputError, match=r"train\.hi\.idx: there is no such file"):
+        evaluated(trained, data)
+
+
+def test_a_runs_folder_is_its_best_checkpoint(
+    trained: Path, tiny_data: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "start_ranks", lambda: ranks)
+    monkeypatch.setattr(evaluate, "stop_ranks", lambda: None)
+    run = trained.parent
+    assert evaluate.main([str(run), str(tiny_data), "--mask-draws=1"]) == 0
+    written = json.loads((run / f"{checkpoint.BEST}-test.json").read_text(encoding="utf-8"))
+    assert [s["language"] for s in written["scores"]] == ["ar", "en", "hi", "all"]
 
 
 def test_a_folder_that_is_no_checkpoint(tiny_data: Path) -> None:

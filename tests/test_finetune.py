@@ -19,7 +19,7 @@ from test_end_to_end import MODULE, ROOT, call, launcher, start, succeed, wait_f
 from test_train import NeverStop, StopAt, last_weights, losses_in, records_in, train_here
 from xlm_ds import checkpoint, finetune, report
 from xlm_ds.batches import LabelledBatch, Rows
-from xlm_ds.classification import Classifier, Examples, accuracy_figures, joined_row, outcome
+from xlm_ds.classification import Classifier, Examples, accuracy_figures, outcome
 from xlm_ds.config import FinetuneConfig
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.dictionary import EOS, PAD, Dictionary
@@ -27,6 +27,7 @@ from xlm_ds.engine import Engine, Ranks
 from xlm_ds.flags import parse
 from xlm_ds.lifeline import Ending
 from xlm_ds.log import InputError
+from xlm_ds.text_ids import joined_row
 
 FLAGS = ["--train-langs=en", "--lr=3e-3", "--log-interval=1", "--batch-size=16"]
 NO_DROPOUT = ["--dropout=0", "--attention-dropout=0"]

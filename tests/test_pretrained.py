@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,12 +99,29 @@ def test_long_texts_are_cut_and_counted(
     [
         (["a"], "xx", "language xx: the model knows ar, de, en, fr, hi"),
         (["a", " \n"], "en", r"text 2 of 2 .* has no word"),
-        ("a", "en", "takes a list"),
+        ("a", "en", "expected a list of texts"),
+        (b"a", "en", "expected a list of texts"),
+        (["a", b"b"], "en", r"text 2 of 2 \(b'b'\): is of type bytes; expected a str"),
+        (["a", float("nan")], "en", "text 2 of 2 .*is of type float"),
+        ([("a", "b")], "en", "takes one text here, not 2"),
+        (["a\udcff"], "en", r"text 1 of 1 .*character 2 is a lone surrogate"),
     ],
 )
-def test_bad_texts(model: Pretrained, texts: list[str], language: str, expected: str) -> None:
+def test_bad_texts(model: Pretrained, texts: Any, language: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         model.encode(texts, language)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, None])
+def test_bad_numbers(model: Pretrained, value: Any) -> None:
+    with pytest.raises(InputError, match=f"batch_size {value}: expected a whole number from 1 up"):
+        model.encode(["a"], "en", batch_size=value)
+    with pytest.raises(InputError, match=f"top {value}: expected a whole number from 1 to "):
+        model.fill("<mask>", "en", top=value)
+
+
+def test_texts_may_come_one_by_one(model: Pretrained) -> None:
+    assert np.array_equal(model.encode(iter(TEXTS), "en"), model.encode(TEXTS, "en"))
 
 
 def test_nothing_to_encode(model: Pretrained) -> None:
@@ -113,8 +131,10 @@ def test_nothing_to_encode(model: Pretrained) -> None:
 def test_bad_masks(model: Pretrained) -> None:
     with pytest.raises(InputError, match="has no <mask> to fill"):
         model.fill("nothing", "en")
-    with pytest.raises(InputError, match="top 0"):
-        model.fill("<mask>", "en", top=0)
+    with pytest.raises(InputError, match="is of type list"):
+        model.fill(["<mask>"], "en")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="lone surrogate"):
+        model.fill("<mask>\udcff", "en")
     with pytest.raises(InputError, match="language xx"):
         model.fill("<mask>", "xx")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ import xlm_ds
 from conftest import DATA
 from test_end_to_end import MODULE, NO_DROPOUT, launcher, succeed, train_command
 from test_text_ids import made
-from test_train import losses_in, records_in, train_here
+from test_train import losses_in, records_in, stop_here, train_here
 from xlm_ds import checkpoint, fill, retrieve
 from xlm_ds.batches import Rows
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.engine import Ranks
 from xlm_ds.log import InputError
 from xlm_ds.report import draw_curves, read_metrics
-from xlm_ds.retrieve import read_aligned, read_all_aligned, retrieval
+from xlm_ds.retrieve import read_all_aligned, retrieval
 from xlm_ds.text_ids import TextToIds
 
 
@@ -75,9 +76,13 @@ def test_the_table_and_the_json(
     run: Path, aligned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (str(path) for path in aligned)
-    assert retrieve.main([str(run), a, b, b, b]) == 0
-    written = json.loads((run / "checkpoint_best-retrieval.json").read_text(encoding="utf-8"))
-    one, same = written["pairs"]
+    before = set(run.iterdir())
+    copy = shutil.copy(b, aligned[1].with_name("copy.fr"))
+    files, output = [a, b, b, str(copy)], aligned[0].parent / "figures.json"
+    assert retrieve.main([str(run), *files]) == 0
+    assert set(run.iterdir()) == before
+    assert retrieve.main([str(run), *files, f"--output={output}"]) == 0
+    one, same = json.loads(output.read_text(encoding="utf-8"))["pairs"]
     assert one["languages"] == ["en", "fr"]
     assert one["lines"] == 30
     model = xlm_ds.load(run)
@@ -89,8 +94,8 @@ def test_the_table_and_the_json(
     for kind in ("cosine", "margin"):
         assert [one[kind]["en-fr"], one[kind]["fr-en"]] == pytest.approx(twin[kind])
     assert same["cosine"] == {"fr-fr": 100}  # each line finds itself
-    output = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in output] == ["direction", "en-fr", "fr-en", "fr-fr"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == 2 * ["direction", "en-fr", "fr-en", "fr-fr"]
 
 
 def test_languages_can_be_given(run: Path, aligned: tuple[Path, Path], tmp_path: Path) -> None:
@@ -113,21 +118,25 @@ def written(path: Path, text: str) -> Path:
     [
         ("a\nb\n", "a\n", r"second: ends after line 1, but .*first has 2"),
         ("a\n", "a\nb\nc", r"first: ends after line 1, but .*second has 3"),
-        ("a\n\nc\n", "a\nb\nc\n", r"first, line 2: has no text"),
-        ("a\nb\nc\n", "a\nb\n \t\n", r"second, line 3: has no text"),
+        ("a\n\nc\n", "a\nb\nc\n", r"first, line 2: the text has no word"),
+        ("a\nb\nc\n", "a\nb\n \t\n", r"second, line 3: the text has no word"),
         ("", "", r"first: is empty"),
     ],
 )
-def test_files_that_are_not_aligned(first: str, second: str, expected: str, tmp_path: Path) -> None:
+def test_files_that_are_not_aligned(
+    first: str, second: str, expected: str, run: Path, tmp_path: Path
+) -> None:
+    files = [written(tmp_path / "first", first), written(tmp_path / "second", second)]
     with pytest.raises(InputError, match=expected):
-        read_aligned(written(tmp_path / "first", first), written(tmp_path / "second", second))
+        retrieve.main([str(run), *map(str, files), "--languages=en,fr"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["a.en"], "1 files: give them in pairs"),
-        ([], "0 files|files is missing|FILES is missing"),
+        ([], "FILES is missing: raw texts, two and two"),
+        (["a.en", "a.en"], "a.en: is given for its own translation"),
         (["a.en", "b.fr", "--languages=en"], "are 1 for 2 files"),
         (["a.en", "b.xx"], "language xx: the model knows"),
         (["a.en", "b.fr", "--output=/no/such/folder/x.json"], "not a file in a folder"),
@@ -142,7 +151,7 @@ def test_a_line_without_a_word_is_named(run: Path, tmp_path: Path) -> None:
     """It has a character, but none that is left after tokenising."""
     a = written(tmp_path / "a.en", "one\n\u200b\n")
     b = written(tmp_path / "b.fr", "un\ndeux\n")
-    with pytest.raises(InputError, match=r"a\.en: text 2 of 2"):
+    with pytest.raises(InputError, match=r"a\.en, line 2: the text has no word"):
         retrieve.main([str(run), str(a), str(b)])
 
 
@@ -235,7 +244,8 @@ def test_a_run_measures_what_its_checkpoint_gives_and_changes_nothing_else(
     assert [record["update"] for record in records] == [2, 4]
     model = xlm_ds.load(tmp_path / "measured/checkpoint_last")
     for pair in (("fr", "en"), ("de", "hi")):
-        texts = read_aligned(*(tmp_path / "aligned" / f"{'-'.join(pair)}.{lg}" for lg in pair))
+        paths = [tmp_path / "aligned" / f"{'-'.join(pair)}.{lg}" for lg in pair]
+        texts = [path.read_text(encoding="utf-8").splitlines() for path in paths]
         vectors = [model.encode(lines, lg) for lines, lg in zip(texts, pair, strict=True)]
         expected = reference.retrieval(*vectors)
         for kind in ("cosine", "margin"):
@@ -243,6 +253,19 @@ def test_a_run_measures_what_its_checkpoint_gives_and_changes_nothing_else(
             assert [records[-1][kind][name] for name in names] == pytest.approx(expected[kind])
     read_metrics(tmp_path / "measured")
     draw_curves(read_metrics(tmp_path / "measured"), tmp_path / "curves.png")
+
+
+def test_a_measurement_missed_by_a_stop_is_made_up_for(
+    run: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    data, common = run.parent / "bin", ["--max-update=4", *flags(tmp_path)]
+    train_here(data, tmp_path / "whole", ranks, *common)
+    stop_here(2, data, tmp_path / "stopped", ranks, *common)
+    assert retrieved_in(tmp_path / "stopped") == []
+    train_here(data, tmp_path / "stopped", ranks, *common)
+    expected = [{**r, "time": None} for r in retrieved_in(tmp_path / "whole")]
+    assert [r["update"] for r in expected] == [2, 4]
+    assert [{**r, "time": None} for r in retrieved_in(tmp_path / "stopped")] == expected
 
 
 class OneOfMany(Ranks):
@@ -255,7 +278,7 @@ class OneOfMany(Ranks):
 @pytest.mark.parametrize("world", [2, 5, 9])
 def test_every_line_is_one_ranks_and_all_make_the_same_calls(world: int) -> None:
     """Also where there are more ranks than lines."""
-    rows = [np.array([2, *range(10, 11 + n), 2]) for n in (3, 1, 4, 0, 2, 6, 5)]
+    rows = [np.array([2, *range(10, 11 + n), 2], np.int32) for n in (3, 1, 4, 0, 2, 6, 5)]
     whole, calls = torch.zeros(len(rows), 2), []
     for rank in range(world):
         made: list[int] = []

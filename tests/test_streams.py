@@ -546,7 +546,8 @@ def test_resuming_with_pairs_is_bit_equal_and_proved(
 
 def evaluated(command: list[str], output: Path) -> list[dict[str, Any]]:
     config = parse(EvaluateConfig, command)
-    scores = evaluate.evaluate(config, Ranks(0, 1, torch.device("cpu"), None))
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    scores = evaluate.evaluate(config, evaluate.open_subject(config, ranks), ranks)
     evaluate.write_json(output, config, scores)
     found: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))["scores"]
     return found
@@ -568,8 +569,8 @@ def test_evaluate_refuses_what_the_model_or_the_data_do_not_know(
 ) -> None:
     train_here(parallel_data, tmp_path, ranks, *FLAGS, "--max-update=1")
     command = [str(tmp_path / checkpoint.LAST), str(parallel_data), "--split=valid", *flags]
-    with pytest.raises(InputError, match=message.replace("valid.", "train.")):
-        evaluate.evaluate(parse(EvaluateConfig, command), ranks)
+    with pytest.raises(InputError, match=message):
+        evaluate.open_subject(parse(EvaluateConfig, command), ranks)
 
 
 def test_prove_names_the_pair_that_differs(

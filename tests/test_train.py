@@ -163,17 +163,22 @@ class StopAt(NeverStop):
         return 0 if self.left else signal.SIGTERM
 
 
+def stop_here(update: int, data: Path, save_dir: Path, ranks: Ranks, *flags: str) -> None:
+    """Begins a run in this process and stops it."""
+    config = parse(TrainConfig, [str(data), f"--save-dir={save_dir}", *SHAPE, *flags])
+    save_dir.mkdir()
+    ending = Ending(save_dir)
+    ending.begin()
+    assert train.train(config, ranks, StopAt(update), ending) == 75  # type: ignore[arg-type]
+
+
 def test_a_validation_missed_by_a_stop_is_made_up_for(
     run: Any, tiny_data: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     """The schedule moves with it: the losses after it are those of a run that was not stopped."""
     flags = ["--max-update=8", "--validate-interval-updates=2", "--lr-threshold=0.5", "--lr=0.03"]
     whole = run("whole", *flags)
-    argv = [str(tiny_data), f"--save-dir={tmp_path / 'stopped'}", *SHAPE, *flags]
-    (tmp_path / "stopped").mkdir()
-    stop, ending = StopAt(4), Ending(tmp_path / "stopped")
-    ending.begin()
-    assert train.train(parse(TrainConfig, argv), ranks, stop, ending) == 75  # type: ignore[arg-type]
+    stop_here(4, tiny_data, tmp_path / "stopped", ranks, *flags)
     assert set(losses_in(tmp_path / "stopped", "valid")) == {2}
     assert run("stopped", *flags) == whole
     assert losses_in(tmp_path / "stopped", "valid") == losses_in(tmp_path / "whole", "valid")
@@ -675,9 +680,10 @@ def due(update: int, before: int, after: int, **flags: Any) -> train.Due:
 
 
 def test_epoch_end_validates_and_saves() -> None:
-    assert due(7, 0, 1) == train.Due(log=True, validate=True, save=True, epoch_name=True)
+    nothing = train.Due(log=False, validate=False, retrieve=False, save=False, epoch_name=False)
+    assert due(7, 0, 1) == nothing._replace(log=True, validate=True, save=True, epoch_name=True)
     assert due(7, 0, 1, no_epoch_checkpoints=True).epoch_name is False
-    assert due(7, 0, 0) == train.Due(log=False, validate=False, save=False, epoch_name=False)
+    assert due(7, 0, 0) == nothing
 
 
 def test_intervals() -> None:

@@ -241,8 +241,12 @@ def config_of(trained: Path, data: Path, *flags: str) -> EvaluateConfig:
     return parse(EvaluateConfig, [str(trained), str(data), "--xlm-masks", *flags])
 
 
+def as_xlm(config: EvaluateConfig) -> dict[str, float]:
+    return evaluate.evaluate_as_xlm(config, evaluate.open_subject(config, ALONE), ALONE)
+
+
 def test_figures_are_those_of_the_twins_blocks(trained: Path, tiny_data: Path) -> None:
-    found = evaluate.evaluate_as_xlm(config_of(trained, tiny_data, "--split=valid"), ALONE)
+    found = as_xlm(config_of(trained, tiny_data, "--split=valid"))
     dictionary = Dictionary.load(tiny_data / "dict.txt")
     model, _ = evaluate.load_model(trained, len(dictionary))
     perplexities, accuracies = [], []
@@ -281,7 +285,7 @@ def test_figures_of_pairs_are_those_of_the_twins_rows(
     train_here(parallel_data, tmp_path, ranks, *steps, "--max-update=3", "--tokens-per-sample=64")
     checkpoint_ = tmp_path / checkpoint.LAST
     few = ["--split=valid", "--max-tokens=64"]
-    found = evaluate.evaluate_as_xlm(config_of(checkpoint_, parallel_data, *few), ALONE)
+    found = as_xlm(config_of(checkpoint_, parallel_data, *few))
     kinds = ("ppl", "acc")
     names = ("ar", "en", "ar_en", "hi_en")
     wanted = [f"valid_{name}_mlm_{kind}" for name in names for kind in kinds]
@@ -290,7 +294,7 @@ def test_figures_of_pairs_are_those_of_the_twins_rows(
         mean = (found[f"valid_ar_mlm_{kind}"] + found[f"valid_en_mlm_{kind}"]) / 2
         assert found[f"valid_mlm_{kind}"] == pytest.approx(mean)
     config = config_of(checkpoint_, parallel_data, *few, "--mlm-steps=en-hi")
-    assert set(evaluate.evaluate_as_xlm(config, ALONE)) == {
+    assert set(as_xlm(config)) == {
         "valid_en_hi_mlm_ppl",
         "valid_en_hi_mlm_acc",
     }

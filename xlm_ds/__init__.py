@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from xlm_ds.log import InputError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from xlm_ds.pretrained import Pretrained
 
+__all__ = ["InputError", "load"]
 __version__ = "0.1.0"
 
 

@@ -10,7 +10,7 @@ translation, cut to T tokens; K = ceil(mask_ratio * (T - 1)).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from xlm_ds.order import Samples, evaluation_samples
 from xlm_ds.streams import Stream
 
 NO_LABEL = -1
+# Rows of texts are filled up to a multiple of this: few shapes, and what tensor cores multiply fastest.
+ROW_UNIT = 8
 
 
 class MaskedBatch(NamedTuple):
@@ -66,6 +68,9 @@ class LabelledBatch(NamedTuple):
 
     rows: Rows
     labels: torch.Tensor
+
+
+Batch = TypeVar("Batch", MaskedBatch, Rows, LabelledBatch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +134,28 @@ def build_batch(
         has_padding,
         *map(torch.from_numpy, halves),
     )
+
+
+def padded(rows: Sequence[NDArray[np.int32]], languages: NDArray[np.int64]) -> Rows:
+    """Rows of ids, of a language (B,) each, as one batch on the CPU, PAD behind the shorter ones."""
+    longest = max(map(len, rows))
+    width = -(-longest // ROW_UNIT) * ROW_UNIT
+    input_ids = torch.full((len(rows), width), PAD)
+    for place, row in enumerate(rows):
+        input_ids[place, : len(row)] = torch.from_numpy(row)
+    return Rows(input_ids, torch.from_numpy(languages), min(map(len, rows)) < width)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+
+    def there(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return copied_to(part, device)
+        return on_device(part, device) if isinstance(part, Rows) else part
+
+    return type(batch)(*map(there, batch))
 
 
 def copied_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

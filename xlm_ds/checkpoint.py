@@ -60,6 +60,7 @@ class Progress:
     best_valid_loss: float | None = None  # bits
     plateau: PlateauState = dataclasses.field(default_factory=PlateauState)
     validation_due: bool = False  # the run was stopped before a validation that was its turn
+    retrieval_due: bool = False  # so too
     seconds: float = 0.0
     skipped_updates: int = 0  # of all updates, those whose gradient was not finite
     batch_at_start: int = 0  # samples of an update when the run began (0: not recorded)
@@ -328,6 +329,12 @@ def _named(save_dir: Path) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------- read
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Of a run's folder its best checkpoint; any other path as it is."""
+    is_run = not (path / "manifest.json").exists() and (path / BEST).exists()
+    return path / BEST if is_run else path
 
 
 def find_checkpoint(save_dir: Path, restore_file: str) -> Path | None:

@@ -7,7 +7,7 @@ scores = Classifier(encoder, labels=3, pooling="first", dropout=0.1)(batch)     
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,62 +16,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xlm_ds.batches import NO_LABEL, LabelledBatch, Rows, copied_to
-from xlm_ds.dictionary import EOS, PAD
-from xlm_ds.log import InputError, logger
+from xlm_ds.batches import NO_LABEL, LabelledBatch, padded
+from xlm_ds.dictionary import PAD
 from xlm_ds.model import INIT_STD, XlmEncoder
-from xlm_ds.text_ids import TextToIds
 
-Ids = NDArray[np.int64]
 BITS_PER_NAT = 1 / math.log(2)
-# Rows are filled up to a multiple of this: few shapes, and what tensor cores multiply fastest.
-ROW_UNIT = 8
 
 
 # ------------------------------------------------------------------------------------------ examples
-
-
-def joined_row(parts: Sequence[Ids], longest: int | None) -> tuple[NDArray[np.int32], bool]:
-    """eos, the text and eos, and of a pair the second text and eos, as one row; whether it was cut to `longest`.
-
-    Of a pair the longer text loses what is too much, down to half of the room.
-    """
-    room = None if longest is None else longest - len(parts) - 1
-    was_cut = room is not None and sum(map(len, parts)) > room
-    if room is not None and was_cut:
-        first = min(len(parts[0]), max(room - sum(map(len, parts[1:])), -(-room // len(parts))))
-        parts = [parts[0][:first], *(part[: room - first] for part in parts[1:])]
-    eos = np.array([EOS])
-    row = np.concatenate([eos, *(piece for part in parts for piece in (part, eos))])
-    return row.astype(np.int32), was_cut
-
-
-def rows_of_texts(
-    examples: Sequence[Sequence[str]],
-    language: str,
-    to_ids: TextToIds,
-    longest: int | None,
-    where: Callable[[int], str],
-) -> list[NDArray[np.int32]]:
-    """Of each example, which is one text or two, its row; says how many are cut.
-
-    `where` says of an example's number where it is from. Raises InputError for a text without a word.
-    """
-    rows = []
-    cut = 0
-    for number, texts in enumerate(examples):
-        parts = [to_ids(text, language) for text in texts]
-        if any(len(part) == 0 for part in parts):
-            raise InputError(f"{where(number)}: a text has no word")
-        row, was_cut = joined_row(parts, longest)
-        rows.append(row)
-        cut += was_cut
-    if cut:
-        logger.warning(
-            f"{cut} of {len(rows)} examples in {language} are longer than the {longest} positions of the model and are "
-            "cut"
-        )
-    return rows
 
 
 class Examples(NamedTuple):
@@ -83,16 +35,8 @@ class Examples(NamedTuple):
 
     def batch(self, numbers: Sequence[int] | NDArray[np.int64]) -> LabelledBatch:
         """These examples as tensors on the CPU, PAD behind the shorter ones."""
-        rows = [self.rows[number] for number in numbers]
-        longest = max(map(len, rows))
-        width = -(-longest // ROW_UNIT) * ROW_UNIT
-        input_ids = torch.full((len(rows), width), PAD)
-        for place, row in enumerate(rows):
-            input_ids[place, : len(row)] = torch.from_numpy(row)
-        languages = torch.from_numpy(self.languages[numbers])
-        has_padding = min(map(len, rows)) < width
-        labels = torch.from_numpy(self.labels[numbers])
-        return LabelledBatch(Rows(input_ids, languages, has_padding), labels)
+        rows = padded([self.rows[number] for number in numbers], self.languages[numbers])
+        return LabelledBatch(rows, torch.from_numpy(self.labels[numbers]))
 
     def digest(self, number: int, salt: int) -> bytes:
         """Of an example's label, language and ids, keyed by `salt`."""
@@ -109,17 +53,6 @@ class Examples(NamedTuple):
         """(n,): of these examples, which are the samples `first`, `first` + 1, … (as digests.sample_digests)."""
         found = [self.digest(n, first + place) for place, n in enumerate(numbers.tolist())]
         return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
-
-
-def on_device(batch: LabelledBatch, device: torch.device) -> LabelledBatch:
-    if device.type == "cpu":
-        return batch
-
-    input_ids, languages, labels = (
-        copied_to(tensor, device)
-        for tensor in (batch.rows.input_ids, batch.rows.languages, batch.labels)
-    )
-    return LabelledBatch(Rows(input_ids, languages, batch.rows.has_padding), labels)
 
 
 # ------------------------------------------------------------------------------------------- network

@@ -766,14 +766,15 @@ class PreflightConfig:
 class EvaluateConfig:
     """Perplexity and accuracy of a checkpoint on one split."""
 
-    checkpoint: Path = knob("a checkpoint's folder", positional=True)
+    checkpoint: Path = knob("a checkpoint's folder, or a run's: its best", positional=True)
     data: Path = knob("folder with dict.txt and SPLIT.LANG.{bin,idx}", positional=True)
     split: str = knob("split to evaluate", default="test", choices=("train", "valid", "test"))
     monolingual_langs: tuple[str, ...] = knob(
-        "languages (default: what it was trained on)", default=()
+        "languages (default: what it was trained on and DATA has)", default=()
     )
     mlm_steps: tuple[str, ...] = knob(
-        "languages and pairs, as en,de,en-de (default: what it was trained on)", default=()
+        "languages and pairs, as en,de,en-de (default: what it was trained on and DATA has)",
+        default=(),
     )
     mask_draws: int = knob("fixed mask draws to average over", default=3, bounds="[1, inf)")
     xlm_masks: bool = knob(
@@ -828,7 +829,7 @@ class RetrieveConfig:
     )
     batch_size: int = knob("lines encoded at a time", default=32, bounds="[1, inf)")
     output: Path | None = knob(
-        "JSON file for the figures (default: CHECKPOINT-retrieval.json beside the checkpoint)",
+        "JSON file for the figures (default: none is written)",
         default=None,
     )
 

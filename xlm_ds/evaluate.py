@@ -1,6 +1,6 @@
 """Perplexity and accuracy of a checkpoint, per language, per pair and overall, beside the unigram level.
 
-    python -m xlm_ds.evaluate checkpoints/mlm/checkpoint_best OUT --split test
+    python -m xlm_ds.evaluate run OUT --split test
 
 Every language, and every pair (TLM: a line beside its translation), is evaluated in full, under several fixed draws of
 the masks, so the figures do not depend on the batch size or on the number of ranks. Of a --mask-ratio that changed
@@ -38,12 +38,12 @@ from xlm_ds.batches import (
     Masking,
     build_batch,
     build_masking,
-    copied_to,
     evaluation_batches,
+    on_device,
     rank_slice,
     shows_mask,
 )
-from xlm_ds.checkpoint import load_weights, read_configuration, read_manifest
+from xlm_ds.checkpoint import checkpoint_folder, load_weights, read_configuration, read_manifest
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
 from xlm_ds.files import replacing
@@ -51,7 +51,7 @@ from xlm_ds.geometry import rows_that_fit
 from xlm_ds.metrics import BITS_PER_NAT
 from xlm_ds.model import XlmEncoder, build_model, in_second_half
 from xlm_ds.order import evaluation_samples
-from xlm_ds.streams import Choice, Stream, choose, open_streams
+from xlm_ds.streams import Choice, Stream, choose, has_split, open_streams
 from xlm_ds.xlm_masks import pairs_of, share_of, xlm_batches, xlm_pair_batches
 
 
@@ -106,27 +106,6 @@ def sum_over_split(
 def _without_targets(stream: Stream, masking: Masking) -> MaskedBatch:
     batch = build_batch([stream], evaluation_samples(range(1), draw=0), masking)
     return batch._replace(targets=torch.full_like(batch.targets, PAD))
-
-
-def on_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
-    if device.type == "cpu":
-        return batch
-
-    def copied(tensor: Tensor) -> Tensor:
-        return copied_to(tensor, device)
-
-    def copied_if_there(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else copied(tensor)
-
-    return MaskedBatch(
-        input_ids=copied(batch.input_ids),
-        languages=copied(batch.languages),
-        masked_positions=copied(batch.masked_positions),
-        targets=copied(batch.targets),
-        has_padding=batch.has_padding,
-        second_languages=copied_if_there(batch.second_languages),
-        second_starts=copied_if_there(batch.second_starts),
-    )
 
 
 def score(
@@ -247,54 +226,45 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join([head, *lines])
 
 
-def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Score]:
-    """The scores of every language and pair asked for, then "all"."""
-    folder = config.checkpoint.resolve()
-    manifest = read_manifest(folder)
+class Subject(NamedTuple):
+    """A model, and what it is evaluated on, all files open."""
+
+    model: XlmEncoder
+    trained: TrainConfig
+    dictionary: Dictionary
+    choice: Choice
+    streams: tuple[Stream, ...]  # the split's
+    training: tuple[Stream, ...]  # of the same languages and pairs, for their unigram levels
+
+
+def open_subject(config: EvaluateConfig, ranks: Ranks) -> Subject:
+    """Raises InputError for what the model does not know or the folder does not have."""
+    folder = checkpoint_folder(config.checkpoint).resolve()
+    known = tuple(read_manifest(folder)["languages"])
     dictionary = Dictionary.load(folder / "dict.txt")
     model, trained = load_model(folder, len(dictionary))
-    model.to(ranks.device)
-    choice = chosen(config, trained, manifest["languages"])
+    choice = chosen(config, trained, known)
 
-    def opened(split: str, names: tuple[str, ...]) -> Stream:
-        (stream,) = open_streams(
+    def opened(split: str) -> tuple[Stream, ...]:
+        return open_streams(
             config.data,
             split,
-            choice._replace(streams=(names,)),
+            choice,
             tokens_per_sample=trained.data.tokens_per_sample,
             break_mode=trained.data.sample_break_mode,
             vocab_size=len(dictionary),
             dictionary_sha256=dictionary.sha256,
         )
-        return stream
 
-    rows = rows_that_fit(config.max_tokens, trained.data.tokens_per_sample)
-    masking = build_masking(
-        dictionary,
-        seed=config.seed,
-        mask_ratio=trained.data.mask_ratio.values[0],
-        whole_words=trained.data.whole_word_masking,
-    )
-    scores = []
-    for names in choice.streams:
-        counts = opened("train", names).counts()
-        scores.append(
-            score(
-                model,
-                opened(config.split, names),
-                masking,
-                unigram_log_probabilities=smoothed_log_probabilities(counts).to(ranks.device),
-                draws=config.mask_draws,
-                rows=rows,
-                ranks=ranks,
-            )
-        )
-        logger.info(f"{scores[-1].language}: perplexity {scores[-1].perplexity:.1f}")
-    return [*scores, overall(scores)]
+    streams, training = opened(config.split), opened("train")
+    return Subject(model.to(ranks.device), trained, dictionary, choice, streams, training)
 
 
 def chosen(config: EvaluateConfig, trained: TrainConfig, known: Sequence[str]) -> Choice:
-    """What is asked for, or else what the model was trained on. Raises InputError for what it does not know."""
+    """What is asked for, or else what the model was trained on and the folder has.
+
+    Raises InputError for what the model does not know.
+    """
     if config.mlm_steps and config.monolingual_langs:
         raise InputError("--monolingual-langs and --mlm-steps both say what to evaluate; give one")
     if config.monolingual_langs:
@@ -305,22 +275,52 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, known: Sequence[str]) -
                 )
         streams = tuple((language,) for language in config.monolingual_langs)
         return Choice(tuple(known), streams)
-    return choose(known, config.mlm_steps or trained.data.mlm_steps, None)
+    if config.mlm_steps:
+        return choose(known, config.mlm_steps, None)
+    choice = choose(known, trained.data.mlm_steps, None)
+    there = tuple(s for s in choice.streams if has_split(config.data, config.split, s))
+    if there and len(there) < len(choice.streams):
+        missing = ", ".join("-".join(s) for s in choice.streams if s not in there)
+        logger.warning(f"{config.data}: has no {config.split} of {missing}, left out")
+    return choice._replace(streams=there or choice.streams)
 
 
-def evaluate_as_xlm(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
+def evaluate(config: EvaluateConfig, subject: Subject, ranks: Ranks) -> list[Score]:
+    """The scores of every language and pair, then "all"."""
+    data = subject.trained.data
+    masking = build_masking(
+        subject.dictionary,
+        seed=config.seed,
+        mask_ratio=data.mask_ratio.values[0],
+        whole_words=data.whole_word_masking,
+    )
+    scores = []
+    for stream, training in zip(subject.streams, subject.training, strict=True):
+        unigram = smoothed_log_probabilities(training.counts())
+        scores.append(
+            score(
+                subject.model,
+                stream,
+                masking,
+                unigram_log_probabilities=unigram.to(ranks.device),
+                draws=config.mask_draws,
+                rows=rows_that_fit(config.max_tokens, data.tokens_per_sample),
+                ranks=ranks,
+            )
+        )
+        logger.info(f"{scores[-1].language}: perplexity {scores[-1].perplexity:.1f}")
+    return [*scores, overall(scores)]
+
+
+def evaluate_as_xlm(config: EvaluateConfig, subject: Subject, ranks: Ranks) -> dict[str, float]:
     """XLM's figures under its own names: SPLIT_LG_mlm_ppl and _acc (percent), SPLIT_LG_LG_mlm_ppl and _acc of a pair,
     and the means of the languages' figures, SPLIT_mlm_ppl and _acc.
 
     Raises InputError for a text too short for its part of it.
     """
-    folder = config.checkpoint.resolve()
-    known = tuple(read_manifest(folder)["languages"])
-    dictionary = Dictionary.load(folder / "dict.txt")
-    model, trained = load_model(folder, len(dictionary))
-    model.to(ranks.device)
-    shape = shape_of(trained, vocab_size=len(dictionary), languages=len(known))
-    choice = chosen(config, trained, known)
+    model, trained, dictionary, choice = subject[:4]
+    languages = len(choice.languages)
+    shape = shape_of(trained, vocab_size=len(dictionary), languages=languages)
     figures: dict[str, float] = {}
     of_languages: list[str] = []
     for names in choice.streams:
@@ -336,7 +336,7 @@ def evaluate_as_xlm(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
             dictionary_sha256=dictionary.sha256,
         )
         total = torch.zeros(3, dtype=torch.float64)
-        for batch in _batches_of_xlm(stream, config, trained, languages=len(known), ranks=ranks):
+        for batch in _batches_of_xlm(stream, config, trained, languages=languages, ranks=ranks):
             total += _nats_targets_correct(model, on_device(batch, ranks.device))
         nats, targets, correct = ranks.sum(total).tolist()
         name = f"{config.split}_{'_'.join(names)}_mlm"
@@ -417,7 +417,7 @@ def write_json(
 
 def main(argv: Sequence[str]) -> int:
     config = parse(EvaluateConfig, argv, description=__doc__)
-    folder = config.checkpoint
+    folder = checkpoint_folder(config.checkpoint)
     output = config.output or folder.with_name(f"{folder.name}-{config.split}.json")
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output {output}: not a file in a folder that is there")
@@ -425,9 +425,10 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--xlm-masks: XLM evaluates valid and test; give --split test")
     ranks = start_ranks()
     try:
+        subject = open_subject(config, ranks)
         # First, as it may refuse a text that is too short for its part of it.
-        xlm = evaluate_as_xlm(config, ranks) if config.xlm_masks else {}
-        scores = evaluate(config, ranks)
+        xlm = evaluate_as_xlm(config, subject, ranks) if config.xlm_masks else {}
+        scores = evaluate(config, subject, ranks)
         if ranks.rank == 0:
             sys.stdout.write("\n".join([table(scores), xlm_table(xlm)]).rstrip() + "\n")
             write_json(output, config, scores, xlm)

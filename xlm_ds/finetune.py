@@ -36,7 +36,7 @@ from torch import Tensor
 
 from xlm_ds import checkpoint
 from xlm_ds.architectures import ModelShape, parameter_count, useful_flops
-from xlm_ds.batches import NO_LABEL, LabelledBatch
+from xlm_ds.batches import NO_LABEL, LabelledBatch, on_device
 from xlm_ds.checkpoint import BEST, LAST, Progress, Saver
 from xlm_ds.classification import (
     Classifier,
@@ -44,9 +44,7 @@ from xlm_ds.classification import (
     accuracy_figures,
     init_output,
     label_losses,
-    on_device,
     outcome,
-    rows_of_texts,
 )
 from xlm_ds.deepspeed_config import precision_of
 from xlm_ds.digests import Digests
@@ -60,7 +58,7 @@ from xlm_ds.metrics import WORK, RunLog, SlowHosts, Stopwatch
 from xlm_ds.model import build_model
 from xlm_ds.order import Order, build_order
 from xlm_ds.preflight import compare_hosts, request_of
-from xlm_ds.pretrained import checkpoint_folder, load_classifier, longest_row
+from xlm_ds.pretrained import load_classifier, longest_row
 from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
     Saved,
@@ -80,7 +78,7 @@ from xlm_ds.run import (
     update_figures,
 )
 from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, lr_exhausted, plateau_after
-from xlm_ds.text_ids import TextToIds
+from xlm_ds.text_ids import TextToIds, rows_of_texts
 
 # ------------------------------------------------------------------------------------- the loop
 
@@ -189,6 +187,7 @@ class Task(NamedTuple):
     """What is to be learnt. Examples have the model's numbers of languages."""
 
     labels: tuple[str, ...]
+    texts_per_example: int  # 1, or 2 where pairs are classified
     train: Examples
     valid: Examples
     test: Examples
@@ -267,7 +266,7 @@ def begin_run(
 
 def open_base(config: FinetuneConfig) -> Base:
     """Raises InputError if it is no pretrained checkpoint."""
-    folder = checkpoint_folder(config.data.model).resolve()
+    folder = checkpoint.checkpoint_folder(config.data.model).resolve()
     manifest = checkpoint.read_manifest(folder)
     trained = checkpoint.read_configuration(folder, manifest)
     given = {
@@ -397,7 +396,7 @@ def read_task(config: FinetuneConfig, files: LabelledFiles, model: Base) -> Task
     logger.info(
         f"{what} with {len(labels)} labels ({', '.join(labels)}), as ids in {time.monotonic() - begun:.1f} s"
     )
-    return Task(labels, **parts)
+    return Task(labels, width, **parts)
 
 
 def check_same_on_all(task: Task, ranks: Ranks) -> None:
@@ -460,6 +459,7 @@ def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
     """What a checkpoint says of the task, and what `Pretrained.load` needs."""
     return {
         "labels": list(task.labels),
+        "texts_per_example": task.texts_per_example,
         "pooling": config.data.pooling,
         "model": str(model.folder),
         "model_sha256": model.manifest["manifest_sha256"],

@@ -8,7 +8,8 @@
 Texts are raw: the run's own tokenisation, codes and dictionary, which are in the checkpoint, make ids of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,26 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xlm_ds.batches import NO_LABEL, MaskedBatch, Rows
+from xlm_ds.batches import NO_LABEL, MaskedBatch, Rows, on_device, padded
 from xlm_ds.checkpoint import (
-    BEST,
     check_files,
+    checkpoint_folder,
     is_finetuned,
     load_weights,
     read_manifest,
     trained_with,
 )
-from xlm_ds.classification import Classifier, Examples, rows_of_texts
-from xlm_ds.classification import on_device as labelled_on_device
+from xlm_ds.classification import Classifier, Examples
 from xlm_ds.config import TrainConfig
-from xlm_ds.dictionary import EOS, MASK, PAD, SPECIAL_SYMBOLS, Dictionary
+from xlm_ds.dictionary import MASK, PAD, SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.evaluate import load_model, shape_of
-from xlm_ds.log import InputError, logger
+from xlm_ds.log import InputError
 from xlm_ds.model import XlmEncoder, build_model
 from xlm_ds.pair_record import COMPANIONS
-from xlm_ds.text_ids import TextToIds
-
-Ids = NDArray[np.int64]
+from xlm_ds.text_ids import Row, TextToIds, joined_row, rows_of_texts
 
 
 class Candidate(NamedTuple):
@@ -65,14 +63,16 @@ class Pretrained:
         device: torch.device,
         classifier: Classifier | None = None,
         labels: Sequence[str] = (),
+        texts_per_example: int = 1,
     ) -> None:
         """`longest`: ids that a text may have, its two eos included (None: any number).
 
-        `classifier`: what `model` is part of where it was fine-tuned; it scores the labels.
+        `classifier`: what `model` is part of where it was fine-tuned; it scores the labels of a text, or of two.
         """
         self.model = model.to(device).eval()
         self.classifier = None if classifier is None else classifier.to(device).eval()
         self.labels = tuple(labels)
+        self.texts_per_example = texts_per_example
         self.to_ids = to_ids
         self.languages = tuple(languages)
         self.longest = longest
@@ -95,37 +95,43 @@ class Pretrained:
         else:
             model, trained = load_model(folder, len(to_ids.dictionary))
         longest = longest_row(trained, to_ids.dictionary, manifest["languages"])
-        labels = manifest["finetuned"]["labels"] if classifier else ()
-        return cls(model, to_ids, manifest["languages"], longest, device, classifier, labels)
+        known = manifest["languages"]
+        if classifier is None:
+            return cls(model, to_ids, known, longest, device)
+        labels, width = (manifest["finetuned"][name] for name in ("labels", "texts_per_example"))
+        return cls(model, to_ids, known, longest, device, classifier, labels, width)
 
     def encode(
-        self, texts: Sequence[str], language: str, batch_size: int = 32
+        self, texts: Iterable[str], language: str, batch_size: int = 32
     ) -> NDArray[np.float32]:
         """(N, d): of each text the mean of the last hidden states of its ids, without the eos at its begin and end.
 
         Raises: InputError for a language that the model does not know, or a text without a word.
         """
-        if isinstance(texts, str):
-            raise InputError("encode takes a list of texts; put the one in [ ]")
+        check_whole_number("batch_size", batch_size, 1)
         self.language_id(language)  # said before the texts are looked at
-        rows = rows_of(texts, language, self.to_ids, self.longest)
+        examples, where = examples_of(texts, 1)
+        rows = rows_of_texts(examples, language, self.to_ids, self.longest, where)
         if not rows:
             return np.empty((0, self.model.token_embedding.embedding_dim), np.float32)
-        vectors = mean_vectors(
+        found: NDArray[np.float32] = self.vectors(rows, language, batch_size).numpy()
+        return found
+
+    def vectors(self, rows: Sequence[Row], language: str, batch_size: int) -> Tensor:
+        """(N, d) float32 on the CPU, of rows of ids (text_ids.rows_of_texts); see `encode`."""
+        return mean_vectors(
             self.model,
             rows,
             self.language_id(language),
             rows_at_once=batch_size,
             device=self.device,
         )
-        found: NDArray[np.float32] = vectors.numpy()
-        return found
 
     @torch.inference_mode()
     def classify(
-        self, texts: Sequence[str] | Sequence[tuple[str, str]], language: str, batch_size: int = 32
+        self, texts: Iterable[str] | Iterable[tuple[str, str]], language: str, batch_size: int = 32
     ) -> list[Classified]:
-        """Of each text, or pair of texts, the likeliest label.
+        """Of each text, or pair of texts where the model was fine-tuned on pairs, the likeliest label.
 
         Raises: InputError for a model that is not fine-tuned, a language that it does not know, or a text without a
         word.
@@ -134,18 +140,15 @@ class Pretrained:
             raise InputError(
                 "the model is not fine-tuned, so it knows no labels; xlm-ds finetune makes one that does"
             )
-        if isinstance(texts, str):
-            raise InputError("classify takes a list of texts; put the one in [ ]")
+        check_whole_number("batch_size", batch_size, 1)
         number = self.language_id(language)
-        examples = [(text,) if isinstance(text, str) else text for text in texts]
-        rows = rows_of_texts(
-            examples, language, self.to_ids, self.longest, lambda n: f"text {n + 1} of {len(texts)}"
-        )
+        examples, where = examples_of(texts, self.texts_per_example)
+        rows = rows_of_texts(examples, language, self.to_ids, self.longest, where)
         whole = Examples(rows, np.full(len(rows), NO_LABEL), np.full(len(rows), number))
         found = []
         for first in range(0, len(rows), batch_size):
             some = np.arange(first, min(first + batch_size, len(rows)))
-            scores = self.classifier(labelled_on_device(whole.batch(some), self.device))
+            scores = self.classifier(on_device(whole.batch(some), self.device))
             best = scores.softmax(dim=1).max(dim=1)
             found += [
                 Classified(self.labels[label], probability)
@@ -166,11 +169,12 @@ class Pretrained:
                 "the model is fine-tuned and predicts no words any more; load the one that it was made from"
             )
         symbols = self.to_ids.dictionary.symbols
-        if not 1 <= top <= len(symbols) - len(SPECIAL_SYMBOLS):
-            raise InputError(f"top {top}: the dictionary has {len(symbols) - len(SPECIAL_SYMBOLS)}")
+        check_whole_number("top", top, 1, len(symbols) - len(SPECIAL_SYMBOLS))
         language_id = self.language_id(language)
-        row = with_ends(self.to_ids.masked(text, language), None)
-        (masks,) = np.nonzero(row == MASK)
+        check_text(text, _shown(text))
+        ids = self.to_ids.masked(text, language)
+        whole, _ = joined_row([ids], None)
+        (masks,) = np.nonzero(whole == MASK)
         if len(masks) == 0:
             raise InputError(f"{_shown(text)}: has no {SPECIAL_SYMBOLS[MASK]} to fill")
         if self.longest is not None and masks[-1] >= self.longest - 1:
@@ -178,8 +182,9 @@ class Pretrained:
                 f"{_shown(text)}: a {SPECIAL_SYMBOLS[MASK]} is at position {masks[-1] + 1}, and the model has "
                 f"{self.longest}; shorten the text before it"
             )
+        row, _ = joined_row([ids], self.longest)
         batch = MaskedBatch(
-            input_ids=torch.from_numpy(_cut(row, self.longest))[None].to(self.device),
+            input_ids=torch.from_numpy(row.astype(np.int64))[None].to(self.device),
             languages=torch.tensor([language_id], device=self.device),
             masked_positions=torch.from_numpy(masks).to(self.device),
             targets=torch.full((len(masks),), PAD, device=self.device),
@@ -219,12 +224,6 @@ def base_configuration(folder: Path, manifest: Mapping[str, Any]) -> TrainConfig
     return trained_with(folder, manifest, manifest["finetuned"]["configuration"])
 
 
-def checkpoint_folder(path: Path) -> Path:
-    """Of a run's folder its best checkpoint; any other path as it is."""
-    is_run = not (path / "manifest.json").exists() and (path / BEST).exists()
-    return path / BEST if is_run else path
-
-
 def longest_row(
     trained: TrainConfig, dictionary: Dictionary, languages: Sequence[str]
 ) -> int | None:
@@ -239,52 +238,54 @@ def language_id(language: str, known: Sequence[str]) -> int:
     return known.index(language)
 
 
-# ------------------------------------------------------------------------------------ texts to rows
+# ----------------------------------------------------------------------------------------- texts
 
 
-def rows_of(
-    texts: Sequence[str], language: str, to_ids: TextToIds, longest: int | None
-) -> list[Ids]:
-    """Of each text eos, its ids and eos, at most `longest`; says how many are cut.
+def examples_of(
+    texts: Iterable[str | Sequence[str]], width: int
+) -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
+    """Each of `texts` as a tuple of `width` texts, and what to call it by its number.
 
-    Raises InputError for a text without a word.
+    Raises InputError for what is no text, another number of them than `width`, or one text in place of a list.
     """
-    rows = []
-    cut = 0
-    for number, text in enumerate(texts, start=1):
-        ids = to_ids(text, language)
-        if len(ids) == 0:
-            raise InputError(f"text {number} of {len(texts)} ({_shown(text)}) has no word")
-        cut += longest is not None and len(ids) + 2 > longest
-        rows.append(with_ends(ids, longest))
-    if cut:
-        logger.warning(
-            f"{cut} of {len(texts)} texts in {language} are longer than the {longest} positions of the model and are "
-            "cut"
-        )
-    return rows
+    if isinstance(texts, str | bytes):
+        raise InputError("expected a list of texts; put the one in [ ]")
+    given = list(texts)
+
+    def where(number: int) -> str:
+        return f"text {number + 1} of {len(given)} ({_shown(given[number])})"
+
+    examples = []
+    for number, value in enumerate(given):
+        example = tuple(value) if isinstance(value, tuple | list) else (value,)
+        if len(example) != width:
+            expected = "one text" if width == 1 else "a pair of texts"
+            raise InputError(
+                f"{where(number)}: the model takes {expected} here, not {len(example)}"
+            )
+        for text in example:
+            check_text(text, where(number))
+        examples.append(example)
+    return examples, where
 
 
-def with_ends(ids: Ids, longest: int | None) -> Ids:
-    """eos, as many of the ids as there is room for, and eos: as a line stands between two others in training."""
-    eos = np.array([EOS], np.int64)
-    return _cut(np.concatenate([eos, ids, eos]), longest)
+def check_text(text: object, where: str) -> None:
+    """Raises InputError for what is no str, or one with half a character in it."""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: is of type {type(text).__name__}; expected a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start + 1} is a lone surrogate, of bytes that are not UTF-8; decode them with "
+            "their own encoding"
+        ) from error
 
 
-def _cut(row: Ids, longest: int | None) -> Ids:
-    if longest is None or len(row) <= longest:
-        return row
-    return np.concatenate([row[: longest - 1], row[-1:]])
-
-
-def padded(rows: Sequence[Ids], language: int, device: torch.device) -> Rows:
-    """The rows as one batch, PAD behind the shorter ones."""
-    lengths = [len(row) for row in rows]
-    input_ids = torch.full((len(rows), max(lengths)), PAD)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = torch.from_numpy(row)
-    languages = torch.full((len(rows),), language)
-    return Rows(input_ids.to(device), languages.to(device), min(lengths) < max(lengths))
+def check_whole_number(name: str, value: int, least: int, most: float = math.inf) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
+        to = "up" if most == math.inf else f"to {most}"
+        raise InputError(f"{name} {value}: expected a whole number from {least} {to}")
 
 
 # ---------------------------------------------------------------------------------- rows to vectors
@@ -293,7 +294,7 @@ def padded(rows: Sequence[Ids], language: int, device: torch.device) -> Rows:
 @torch.no_grad()  # not inference_mode: what ZeRO 3 gathers then could not be trained on
 def mean_vectors(
     encode: Callable[[Rows], Tensor],
-    rows: Sequence[Ids],
+    rows: Sequence[Row],
     language: int,
     *,
     rows_at_once: int,
@@ -303,7 +304,8 @@ def mean_vectors(
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # little padding
     means = []
     for first in range(0, len(order), rows_at_once):
-        batch = padded([rows[n] for n in order[first : first + rows_at_once]], language, device)
+        some = [rows[n] for n in order[first : first + rows_at_once]]
+        batch = on_device(padded(some, np.full(len(some), language)), device)
         means.append(_means(encode(batch), batch.input_ids).cpu())
     vectors = torch.cat(means)
     return torch.empty_like(vectors).index_copy_(0, torch.tensor(order), vectors)
@@ -318,5 +320,6 @@ def _means(hidden: Tensor, input_ids: Tensor) -> Tensor:
     return summed / inside.sum(dim=1, keepdim=True)
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:39] + "…")
+def _shown(text: object) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 42 else shown[:41] + "…"

@@ -8,7 +8,6 @@ the ratio margin of Artetxe and Schwenk (2019, arXiv 1811.01136): the cosine div
 four nearest neighbours, which takes the advantage from lines that are near to all.
 """
 
-import contextlib
 import itertools
 import json
 import sys
@@ -30,8 +29,8 @@ from torch.nn import functional
 from xlm_ds.batches import Rows, rank_slice
 from xlm_ds.engine import Ranks
 from xlm_ds.files import read_lines, replacing
-from xlm_ds.pretrained import Ids, Pretrained, checkpoint_folder, mean_vectors, rows_of
-from xlm_ds.text_ids import TextToIds
+from xlm_ds.pretrained import Pretrained, mean_vectors
+from xlm_ds.text_ids import Row, TextToIds, rows_of_texts
 
 NEIGHBOURS = 4
 SIMILARITIES_AT_ONCE = 1 << 24  # 64 MB
@@ -48,36 +47,34 @@ class Retrieval(NamedTuple):
 # ------------------------------------------------------------------------------------------- texts
 
 
-def read_aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
-    """The lines of two files. Raises InputError unless they are as many, and each has text."""
-    texts = [_lines(first), _lines(second)]
+class AlignedRows(NamedTuple):
+    """Two aligned texts as rows of ids."""
+
+    languages: tuple[str, str]
+    rows: tuple[list[Row], list[Row]]
+
+
+def read_aligned(
+    files: Sequence[Path], languages: tuple[str, str], to_ids: TextToIds, longest: int | None
+) -> AlignedRows:
+    """Two files of raw text. Raises InputError unless they have as many lines, and each has a word."""
+    texts = [[line.rstrip("\n") for some in read_lines(path) for line in some] for path in files]
     if len(texts[0]) != len(texts[1]):
-        short, long = sorted(zip(map(len, texts), (first, second), strict=True))
+        short, long = sorted(zip(map(len, texts), files, strict=True))
         raise InputError(
             f"{short[1]}: ends after line {short[0]}, but {long[1]} has {long[0]}; give files that are aligned"
         )
     if not texts[0]:
-        raise InputError(f"{first}: is empty")
-    return texts[0], texts[1]
+        raise InputError(f"{files[0]}: is empty")
+    rows = []
+    for path, lines, language in zip(files, texts, languages, strict=True):
 
+        def where(number: int, path: Path = path) -> str:
+            return f"{path}, line {number + 1}"
 
-def _lines(path: Path) -> list[str]:
-    lines = [line.rstrip("\n") for some in read_lines(path) for line in some]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise InputError(
-                f"{path}, line {number}: has no text; take the line out of this file and of the one aligned with it"
-            )
-    return lines
-
-
-@contextlib.contextmanager
-def _of_file(path: Path) -> Iterator[None]:
-    """Puts the file into what is said of one of its lines."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        examples = [(line,) for line in lines]
+        rows.append(rows_of_texts(examples, language, to_ids, longest, where))
+    return AlignedRows(languages, (rows[0], rows[1]))
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -133,20 +130,13 @@ def by_direction(languages: tuple[str, str], found: Retrieval) -> dict[str, dict
 # ---------------------------------------------------------------------------------- during training
 
 
-class AlignedRows(NamedTuple):
-    """Two aligned texts as rows of ids (pretrained.rows_of)."""
-
-    languages: tuple[str, str]
-    rows: tuple[list[Ids], list[Ids]]
-
-
 def read_all_aligned(
     source: Path, languages: Sequence[str], to_ids: TextToIds, longest: int | None
 ) -> list[AlignedRows]:
     """The texts LG1-LG2.LG1 and LG1-LG2.LG2 of all pairs of these languages, in one order or the other, that there are
     in a folder, or behind a prefix and a point.
 
-    Raises InputError if there is none, or as read_aligned and rows_of.
+    Raises InputError if there is none, or as read_aligned.
     """
     begin = f"{source}/" if source.is_dir() else f"{source}."
     found = []
@@ -154,11 +144,7 @@ def read_all_aligned(
         for pair in ((one, other), (other, one)):
             paths = [Path(f"{begin}{'-'.join(pair)}.{language}") for language in pair]
             if any(path.exists() for path in paths):
-                rows = []
-                for path, lines, language in zip(paths, read_aligned(*paths), pair, strict=True):
-                    with _of_file(path):
-                        rows.append(rows_of(lines, language, to_ids, longest))
-                found.append(AlignedRows(pair, (rows[0], rows[1])))
+                found.append(read_aligned(paths, pair, to_ids, longest))
                 break
     if not found:
         raise InputError(
@@ -190,7 +176,7 @@ def retrieve_on_ranks(
 
 
 def _gathered_vectors(
-    rows: Sequence[Ids],
+    rows: Sequence[Row],
     encode: Callable[[Rows], Tensor],
     language: int,
     *,
@@ -227,21 +213,22 @@ def pairs_of(config: RetrieveConfig) -> list[Pair]:
         raise InputError(
             f"--languages {','.join(languages)}: are {len(languages)} for {len(files)} files; give each file's"
         )
-    return [
+    pairs = [
         Pair((files[n], files[n + 1]), (languages[n], languages[n + 1]))
         for n in range(0, len(files), 2)
     ]
+    for pair in pairs:
+        if pair.files[0] == pair.files[1] and pair.languages[0] == pair.languages[1]:
+            raise InputError(f"{pair.files[0]}: is given for its own translation")
+    return pairs
 
 
-def retrieve(pair: Pair, model: Pretrained, batch_size: int) -> Retrieval:
-    vectors = []
-    for path, language, texts in zip(
-        pair.files, pair.languages, read_aligned(*pair.files), strict=True
-    ):
-        with _of_file(path):
-            found = model.encode(texts, language, batch_size)
-        vectors.append(torch.from_numpy(found).to(model.device))
-    return retrieval(*vectors)
+def retrieve(aligned: AlignedRows, model: Pretrained, batch_size: int) -> Retrieval:
+    first, second = (
+        model.vectors(rows, language, batch_size).to(model.device)
+        for rows, language in zip(aligned.rows, aligned.languages, strict=True)
+    )
+    return retrieval(first, second)
 
 
 def table(results: Sequence[tuple[Pair, Retrieval]]) -> str:
@@ -280,16 +267,20 @@ def write_json(
 def main(argv: Sequence[str]) -> int:
     config = parse(RetrieveConfig, argv, description=__doc__)
     pairs = pairs_of(config)
-    folder = checkpoint_folder(config.checkpoint)
-    output = config.output or folder.with_name(f"{folder.name}-retrieval.json")
-    if output.is_dir() or not output.parent.is_dir():
+    output = config.output
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"--output {output}: not a file in a folder that is there")
-    model = Pretrained.load(folder)
+    model = Pretrained.load(config.checkpoint)
     for language in itertools.chain.from_iterable(pair.languages for pair in pairs):
-        model.language_id(language)  # refused before the first file is encoded
-    results = [(pair, retrieve(pair, model, config.batch_size)) for pair in pairs]
+        model.language_id(language)  # refused before the first file is read
+    aligned = [read_aligned(*pair, model.to_ids, model.longest) for pair in pairs]
+    results = [
+        (pair, retrieve(texts, model, config.batch_size))
+        for pair, texts in zip(pairs, aligned, strict=True)
+    ]
     sys.stdout.write(table(results) + "\n")
-    write_json(output, config, results)
+    if output is not None:
+        write_json(output, config, results)
     return EXIT_OK
 
 

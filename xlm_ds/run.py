@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xlm_ds import checkpoint
 from xlm_ds.architectures import ModelShape, parameter_count
-from xlm_ds.batches import MaskedBatch, shows_mask
+from xlm_ds.batches import MaskedBatch, on_device, shows_mask
 from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
 from xlm_ds.config import CommonRunConfig, FinetuneConfig, LearningConfig, TrainConfig
 from xlm_ds.corpus import Corpus, micro_batch, open_corpus, order_facts, with_sample_numbers
@@ -36,7 +36,7 @@ from xlm_ds.deepspeed_config import (
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.digests import FILE, Digests, begin_file
 from xlm_ds.engine import Engine, Ranks
-from xlm_ds.evaluate import on_device, shape_of, sum_over_split
+from xlm_ds.evaluate import shape_of, sum_over_split
 from xlm_ds.flags import to_dict, to_toml
 from xlm_ds.geometry import Geometry, batch_geometry, divided, rows_that_fit
 from xlm_ds.lifeline import LOGS
@@ -503,7 +503,7 @@ def validate(run: Run) -> Tensor:
     return torch.stack(sums, dim=1)
 
 
-def retrieved(run: Run, update: int) -> None:
+def retrieved(run: Run, progress: Progress) -> Progress:
     """Measures retrieval on every pair of --retrieve-data and writes it down. All ranks must call it."""
     run.stopwatch.enter("validation")
     run.engine.train(False)
@@ -519,7 +519,9 @@ def retrieved(run: Run, update: int) -> None:
         )
         for kind, directions in by_direction(aligned.languages, found).items():
             figures[kind] |= directions
-    run.log.write("retrieve", update, figures)
+    if run.aligned:  # else the flags are no longer given
+        run.log.write("retrieve", progress.update, figures)
+    return dataclasses.replace(progress, retrieval_due=False)
 
 
 def check_finite(loss: float, progress: Progress, run: CommonRunConfig) -> None:

@@ -177,6 +177,11 @@ def stored_split(folder: Path, split: str, stream: Sequence[str]) -> str:
     return next((name for name in names if any(folder.glob(f"{name}.*.idx"))), names[0])
 
 
+def has_split(folder: Path, split: str, stream: Sequence[str]) -> bool:
+    there = languages_in(folder, stored_split(folder, split, stream))
+    return all(language in there for language in stream)
+
+
 def _check_sides(first: TokenDataset, second: TokenDataset) -> None:
     if first.tokens_per_sample < SHORTEST_ROW:
         raise InputError(

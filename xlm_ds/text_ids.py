@@ -3,6 +3,7 @@
     to_ids = TextToIds.load(Path("run/checkpoint_best"))     # or the folder that binarize wrote
     to_ids("Ça va?", "fr")                                   # (n,) int64, without the eos of a line
     to_ids.masked("Ça <mask>?", "fr")
+    rows_of_texts([("Ça va?",)], "fr", to_ids, 256, str)     # [(2 + n,)], as a model reads them
 
 What decides the ids lies in that folder: dict.txt, and where the text came from `prepare` or was split with
 --bpe-codes, prepare.json (the tokenisation), codes and bpe_vocab. A line's ids are those that `prepare` and `binarize`
@@ -12,17 +13,22 @@ make of it.
 import json
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xlm_ds import _core
-from xlm_ds.dictionary import MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
+from xlm_ds.dictionary import EOS, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
 from xlm_ds.log import InputError, logger
 from xlm_ds.merges import load_bpe
 from xlm_ds.prepare_record import RECORD
 from xlm_ds.tokenisation import Tokenisation, installed_sacremoses, tokenise_line
+
+Ids: TypeAlias = NDArray[np.int64]
+Row: TypeAlias = NDArray[np.int32]  # eos, ids and eos, as a model reads them
 
 _LINE_ENDS = re.compile(r"[\r\n]+")
 
@@ -61,11 +67,11 @@ class TextToIds:
             logger.warning(f"{folder}: has no {RECORD}, so texts are taken as tokenised already")
         return cls(dictionary, tokenisation, bpe)
 
-    def __call__(self, text: str, language: str) -> NDArray[np.int64]:
+    def __call__(self, text: str, language: str) -> Ids:
         """(n,): the line's ids without its eos; several lines are one. UNK where a piece is not in the dictionary."""
         return self._ids_of(self._words(text, language))
 
-    def masked(self, text: str, language: str) -> NDArray[np.int64]:
+    def masked(self, text: str, language: str) -> Ids:
         """(n,): the same, with MASK wherever the text has `<mask>`, which stands for a word."""
         # Begins with a capital: Moses takes a point before a small letter for that of an abbreviation.
         stand_in = "Qzmaskqz"
@@ -81,7 +87,7 @@ class TextToIds:
             return tokenise_line(text, language, self.tokenisation)
         return _LINE_ENDS.sub(" ", text)
 
-    def _ids_of(self, words: str) -> NDArray[np.int64]:
+    def _ids_of(self, words: str) -> Ids:
         if self._bpe is not None:
             words = self._bpe.apply_line(words.encode()).decode()
         # str.split knows the same 29 blanks as binarize. A word spelt as padding is none: padding is known by its id.
@@ -107,3 +113,51 @@ def _load_tokenisation(path: Path) -> Tokenisation | None:
                 "may become others"
             )
     return settings
+
+
+# ------------------------------------------------------------------------------------ rows of ids
+
+
+def joined_row(parts: Sequence[Ids], longest: int | None) -> tuple[Row, bool]:
+    """eos, the text and eos, and of a pair the second text and eos, as one row; whether it was cut to `longest`.
+
+    Of a pair the longer text loses what is too much, down to half of the room.
+    """
+    room = None if longest is None else longest - len(parts) - 1
+    was_cut = room is not None and sum(map(len, parts)) > room
+    if room is not None and was_cut:
+        first = min(len(parts[0]), max(room - sum(map(len, parts[1:])), -(-room // len(parts))))
+        parts = [parts[0][:first], *(part[: room - first] for part in parts[1:])]
+    eos = np.array([EOS])
+    row = np.concatenate([eos, *(piece for part in parts for piece in (part, eos))])
+    return row.astype(np.int32), was_cut
+
+
+def rows_of_texts(
+    examples: Sequence[Sequence[str]],
+    language: str,
+    to_ids: TextToIds,
+    longest: int | None,
+    where: Callable[[int], str],
+) -> list[Row]:
+    """Of each example, which is one text or two, its row; says how many are cut.
+
+    `where` says of an example's number where it is from. Raises InputError for a text without a word.
+    """
+    rows = []
+    cut = 0
+    for number, texts in enumerate(examples):
+        parts = [to_ids(text, language) for text in texts]
+        if any(len(part) == 0 for part in parts):
+            which = "the text" if len(parts) == 1 else "a text"
+            raise InputError(f"{where(number)}: {which} has no word")
+        row, was_cut = joined_row(parts, longest)
+        rows.append(row)
+        cut += was_cut
+    if cut:
+        what = "texts" if len(examples[0]) == 1 else "pairs of texts"
+        logger.warning(
+            f"{cut} of {len(rows)} {what} in {language} are longer than the {longest} positions of the model and are "
+            "cut"
+        )
+    return rows

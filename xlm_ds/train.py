@@ -33,11 +33,11 @@ if __name__ == "__main__":
 import torch
 
 from xlm_ds import checkpoint, plan
+from xlm_ds.batches import on_device
 from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import micro_batch, open_corpus, update_targets, with_sample_numbers
 from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.engine import Ranks, collectives_timed
-from xlm_ds.evaluate import on_device
 from xlm_ds.preflight import check_hosts
 from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
@@ -71,6 +71,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
         if progress.validation_due:
             progress, best = validated(run, progress)
             save(run, progress, [LAST, BEST] if best else [LAST])
+        if progress.retrieval_due:
+            progress = retrieved(run, progress)
 
         while not finished(run, progress):
             stopwatch.enter("data")
@@ -117,8 +119,10 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
                 names += [BEST] if best else []
             elif due.validate:
                 progress = dataclasses.replace(progress, validation_due=True)
-            if is_turn(config.run.retrieve_interval_updates, progress.update) and not stopping:
-                retrieved(run, progress.update)
+            if due.retrieve and not stopping:
+                progress = retrieved(run, progress)
+            elif due.retrieve:
+                progress = dataclasses.replace(progress, retrieval_due=True)
             if due.save:
                 save(run, progress, names)
             if stopping:
@@ -148,6 +152,7 @@ class Due(NamedTuple):
 
     log: bool
     validate: bool
+    retrieve: bool
     save: bool
     epoch_name: bool  # the checkpoint is also named checkpointN
 
@@ -167,6 +172,7 @@ def what_is_due(
         log=is_turn(options.log_interval, update)
         or save,  # a save is never made of a loss not looked at
         validate=validate,
+        retrieve=is_turn(options.retrieve_interval_updates, update),
         save=save,
         epoch_name=save_epoch and not options.no_epoch_checkpoints,
     )
