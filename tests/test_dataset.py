@@ -358,7 +358,7 @@ def test_a_language_without_data_is_named(tmp_path: Path) -> None:
     write_mmap(tmp_path / "train.en", LINES)
     with pytest.raises(InputError, match=r"train\.ar\.idx: .* train is there for de, en$"):
         open_one(tmp_path)
-    with pytest.raises(InputError, match="valid is there for no language"):
+    with pytest.raises(InputError, match="nothing of valid is there for any lang"):
         open_one(tmp_path, split="valid")
     with pytest.raises(InputError, match="there is no such folder"):
         open_one(tmp_path / "OUT")

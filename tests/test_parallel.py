@@ -100,7 +100,7 @@ REFUSED = {
     "shorter": (
         ["alpha"] * 3,
         ["alpha"] * 2,
-        r"train.en has 3 lines and \S*train.fr 2, .*line 3 of \S*train.en is the first without one",
+        r"train.en has 3 lines and \S*train.fr 2, .*line 3 of \S*train.en is the first without one, or one is lost",
     ),
     "longer": (
         ["alpha"],
@@ -129,6 +129,16 @@ def test_what_is_not_aligned_is_refused_and_leaves_nothing(
     assert "--unaligned skip" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in out.iterdir() if "train" in p.name) == []
+
+
+def test_a_refused_split_leaves_those_before_it(vocabulary: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    write_sides(text, ["alpha"], ["beta"])
+    write_sides(text, ["alpha"], ["", "beta"], split="valid")
+    with pytest.raises(InputError, match=r"valid.en has 1 lines"):
+        run(vocabulary, text, out, f"--validpref={text / 'valid'}")
+    assert content(out)
+    assert not list(out.glob("*valid*"))
 
 
 def test_what_was_there_before_survives_a_refusal(vocabulary: Path, tmp_path: Path) -> None:
@@ -178,8 +188,20 @@ def test_skipped_lines_are_counted_in_a_sentence(
     write_sides(tmp_path / "t", ["alpha", "", "beta", "beta"], ["alpha", "beta", "gamma"])
     with caplog.at_level("INFO", logger="xlm_ds"):
         run(vocabulary, tmp_path / "t", tmp_path / "out", "--unaligned=skip")
-    assert re.search(r"2 lines are left out, .* the first is line 2\n", caplog.text)
+    assert re.search(r"left out 2 of 4 pairs of lines, .* the first is line 2\n", caplog.text)
     assert caplog.text.count("left out") == 1
+    (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    assert re.search(
+        r"train.en has 4 lines and \S*train.fr 3, .*line 4 of \S*train.en is the first without one, or one is lost "
+        "before, in which case all lines after it are paired wrongly$",
+        warning,
+    )
+    caplog.clear()
+    write_sides(tmp_path / "t", ["alpha", "", "beta"], ["alpha", "beta", "gamma"])
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        run(vocabulary, tmp_path / "t", tmp_path / "out", "--unaligned=skip")
+    assert "left out 1 of 3" in caplog.text
+    assert "WARNING" not in caplog.text  # what is empty shifts no other line
 
 
 @pytest.mark.parametrize(
@@ -199,6 +221,22 @@ def test_what_cannot_be_asked_for_is_refused(
     given = [f"--srcdict={vocabulary}", f"--trainpref={tmp_path / 'text' / 'train'}"]
     with pytest.raises(InputError, match=message):
         binarize.main([*flags, *given, f"--destdir={tmp_path / 'out'}"])
+
+
+def test_what_prepare_leaves_is_not_mistaken(vocabulary: Path, tmp_path: Path) -> None:
+    """D/train.en beside D/train.en-fr.en is a language's text: of as many lines, it would pass for parallel text."""
+    text, out = tmp_path / "text", tmp_path / "out"
+    write_sides(text, ["alpha"], ["beta"])
+    write_sides(text, ["alpha"], ["beta"], split="train.en-fr")
+    given = [f"--srcdict={vocabulary}", f"--destdir={out}", f"--trainpref={text / 'train'}"]
+    for one, other in (("en", "fr"), ("fr", "en")):
+        with pytest.raises(InputError, match=r"give --trainpref \S*train.en-fr$"):
+            binarize.main([f"-s={one}", f"-t={other}", *given])
+    with pytest.raises(InputError, match=r"not found, but \S*train.en-fr.en is; give --trainpref"):
+        binarize.main(["-s=fr", "-t=en", *given, f"--trainpref={text / 'train.fr-en'}"])
+    with pytest.raises(InputError, match=r"train.en-fr.en is there: parallel text needs --source"):
+        binarize.main(["--langs=en,en-fr", *given])
+    run(vocabulary, text, out, f"--trainpref={text / 'train.en-fr'}")
 
 
 def test_several_files_are_splits_of_their_own_and_not_joined(

@@ -5,6 +5,7 @@ import fcntl
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -412,11 +413,11 @@ def test_finished_parts_are_not_made_again(raw: Path, tmp_path: Path) -> None:
 def test_other_settings_are_refused_unless_to_be_overwritten(raw: Path, tmp_path: Path) -> None:
     run(raw, tmp_path / "D")
     whole = tree(tmp_path / "D")
-    with pytest.raises(InputError, match="bpe_codes was 200, is now 100; give another"):
+    with pytest.raises(InputError, match="--bpe-codes was 200, is now 100; give the"):
         run(raw, tmp_path / "D", "--bpe-codes", "100")
-    with pytest.raises(InputError, match=r"tokenisation.lowercase was False, is now True"):
+    with pytest.raises(InputError, match="else: --lowercase was False, is now True"):
         run(raw, tmp_path / "D", "--lowercase")
-    with pytest.raises(InputError, match=r"inputs.hi.all.sha256 was \w+, is now None"):
+    with pytest.raises(InputError, match="else: --langs was de,hi, is now de;"):
         run(raw, tmp_path / "D", "--langs", "de")
     assert tree(tmp_path / "D") == whole
     text = (tmp_path / "D/tokenised/train.de").stat().st_mtime_ns
@@ -428,12 +429,42 @@ def test_other_settings_are_refused_unless_to_be_overwritten(raw: Path, tmp_path
     assert tree(tmp_path / "D") == tree(tmp_path / "lower")
 
 
+def test_what_differs_is_said_in_a_sentence(raw: Path, tmp_path: Path) -> None:
+    """A list of hashes and sizes is read by nobody, least of all when other flags have moved all of it."""
+    run(raw, tmp_path / "D", "--seed", "1", "--valid-lines", "9")
+    (raw / "other.hi").write_bytes(golden("hi.tok") + b"x\n")
+    (raw / "other.de").write_bytes(golden("de.tok"))
+    (raw / "codes").write_text("a b 9\n", encoding="utf-8")
+    same = ["--seed", "1", "--valid-lines", "9"]
+    given = {
+        f"else: {raw}/other.hi is not what {raw}/hi.txt was; give": [
+            "--input",
+            f"{raw}/other",
+            *same,
+        ],
+        "else: --codes is new; give": ["--codes", f"{raw}/codes", *same],
+        "else: --seed was 1, is now 0; --valid-lines was 9, is now not given; give": [],
+        "; --seed was 1, is now 2; --test-lines was not given, is now 3; and 2 more; give": [
+            *("--seed", "2", "--bpe-codes", "9", "--bpe-alpha", "1", "--test-lines", "3"),
+            *("--lowercase", "--remove-accents", "--valid-lines", "9"),
+        ],
+    }
+    for message, more in given.items():
+        with pytest.raises(InputError) as caught:
+            run(raw, tmp_path / "D", *more)
+        assert message in str(caught.value)
+        assert re.search("[0-9a-f]{20}", str(caught.value).replace(str(tmp_path), "")) is None
+    split = ["--langs", "de,hi", "--destdir", str(tmp_path / "D"), "--trainpref", f"{raw}/other"]
+    with pytest.raises(InputError, match="else: --trainpref is given instead of --input or --wiki"):
+        prepare(parse(PrepareConfig, split))
+
+
 def test_other_text_is_noticed_and_the_same_text_is_not(raw: Path, tmp_path: Path) -> None:
     run(raw, tmp_path / "D")
     os.utime(raw / "de.txt")  # as a fresh clone would
     run(raw, tmp_path / "D")
     (raw / "de.txt").write_bytes(golden("de.tok") + b"one more line\n")
-    with pytest.raises(InputError, match=r"inputs.de.all.bytes was \d+, is now \d+"):
+    with pytest.raises(InputError, match=r"else: \S*raw/de.txt has changed;"):
         run(raw, tmp_path / "D")
     hindi = (tmp_path / "D/tokenised/train.hi").stat().st_mtime_ns
     run(raw, tmp_path / "D", "--overwrite")
@@ -603,18 +634,105 @@ def test_lines_of_a_pair_stay_where_they_are(raw: Path, para: Path, tmp_path: Pa
     assert tree(made) == before
 
 
-def test_a_side_that_has_changed_is_made_again_and_nothing_else_is_tokenised(
+def test_a_pair_may_come_later_and_those_before_stay(
+    raw: Path, para: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is made of a pair but itself, so all is as if it had been there from the beginning."""
+    langs = ["--langs", "de,en,hi"]
+    (raw / "en.txt").write_bytes(golden("de.tok")[:9000])
+    for lang in ("de", "en"):
+        (para / f"train.de-en.{lang}").write_text("eins\nzwei\n", encoding="utf-8")
+    later, made = ["--parallel", f"{para}/{{split}}", "--pairs", "de-en"], tmp_path / "D"
+    run(raw, made, *langs)
+    run(raw, made, *langs, *parallel(para))
+    before = {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.name != "prepare.json"}
+    for path in (made / "tokenised").iterdir():
+        path.unlink()  # as docs/formats.md allows: nobody tokenises the languages again for a pair
+    record = run(raw, made, *langs, *later)
+    assert {
+        f"{split}.{pair}" for pair in ("de-hi.de", "de-hi.hi") for split in ("train", "valid")
+    } | {
+        "train.de-en.de",
+        "train.de-en.en",
+    } == {name for name in record["files"] if "-" in name and "/" not in name}
+    tokenised = sorted(path.name for path in (made / "tokenised").iterdir())
+    assert tokenised == ["train.de-en.de", "train.de-en.en"]
+    for path, at in before.items():
+        assert not path.is_file() or path.stat().st_mtime_ns == at
+    both = [*langs, "--parallel", f"{para}/{{split}}", "--pairs", "de-hi,de-en"]
+    assert run(raw, made, *both) == record == run(raw, made, *langs)
+    whole = run(raw, tmp_path / "once", *both)
+    assert whole == record
+    for name in record["files"]:
+        if "/" not in name:
+            assert (made / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        record = run(raw, made, *langs, *later, "--overwrite", "--lowercase")
+    assert "removed de-hi, made otherwise" in caplog.text  # it would have the codes of then
+    assert not list(made.rglob("*de-hi*"))
+    assert not any("de-hi" in name for name in [*record["files"], *record["inputs"]])
+    assert run(raw, made, *langs, *later, "--lowercase") == record
+
+
+def test_sides_of_different_numbers_of_lines_are_refused_before_the_work(
+    raw: Path, para: Path, tmp_path: Path
+) -> None:
+    """The codes would be learnt for hours before binarize sees it, and every line after a lost one is wrong."""
+    side = para / "valid.de-hi.hi"
+    whole = side.read_bytes()
+    for content, last in ((whole + b"\r\n", 3), (whole + b"x\r\ry\r\nz", 6)):
+        side.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            run(raw, tmp_path / "D", *parallel(para))
+        assert re.search(
+            rf"valid.de-hi.de has 2 lines and \S*valid.de-hi.hi {last}, .*: line 3 of \S*valid.de-hi.hi is the first "
+            r"without one, or one is lost before, in which case all .* wrongly; .* \(head -n 2\)$",
+            str(caught.value),
+        )
+    assert set(tree(tmp_path / "D")) == {"prepare.json"}
+    side.write_bytes(whole.removesuffix(b"\n"))
+    run(raw, tmp_path / "D", *parallel(para))
+    side.write_bytes(whole + b"\n")
+    with pytest.raises(InputError, match=r"valid.de-hi.hi has changed"):
+        run(raw, tmp_path / "D", *parallel(para))
+    with pytest.raises(InputError, match=r"valid.de-hi.hi 3, but"):
+        run(raw, tmp_path / "D", *parallel(para), "--overwrite")
+    side.write_bytes(whole + b"\xed\xa0\x80\n")  # a lone surrogate
+    with pytest.raises(InputError, match=r"valid.de-hi.hi:3: byte 0xed at offset \d+ is not UTF-8"):
+        run(raw, tmp_path / "D", *parallel(para), "--overwrite")
+
+
+def test_pairs_named_twice_or_otherwise_than_their_files(
+    raw: Path, para: Path, tmp_path: Path
+) -> None:
+    def refused(pairs: str, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            run(raw, tmp_path / "D", "--parallel", f"{para}/{{split}}", "--pairs", pairs)
+
+    refused("de-hi,de-hi", "--pairs: de-hi is named twice")
+    refused(
+        "hi-de",
+        r"--pairs hi-de: \S*train.hi-de.hi is not there, but \S*train.de-hi.hi is; give --pairs de-hi$",
+    )
+    for lang in LANGS:
+        (para / f"train.hi-de.{lang}").write_text("a\n", encoding="utf-8")
+    refused("de-hi,hi-de", "--pairs: de-hi and hi-de are the same pair; give one")
+    (para / "valid.de-hi.de").unlink()
+    refused("de-hi", r"valid.de-hi.de: no such file, but \S*valid.de-hi.hi is there; a pair needs")
+
+
+def test_a_side_that_has_changed_is_made_again_and_nothing_else(
     raw: Path, para: Path, tmp_path: Path
 ) -> None:
     run(raw, tmp_path / "D", *parallel(para))
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "D" / "tokenised").iterdir()}
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "D").rglob("*.*")}
     path = para / "train.de-hi.de"
     path.write_text(path.read_text(encoding="utf-8").replace("Haus", "Dorf"), encoding="utf-8")
-    with pytest.raises(InputError, match=r"inputs\.de-hi\.de\.train\.sha256 was"):
+    with pytest.raises(InputError, match=r"else: \S*train.de-hi.de has changed; give"):
         run(raw, tmp_path / "D", *parallel(para))
     run(raw, tmp_path / "D", *parallel(para), "--overwrite")
     again = {p.name for p, mtime in made.items() if p.stat().st_mtime_ns != mtime}
-    assert again == {"train.de-hi.de", "valid.de-hi.de"}
+    assert again == {"train.de-hi.de", "prepare.json"}
     assert lines(tmp_path / "D" / "tokenised" / "train.de-hi.de")[0] == "Das Dorf ."
 
 

@@ -69,7 +69,8 @@ def test_steps_choose_languages_then_pairs_and_ids(
     [
         ((), ["en-en"], "en-en: a pair is of two languages"),
         ((), ["en", "en"], "en is named twice"),
-        ((), ["en-fr", "fr-en"], "fr-en is named twice"),
+        ((), ["en-fr", "en-fr"], "en-fr is named twice"),
+        ((), ["en-fr", "fr-en"], "en-fr and fr-en are the same lines"),
         (("en", "fr"), ["en-de"], "en-de: is no language of --monolingual-langs en,fr and no pair"),
         (("en", "fr"), ["de"], "de: is no language of --monolingual-langs en,fr"),
         ((), ["zh-Hans-en"], "more than one pair; name the languages with --monolingual-langs"),
@@ -84,11 +85,17 @@ def test_steps_that_make_no_sense_are_refused(
     assert message in str(caught.value)
 
 
-def opened(folder: Path, *steps: str, length: int = 32) -> tuple[Stream, ...]:
+def opened(
+    folder: Path,
+    *steps: str,
+    length: int = 32,
+    split: str = "train",
+    languages: tuple[str, ...] = (),
+) -> tuple[Stream, ...]:
     return open_streams(
         folder,
-        "train",
-        choose((), steps, folder),
+        split,
+        choose(languages, steps, folder),
         tokens_per_sample=length,
         break_mode="none",
         vocab_size=V,
@@ -119,8 +126,27 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         InputError, match=r"train.a-b.b.idx: there is no such file; .* there for a$"
     ):
         opened(tmp_path, "a-b")
-    with pytest.raises(InputError, match=r"train.a-c.a.idx: there is no such file"):
+    (tmp_path / "train.a-None.a.idx").touch()  # fairseq's name for one language
+    with pytest.raises(
+        InputError,
+        match=r"no train text of the pair a-c \(train.a-c.a.idx\), of pairs there is a-b; binarize it "
+        r"\(--source-lang a --target-lang c\), or give another --mlm-steps$",
+    ):
         opened(tmp_path, "a-c")
+    with pytest.raises(
+        InputError, match=r"no test text of the pair .*, nor of any other pair; bin"
+    ):
+        opened(tmp_path, "a-b", split="test")
+
+
+def test_a_folder_of_pairs_alone_is_said_to_be_one(tmp_path: Path) -> None:
+    """Without --mlm-steps a run reads languages, and there is none."""
+    write_pair(tmp_path, [[5, 2]], [[6, 2]])
+    with pytest.raises(InputError, match=r"no train.LANG.idx, only pairs; give --mlm-steps a-b$"):
+        choose((), (), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no train.LANG.idx, and is not what binarize wrote$"):
+        choose((), (), tmp_path / "empty")
 
 
 def test_rows_too_short_for_two_lines_are_refused(tmp_path: Path) -> None:
@@ -422,6 +448,31 @@ def test_each_half_has_its_language_and_positions(
     assert torch.equal(seen[1][0], seen[0][1])
 
 
+def test_the_network_does_not_see_which_half_is_first(tmp_path: Path, shape: ModelShape) -> None:
+    """Why en-fr and fr-en are not two steps of a run (docs/decisions/0013)."""
+    write_pair(tmp_path, [[5, 9, EOS]], [[6, 7, 8, EOS]])
+    both = [
+        stream
+        for step in ("a-b", "b-a")
+        for stream in opened(tmp_path, step, length=10, languages=("a", "b"))
+    ]
+    plain = Masking(seed=0, mask_ratio=0, vocab_size=V)
+    batch = build_batch(both, samples_of((0, 0, 0), (1, 0, 0)), plain)
+    wanted = [(0, 9), (0, 7), (1, 9), (1, 7)]
+    places = [10 * row + batch.input_ids[row].tolist().index(word) for row, word in wanted]
+    hidden = batch.input_ids.clone()
+    hidden.view(-1)[places] = 4
+    batch = batch._replace(
+        input_ids=hidden,
+        masked_positions=torch.tensor(places),
+        targets=torch.tensor([word for _, word in wanted]),
+    )
+    assert batch.languages.tolist() == [0, 1]
+    losses = build_model(shape, seed=0).eval()(batch)
+    torch.testing.assert_close(losses[:2], losses[2:])
+    assert not torch.isclose(losses[0], losses[1])
+
+
 @pytest.mark.usefixtures("ranks")  # one thread
 def test_a_half_that_is_masked_is_read_off_the_other(tmp_path: Path, shape: ModelShape) -> None:
     """Of eight pairs no two have a word in common, so one who sees no first half is log 8 off at each masked word."""
@@ -560,7 +611,7 @@ def evaluated(command: list[str], output: Path) -> list[dict[str, Any]]:
             ["--mlm-steps=en-de"],
             "en-de: is no language of --monolingual-langs ar,en,hi and no pair",
         ),
-        (["--mlm-steps=ar-hi"], "valid.ar-hi.ar.idx: there is no such file"),
+        (["--mlm-steps=ar-hi"], r"no train text of the pair ar-hi \(train.ar-hi.ar.idx\)"),
         (["--mlm-steps=ar", "--monolingual-langs=ar"], "give one"),
     ],
 )

@@ -3,6 +3,8 @@
 import bz2
 import importlib.metadata
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,7 @@ def test_read_once_and_again_when_it_has_changed(tmp_path: Path, mwparserfromhel
     run(dump, folder, *more, "--lowercase", "--overwrite")
     assert (folder / "raw/wiki.de").stat().st_mtime_ns == made
     dump.write_bytes(bz2.compress(DUMP.replace(b"Romans", b"Celts")))
-    with pytest.raises(InputError, match=r"inputs\.de\.all"):
+    with pytest.raises(InputError, match=r"dump.xml.bz2 has changed"):
         run(dump, folder, *more, "--lowercase")
     run(dump, folder, *more, "--lowercase", "--overwrite")
     assert "Celts" in (folder / "raw/wiki.de").read_text(encoding="utf-8")
@@ -254,8 +256,19 @@ def test_nothing_of_a_damaged_dump_has_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "begins with b''; expected a dump of a wiki"),
-        (b"\x1f\x8b\x08gzip", "expected a dump of a wiki, as LGwiki-latest-pages-articles.xml.bz2"),
+        (b"", "dump: is empty; expected a dump of a wiki"),
+        (b"\xef\xbb\xbf", "dump: is empty"),
+        (
+            b"Not found",
+            "begins with b'Not foun'; expected a dump of a wiki, as LGwiki-latest-pages",
+        ),
+        (b"\x1f\x8b\x08gzip", "packed with gzip; unpack it, or give the dump as .xml.bz2"),
+        (b"\xfd7zXZ\0", "packed with xz"),
+        (b"7z\xbc\xaf\x27\x1c", "packed with 7-Zip"),
+        (b"<html>\r\n<head><title>404", "is a web page, perhaps a server's error; expected a dump"),
+        (b"\xef\xbb\xbf \n<!doctype HTML><meta charset=utf-8>", "is a web page"),
+        (bz2.compress(b""), "ends too early"),
+        (bz2.compress(b"no XML"), "is damaged .syntax error: line 1"),
         (bz2.compress(b"<html></html>"), "begins with <html>; expected a dump"),
     ],
 )
@@ -263,6 +276,49 @@ def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "dump").write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_pages(tmp_path / "dump"))
+
+
+GROWTH = """import resource, sys
+from pathlib import Path
+from xlm_ds.wiki_dump import read_pages
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    list(read_pages(Path(sys.argv[1])))
+except ValueError as error:
+    print(error)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, bytes])
+def test_entities_that_multiply_are_not_read(tmp_path: Path, compress: Any) -> None:
+    """Ten of ten of ten …: by expat's own limit, 100 times what was read, a dump of gigabytes may be hundreds."""
+    inner = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 10))
+    bomb = f'<?xml version="1.0"?><!-- {"-x" * 9000} --><!DOCTYPE mediawiki [<!ENTITY a0 "lol">{inner}]>'
+    dump = tmp_path / "dump"
+    dump.write_bytes(compress((bomb + HEAD + page("X").replace("X", "&a9;")).encode()))
+    with pytest.raises(InputError, match=r"declares a document type \(mediawiki\), which no dump"):
+        read_unshown(dump)
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(dump)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    said, kilobytes = result.stdout.splitlines()
+    assert "declares a document type" in said
+    assert int(kilobytes) < 4 << 10
+
+
+@pytest.mark.usefixtures("mwparserfromhell")
+def test_all_dumps_are_looked_at_before_one_is_read(tmp_path: Path) -> None:
+    (tmp_path / "dewiki").write_bytes(DUMP)
+    (tmp_path / "frwiki").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(InputError, match="frwiki: is packed with gzip"):
+        run(tmp_path / "{lang}wiki", tmp_path / "D", "--langs", "de,fr")
+    assert [p.name for p in (tmp_path / "D").rglob("*") if p.is_file()] == ["prepare.json"]
 
 
 @pytest.mark.usefixtures("mwparserfromhell")

@@ -13,7 +13,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xlm_ds.files import naming
+from xlm_ds.files import naming, read_lines
+from xlm_ds.log import InputError
 
 _LENGTH = np.dtype("=u4")  # as the core writes them while it encodes
 _EMPTY = 1  # an eos alone
@@ -49,20 +50,35 @@ class Unaligned(NamedTuple):
 
     def refusal(self, first: str, second: str) -> str:
         """What is to be said of texts of these names, in a sentence, or "" if all is well."""
-        skip = "--unaligned skip leaves such lines out"
-        if self.lines[0] != self.lines[1]:
-            shorter = min(self.lines)
-            longer = (first, second)[int(self.lines[1] > self.lines[0])]
-            return (
-                f"{first} has {self.lines[0]} lines and {second} {self.lines[1]}, but each must translate that of the "
-                f"same number: line {shorter + 1} of {longer} is the first without one, or one is lost before; {skip}"
-            )
+        if found := unequal(self.lines, first, second):
+            return f"{found}; align them again, or give --unaligned skip if only the end is missing"
         if not self.left_out:
             return ""
         name, other = (first, second) if self.first - 1 in self.empty[0] else (second, first)
         return (
             f"{name}, line {self.first}: is empty, so line {self.first} of {other} has no translation "
-            f"({self.left_out} such in all); {skip}"
+            f"({self.left_out} such in all); --unaligned skip leaves such lines out"
+        )
+
+
+def unequal(lines: tuple[int, int], first: str, second: str) -> str:
+    """What is wrong between two texts of these names and so many lines, or "" if they have as many."""
+    if lines[0] == lines[1]:
+        return ""
+    longer = first if lines[0] > lines[1] else second
+    return (
+        f"{first} has {lines[0]} lines and {second} {lines[1]}, but each must translate that of the same number: line "
+        f"{min(lines) + 1} of {longer} is the first without one, or one is lost before, in which case all lines after "
+        "it are paired wrongly"
+    )
+
+
+def check_as_many_lines(first: Path, second: Path) -> None:
+    """Reads two raw texts whole, some lines at a time. Raises InputError if one has more lines, or is not UTF-8."""
+    lines = (sum(map(len, read_lines(first))), sum(map(len, read_lines(second))))
+    if found := unequal(lines, str(first), str(second)):
+        raise InputError(
+            f"{found}; align them again, or if only the end is missing, cut the longer one (head -n {min(lines)})"
         )
 
 

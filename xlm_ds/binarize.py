@@ -7,9 +7,11 @@ writes OUT/dict.txt and for every split and language SPLIT.LG.bin and .idx (docs
 checksums) and SPLIT.LG.counts.npy (occurrences of every id). A pair gets its final name when whole, its .idx last; one
 that is there already and was made from the same is not made again.
 
-    python -m xlm_ds.binarize --source-lang en --target-lang fr --srcdict D/vocab_mlm --trainpref P/train --destdir OUT
+    python -m xlm_ds.binarize --source-lang en --target-lang fr --srcdict D/vocab_mlm --trainpref D/train.en-fr \\
+        --validpref D/valid.en-fr --testpref D/test.en-fr --destdir OUT
 
-is for parallel text: line i of P/train.fr translates line i of P/train.en. It writes train.en-fr.en.* and .fr.*.
+is for parallel text: line i of D/train.en-fr.fr translates line i of D/train.en-fr.en. It writes OUT/train.en-fr.en.*,
+OUT/train.en-fr.fr.* and so on, which train reads with --mlm-steps en,fr,en-fr.
 
     --trainpref a/train,b/train     several files: for train joined, for valid and test valid, valid1, valid2, …
     xz -dc train.ar.xz | python -m xlm_ds.binarize --source-lang ar --srcdict D/vocab_mlm --trainpref - --destdir OUT
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlm_ds import _core
-from xlm_ds.alignment import compare_lengths, remove_lines
+from xlm_ds.alignment import Unaligned, compare_lengths, remove_lines, unequal
 from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, UNK, Dictionary, build_dictionary
 from xlm_ds.files import copy_file, file_sha256, locked, make_folder, naming, save_array, sync_file
@@ -349,6 +351,7 @@ def make_pairs(texts: Sequence[Text], job: Job) -> dict[str, Counts]:
         ranks.together(lambda: encode_share(wanted, shares[ranks.rank], job))
         ranks.together(lambda: join_parts(wanted, shares, own, job))
         alone = ranks.together(lambda: {n: lines_without_partner(wanted[n], job) for n in own})
+        ranks.on_first(lambda: tell_left_out(wanted, job))
         made = ranks.together(
             lambda: {
                 wanted[n].pair: finish_pair(wanted[n], readers(shares, n), alone[n], job)
@@ -482,20 +485,35 @@ def lines_without_partner(text: Text, job: Job) -> NDArray[np.int64]:
     """
     if text.translation is None:
         return np.empty(0, np.int64)
-    sides = sorted((text, text.translation), key=lambda text: text.side)
-    found = compare_lengths(*(temporary(side, job, "lengths") for side in sides))
-    first, second = map(str, sides)
+    first, second, found = compared(text, text.translation, job)
     refusal = found.refusal(first, second)
     if refusal and job.config.unaligned == "refuse":
         raise InputError(refusal)
     if found.left_out == max(found.lines):
         raise InputError(f"{first} and {second}: there is no line that has a translation")
-    if found.left_out and text.side == 0:
-        logger.info(
-            f"{first} and {second}: {found.left_out} lines are left out, as one side is empty or missing; the first is "
-            f"line {found.first}"
-        )
     return found.without_partner(text.side)
+
+
+def tell_left_out(texts: Sequence[Text], job: Job) -> None:
+    """Once for both sides of parallel text."""
+    for text in texts:
+        if text.translation is None or text.side != 0:
+            continue
+        first, second, found = compared(text, text.translation, job)
+        if warning := unequal(found.lines, first, second):
+            logger.warning(warning)
+        if found.left_out:
+            logger.info(
+                f"{first} and {second}: left out {found.left_out} of {max(found.lines)} pairs of lines, as one side "
+                f"is empty or missing; the first is line {found.first}"
+            )
+
+
+def compared(text: Text, other: Text, job: Job) -> tuple[str, str, Unaligned]:
+    """The names of both sides, first and second, and what is wrong between them."""
+    first, second = sorted((text, other), key=lambda text: text.side)
+    lengths = (temporary(side, job, "lengths") for side in (first, second))
+    return str(first), str(second), compare_lengths(*lengths)
 
 
 def leave_out(

@@ -37,11 +37,16 @@ class PrepareConfig:
     validpref: str | None = knob("raw validation text is PREF.LANG", default=None)
     testpref: str | None = knob("raw test text is PREF.LANG", default=None)
     parallel: str | None = knob(
-        "aligned text of --pairs: para/{split} for para/train.en-fr.en and para/train.en-fr.fr, and valid and test "
-        "where they are; line i of one translates line i of the other, and no line is left out or moved",
+        "text whose line i translates line i of another file: para/{split} for para/train.en-fr.en and "
+        "para/train.en-fr.fr, and valid and test where they are; all lines stay, whatever --split-by, --valid-lines "
+        "and --duplicates say, and codes and vocabulary are not learnt on it",
         default=None,
     )
-    pairs: tuple[str, ...] = knob("pairs of --langs in --parallel, as en-fr,ar-en", default=())
+    pairs: tuple[str, ...] = knob(
+        "the pairs to read of --parallel, both languages in --langs: as their files are called, en-fr,ar-en; can be "
+        "given later too, for the same --destdir",
+        default=(),
+    )
     split_by: str | None = knob(
         "what goes to one split as a whole: a line, or a document (documents end at blank lines, also in what is "
         "written; default: line, of --wiki-dump document)",
@@ -118,16 +123,19 @@ class BinarizeConfig:
     task: str = knob("kind of data", default="cross_lingual_lm", choices=("cross_lingual_lm",))
     langs: tuple[str, ...] = knob("languages to binarize in one go, as ar,de,en", default=())
     source_lang: str | None = knob(
-        "one language (the recipe's loop); --langs does all at once", default=None, aliases=("-s",)
+        "one language (the recipe's loop; --langs does all at once), or the first of parallel text",
+        default=None,
+        aliases=("-s",),
     )
     target_lang: str | None = knob(
         "the other language of parallel text: PREF.SOURCE and PREF.TARGET, where line i translates line i, become "
-        "SPLIT.SOURCE-TARGET.SOURCE and .TARGET",
+        "SPLIT.SOURCE-TARGET.SOURCE and .TARGET (with prepare's text, PREF is D/train.SOURCE-TARGET)",
         default=None,
         aliases=("-t",),
     )
     unaligned: str = knob(
-        "parallel text whose sides have not as many lines, or an empty line: stop, or skip such lines on both sides",
+        "lines of parallel text without a translation, as the other side's is empty or there are no more: stop, or "
+        "skip them on both sides (right for different numbers of lines only if nothing but the end is missing)",
         default="refuse",
         choices=("refuse", "skip"),
     )

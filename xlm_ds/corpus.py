@@ -69,8 +69,6 @@ def open_corpus(config: DataConfig) -> Corpus:
     if not config.data.is_dir():
         raise InputError(f"{config.data}: no such folder; give what binarize wrote (its --destdir)")
     choice = choose(config.monolingual_langs, config.mlm_steps, config.data)
-    if not choice.streams:
-        raise InputError(f"{config.data}: holds no train.LANG.idx; give what binarize wrote")
     dictionary = Dictionary.load(dictionary_path(config.data, choice.languages))
     train, valid = (
         open_streams(

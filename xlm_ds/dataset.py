@@ -174,9 +174,14 @@ def _find_pair(folder: Path, split: str, language: str) -> Path:
                 f"{prefix}{found}: the {lost} that belongs to it is missing; binarize again, or, if an xlm-ds shards "
                 "command was killed here, give it again"
             )
-    there = languages_in(folder, split)
+    there = ", ".join(languages_in(folder, split))
     raise InputError(
-        f"{prefixes[0]}.idx: there is no such file; {split} is there for {', '.join(there) or 'no language'}"
+        f"{prefixes[0]}.idx: there is no such file; "
+        + (
+            f"{split} is there for {there}"
+            if there
+            else f"nothing of {split} is there for any language; binarize it"
+        )
     )
 
 

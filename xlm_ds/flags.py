@@ -261,6 +261,7 @@ def _shown(value: Any) -> str:
 
 
 def _from_text(text: str | list[str], item: _Knob) -> Any:
+    _check_utf8(text, item)
     try:
         if isinstance(text, list):  # a positional that is given several times
             return tuple(typing.get_args(item.kind)[0](part) for part in text)
@@ -276,6 +277,17 @@ def _from_text(text: str | list[str], item: _Knob) -> Any:
     except ValueError as error:
         wrong = str(error) if item.kind is Steps else f"not {_kind_name(item.kind)}"
         raise InputError(f"{item.shown} {text}: {wrong}") from error
+
+
+def _check_utf8(text: str | list[str], item: _Knob) -> None:
+    """Of bytes that are not, Python makes lone surrogates, which no file can have that says what a run was given."""
+    for part in [text] if isinstance(text, str) else text:
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{item.shown} {part!a}: is not UTF-8; type it as UTF-8, or rename the file or folder"
+            ) from error
 
 
 def _from_plain(value: Any, kind: Any, where: str) -> Any:

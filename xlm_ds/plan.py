@@ -534,8 +534,6 @@ def read_facts(config: PlanConfig) -> Facts:
         if config.vocab_size is None:
             raise InputError("give DATA, what binarize wrote, or --vocab-size")
         return Facts(config.vocab_size, config.languages or len(choice.languages) or XLM_LANGUAGES)
-    if not choice.streams:
-        raise InputError(f"{folder}: holds no train.LANG.idx; give what binarize wrote")
     dictionary = Dictionary.load(dictionary_path(folder, choice.languages))
     train = open_streams(
         folder,

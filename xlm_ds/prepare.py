@@ -5,7 +5,7 @@
     python -m xlm_ds.binarize --langs ar,de,en --srcdict D/vocab_mlm --only-source \
         --trainpref D/train --validpref D/valid --testpref D/test --destdir OUT
 
-Aligned text of two languages (--parallel, --pairs) goes the same way, line by line.
+Aligned text of two languages (--parallel, --pairs) goes the same way, line by line; also later, into the same folder.
 
 The text before BPE stays in D/tokenised, that of dumps before both, a paragraph a line and a blank line after each
 article, in D/raw. D/prepare.json says what everything was made from and counts the lines: of `lines` read, `kept` are
@@ -36,6 +36,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from tqdm import tqdm
 
 from xlm_ds import _core
+from xlm_ds.alignment import check_as_many_lines
 from xlm_ds.config import PrepareConfig, check_languages
 from xlm_ds.files import busy_with, locked, make_folder, naming, read_lines
 from xlm_ds.flags import parse
@@ -96,6 +97,7 @@ def prepare(config: PrepareConfig) -> None:
         if record.has(*file_names(sources, config.vocab)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)
             return
+        _check_content(record, sources, config)
         try:
             _make(record, sources, config)
         finally:
@@ -178,6 +180,7 @@ def _parallel_sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
             f"--parallel {config.parallel}: no {{split}} in it; give para/{{split}} for para/train.en-fr.en"
         )
     sources: dict[str, dict[str, Path]] = {}
+    named: dict[frozenset[str], str] = {}
     for pair in config.pairs:
         both = itertools.permutations(config.langs, 2)
         languages = next((two for two in both if "-".join(two) == pair), None)
@@ -185,17 +188,47 @@ def _parallel_sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
             raise InputError(
                 f"--pairs {pair}: not two of --langs {','.join(config.langs)}, as en-fr"
             )
+        if (other := named.setdefault(frozenset(languages), pair)) != pair:
+            raise InputError(f"--pairs: {other} and {pair} are the same pair; give one of them")
+        if config.pairs.count(pair) > 1:
+            raise InputError(f"--pairs: {pair} is named twice")
         for split in SPLITS:
-            sides = {
-                f"{pair}.{language}": Path(
-                    f"{config.parallel.replace('{split}', split)}.{pair}.{language}"
-                )
-                for language in languages
-            }
+            prefix = config.parallel.replace("{split}", split)
+            sides = {f"{pair}.{lang}": Path(f"{prefix}.{pair}.{lang}") for lang in languages}
             if split == "train" or any(path.exists() for path in sides.values()):
+                _check_sides(pair, prefix, *sides.values())
                 for side, path in sides.items():
                     sources.setdefault(side, {})[split] = path
     return sources
+
+
+def _check_sides(pair: str, prefix: str, *sides: Path) -> None:
+    missing = next((path for path in sides if not path.exists()), None)
+    if missing is None:
+        return
+    there = next((path for path in sides if path.exists()), None)
+    if there is not None:
+        raise InputError(f"{missing}: no such file, but {there} is there; a pair needs both sides")
+    first, second = (path.suffix for path in sides)
+    swapped = f"{second}-{first}".replace(".", "")
+    if Path(f"{prefix}.{swapped}{first}").exists():
+        raise InputError(
+            f"--pairs {pair}: {missing} is not there, but {prefix}.{swapped}{first} is; give --pairs {swapped}"
+        )
+    raise InputError(f"{missing}: no such file; --parallel and --pairs {pair} ask for it")
+
+
+def _check_content(record: Record, sources: Sources, config: PrepareConfig) -> None:
+    """Refuses before hours of work what can be seen to be wrong before it: no dump, or sides that are not aligned."""
+    if config.wiki_dump is not None:
+        for lang in config.langs:
+            if not record.has(raw_name(lang)):
+                read_unshown(sources[lang]["all"])
+    for pair in config.pairs:
+        first, second = (side for side in sources if side.startswith(f"{pair}."))
+        for split, path in sources[first].items():
+            if not record.has(*(f"{TOKENISED}/{split}.{side}" for side in (first, second))):
+                check_as_many_lines(path, sources[second][split])
 
 
 def _path(pref: str, lang: str, suffix: str) -> Path:
@@ -372,7 +405,8 @@ def _tokenise_language(
     """`lang`: a language, or a side of a pair, whose lines all stay where they are."""
     language, aligned = lang.rpartition(".")[2], "." in lang
     tokenised = {split: f"{TOKENISED}/{split}.{lang}" for split in splits_of(sources)}
-    if record.has(*tokenised.values()):
+    made_of_it = [f"{split}.{lang}" for split in tokenised]
+    if record.has(*tokenised.values()) or record.has("codes", *made_of_it):
         logger.info("%s: tokenised already", lang)
         return
     if config.wiki_dump is not None and not aligned:

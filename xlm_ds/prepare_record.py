@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from xlm_ds.config import PrepareConfig
 from xlm_ds.files import file_sha256, replacing, sync_file
-from xlm_ds.log import InputError
+from xlm_ds.log import InputError, logger
 from xlm_ds.merges import load_bpe
 from xlm_ds.tokenisation import tokenisation_of
 from xlm_ds.wiki_dump import parser_version
@@ -26,6 +26,7 @@ RECORD = "prepare.json"
 RECORD_FORMAT = 1
 TOKENISED = "tokenised"
 RAW = "raw"
+REASONS = 4  # why a folder is refused: more of them make no sentence
 
 Sources: TypeAlias = Mapping[str, Mapping[str, Path]]
 """The raw files of every language, by split; under `all` if there is one file that is to be split."""
@@ -104,6 +105,8 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
     folder = config.destdir
     old = _load_record(folder / RECORD)
     new = _describe(config, sources, known=old["inputs"])
+    earlier = {text: facts for text, facts in old["inputs"].items() if _is_side(text)}
+    new["inputs"] = earlier | new["inputs"]  # pairs of other commands stay
     names = [
         *file_names(sources, config.vocab),
         *(f"{TOKENISED}/{text}" for text in text_names(sources)),
@@ -115,22 +118,35 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
             raise InputError(
                 f"{folder / name}: is there but was not made here; move it away or give another --destdir"
             )
-    changes = {} if not old["files"] else _changes(old, new)
-    edited = {n: f"{n} was edited" for n in old["files"] if _is_edited(folder / n, old["files"][n])}
+    changes = _changes(old, new) if old["files"] else []
+    edited = [name for name in old["files"] if _is_edited(folder / name, old["files"][name])]
     stale = _stale(old["files"], changes, edited)
     if stale and not config.overwrite:
-        reasons = "; ".join([*changes.values(), *edited.values()])
+        reasons = [*_reasons(old, new), *(f"{name} was edited" for name in edited)]
+        more = [f"and {len(reasons) - REASONS} more"] if len(reasons) > REASONS else []
         raise InputError(
-            f"{folder}: {stale[0]} was made from something else: {reasons}; give another --destdir, or --overwrite "
-            "to redo what depends on it"
+            f"{folder}: {stale[0]} was made from something else: {'; '.join([*reasons[:REASONS], *more])}; give the "
+            "same as then, or another --destdir, or --overwrite to redo what depends on it"
         )
     for name in stale:
         (folder / name).unlink(missing_ok=True)
+    texts = {_text_of(name) for name in stale}
+    if gone := sorted({t.partition(".")[0] for t in texts if _is_side(t) and t not in sources}):
+        logger.info(
+            "removed %s, made otherwise; name it in --pairs to make it again", ", ".join(gone)
+        )
     new["files"] = {name: facts for name, facts in old["files"].items() if name not in stale}
+    read = {*sources, *map(_text_of, new["files"])}
+    new["inputs"] = {text: facts for text, facts in new["inputs"].items() if text in read}
     record = Record(folder, new)
     if new != old:
         record.save()
     return record
+
+
+def _is_side(text: str) -> bool:
+    """en-fr.en, which is a side of a pair, and not en."""
+    return "." in text
 
 
 def _text_of(name: str) -> str:
@@ -200,14 +216,52 @@ def _identity(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**seen, "sha256": file_sha256(path)}
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """A sentence for every setting or input that differs, by its place in the record."""
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The places in the record of every setting or input that differs."""
     before, now = dict(_flat(old)), dict(_flat(new))
-    return {
-        place: f"{place} was {before.get(place)}, is now {now.get(place)}"
-        for place in sorted(before.keys() | now.keys())
-        if before.get(place) != now.get(place)
-    }
+    places = sorted(before.keys() | now.keys())
+    return [place for place in places if before.get(place) != now.get(place)]
+
+
+def _reasons(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs, in the user's words; of what goes with a flag, the flag alone."""
+    reasons = [*_other_texts(old["inputs"], new["inputs"]), *_other_settings(old, new)]
+    return list(dict.fromkeys(reasons))  # --seed decides two things
+
+
+def _other_texts(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    languages = [",".join(t for t in sorted(inputs) if not _is_side(t)) for inputs in (before, now)]
+    if languages[0] != languages[1]:
+        yield f"--langs was {languages[0]}, is now {languages[1]}"
+    for text in sorted(before.keys() & now.keys()):
+        if ("all" in before[text]) != ("all" in now[text]):
+            flags = ["--trainpref", "--input or --wiki-dump"]
+            yield "{} is given instead of {}".format(*flags[:: -1 if "all" in now[text] else 1])
+            continue
+        for split in sorted(before[text].keys() | now[text].keys()):
+            was, is_now = before[text].get(split), now[text].get(split)
+            if was is None:
+                yield f"{is_now['path']} is new"
+            elif is_now is None:
+                yield f"{was['path']} is not read now"
+            elif was["sha256"] != is_now["sha256"]:
+                same = was["path"] == is_now["path"]
+                yield f"{is_now['path']} {'has changed' if same else 'is not what ' + was['path'] + ' was'}"
+
+
+def _other_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    flags = {field.name for field in dataclasses.fields(PrepareConfig)}
+    before, now = (dict(_flat({**content, "inputs": {}})) for content in (old, new))
+    if ("codes.codes" in before) != ("codes.codes" in now):
+        yield "--codes is new" if "codes.codes" in now else "--codes is not given now"
+    for place in sorted(before.keys() & now.keys()):
+        name = place.partition(".")[2]
+        shown = f"--{name.replace('_', '-')}" if name in flags else name
+        was, is_now = ("not given" if c[place] is None else c[place] for c in (before, now))
+        if was != is_now and place in ("codes.codes", "codes.vocab"):
+            yield f"{shown} is another file"
+        elif was != is_now:
+            yield f"{shown} was {was}, is now {is_now}"
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -223,32 +277,42 @@ def _is_edited(path: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def _stale(files: Iterable[str], changes: Iterable[str], edited: Iterable[str]) -> list[str]:
-    """The files to be made again: text if what it is made of, or how, changed; others if anything did."""
+    """The files to be made again: text if what it is made of, or how, changed; others if anything did.
+
+    Of a side of a pair nothing else is made: codes and vocabulary are those of the languages' own text.
+    """
     changes, edited = list(changes), list(edited)
-    if not changes and not edited:
-        return []
     segmenters = "tokenisation.segmenters."
     extraction = any(place.startswith("extraction.") for place in changes)
     all_text = extraction or any(
         place.startswith(("tokenisation.", "splitting.")) and not place.startswith(segmenters)
         for place in changes
     )
-    raw = {
-        place.removeprefix("inputs.").rsplit(".", 2)[0]  # inputs.LANG.SPLIT.FACT
-        for place in changes
-        if place.startswith("inputs.")
-    }
-    raw |= {_text_of(name) for name in edited if name.startswith(RAW)}
-    tokenised = raw | {_text_of(name) for name in edited if name.startswith(TOKENISED)}
+    raw = {_changed_text(place) for place in changes if place.startswith("inputs.")}
+    raw |= {_made_of(name) for name in edited if name.startswith(RAW)}
+    tokenised = raw | {_made_of(name) for name in edited if name.startswith(TOKENISED)}
     segmented = {
         place.removeprefix(segmenters) for place in changes if place.startswith(segmenters)
     }
+    not_of_sides = any(not place.startswith("inputs.") for place in changes)
+    shared = not_of_sides or not all(map(_is_side, [*tokenised, *map(_text_of, edited)]))
 
     def is_stale(name: str) -> bool:
-        text = _text_of(name)
         if name.startswith(RAW):
-            return extraction or text in raw
-        is_other = text in tokenised or text.rpartition(".")[2] in segmented
-        return not name.startswith(TOKENISED) or all_text or is_other
+            return extraction or _text_of(name) in raw
+        is_other = _made_of(name) in tokenised or _text_of(name).rpartition(".")[2] in segmented
+        return is_other or (all_text if name.startswith(TOKENISED) else shared or name in edited)
 
     return [name for name in files if is_stale(name)]
+
+
+def _changed_text(place: str) -> str:
+    """Of inputs.TEXT.SPLIT.FACT; see _made_of."""
+    text, split, _ = place.removeprefix("inputs.").rsplit(".", 2)
+    return f"{split}.{text}" if _is_side(text) else text
+
+
+def _made_of(name: str) -> str:
+    """What a text is made of: a language's text, as its splits leave out lines of each other, or a side's split."""
+    text = _text_of(name)
+    return Path(name).name if _is_side(text) else text

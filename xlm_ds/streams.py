@@ -94,21 +94,39 @@ def choose(
     """By --monolingual-langs and --mlm-steps, or else all languages of the folder.
 
     Ids follow --monolingual-langs, else the order in which --mlm-steps names the languages first.
-    Raises InputError for what is no language or pair, or named twice.
+    Raises InputError for what is no language or pair, or named twice, and for a folder without languages.
     """
     check_languages(monolingual_langs, "--monolingual-langs")
     if not mlm_steps:
-        languages = tuple(monolingual_langs) or (languages_in(folder, "train") if folder else ())
+        languages = tuple(monolingual_langs) or (_all_languages(folder) if folder else ())
         check_languages(languages, "--monolingual-langs")
         return Choice(languages, tuple((language,) for language in languages))
     steps = [_parsed(step, monolingual_langs) for step in mlm_steps]
     for number, step in enumerate(steps):
-        if {*step} in [{*other} for other in steps[:number]]:
+        before = next((n for n, other in enumerate(steps[:number]) if {*step} == {*other}), None)
+        if before is not None and step == steps[before]:
             raise InputError(f"--mlm-steps: {mlm_steps[number]} is named twice")
+        if before is not None:
+            raise InputError(
+                f"--mlm-steps: {mlm_steps[before]} and {mlm_steps[number]} are the same lines, and the network "
+                "does not see which half of a row is first; give one of them"
+            )
     languages = tuple(monolingual_langs or dict.fromkeys(name for step in steps for name in step))
     check_languages(languages, "--mlm-steps")
     alone = sorted((s for s in steps if len(s) == 1), key=lambda s: languages.index(s[0]))
     return Choice(languages, (*alone, *(s for s in steps if len(s) == 2)))
+
+
+def _all_languages(folder: Path) -> tuple[str, ...]:
+    if languages := languages_in(folder, "train"):
+        return languages
+    pairs = pairs_in(folder, "train")
+    only = (
+        f"only pairs; give --mlm-steps {','.join(pairs)}"
+        if pairs
+        else "and is not what binarize wrote"
+    )
+    raise InputError(f"{folder}: holds no train.LANG.idx, {only}")
 
 
 def _parsed(step: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -152,6 +170,8 @@ def open_streams(
 
     def opened(names: tuple[str, ...]) -> Stream:
         is_pair = len(names) == 2
+        if is_pair:
+            _check_pair_is_there(folder, split, names)
         sides = open_split(
             folder,
             stored_split(folder, split, names),
@@ -180,6 +200,27 @@ def stored_split(folder: Path, split: str, stream: Sequence[str]) -> str:
 def has_split(folder: Path, split: str, stream: Sequence[str]) -> bool:
     there = languages_in(folder, stored_split(folder, split, stream))
     return all(language in there for language in stream)
+
+
+def pairs_in(folder: Path, split: str) -> tuple[str, ...]:
+    """The pairs of which the folder has this split, sorted, each as its files are called."""
+    name = re.compile(rf"{re.escape(split)}\.(?!.*-None\.)(?P<pair>[^.]+-[^.]+)\.[^.]+\.idx")
+    matches = (name.fullmatch(path.name) for path in folder.glob(f"{split}.*.idx"))
+    return tuple(sorted({match["pair"] for match in matches if match}))
+
+
+def _check_pair_is_there(folder: Path, split: str, names: tuple[str, ...]) -> None:
+    """Neither side: with one, open_split names the other."""
+    first, second = names
+    stored = stored_split(folder, split, names)
+    if any(folder.glob(f"{stored}.*.idx")) or any(folder.glob(f"{stored}.*.bin")):
+        return
+    there = pairs_in(folder, split)
+    others = f"of pairs there is {', '.join(there)}" if there else "nor of any other pair"
+    raise InputError(
+        f"{folder}: there is no {split} text of the pair {first}-{second} ({stored}.{first}.idx), {others}; "
+        f"binarize it (--source-lang {first} --target-lang {second}), or give another --mlm-steps"
+    )
 
 
 def _check_sides(first: TokenDataset, second: TokenDataset) -> None:

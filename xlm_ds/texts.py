@@ -117,6 +117,7 @@ def _parallel_texts(prefs: dict[str, list[str]], config: BinarizeConfig) -> list
     texts = []
     for split, names in prefs.items():
         for number, name in enumerate(names):
+            _check_meant(name, split, languages)
             named = f"{split}{number or ''}.{'-'.join(languages)}"
             first, second = (
                 Text(named, language, (_input(name, split, language),), side=side)
@@ -126,14 +127,33 @@ def _parallel_texts(prefs: dict[str, list[str]], config: BinarizeConfig) -> list
     return texts
 
 
+def _check_meant(name: str, split: str, languages: tuple[str, str]) -> None:
+    """Of what prepare makes, D/train.fr is text of one language, which no line of D/train.en translates."""
+    for first, second in (languages, languages[::-1]):
+        meant = f"{name}.{first}-{second}"
+        if Path(f"{meant}.{first}").exists():
+            raise InputError(
+                f"--{split}pref {name}: {meant}.{first} is there, which is parallel text by its name; give "
+                f"--{split}pref {meant}"
+            )
+        stem = name.removesuffix(f".{second}-{first}")
+        swapped = f"{stem}.{first}-{second}"
+        given, other = (Path(f"{prefix}.{first}") for prefix in (name, swapped))
+        if stem != name and other.exists() and not given.exists():
+            raise InputError(f"{given}: not found, but {other} is; give --{split}pref {swapped}")
+
+
 def _input(pref: str, split: str, language: str) -> Input:
     if pref == _core.STANDARD_INPUT:
         return STANDARD_INPUT
     path = Path(f"{pref}.{language}")
     if not path.is_file():
         what = "not a file" if path.exists() else "not found"
+        sides = f"{path}.{language.partition('-')[0]}"
+        hint = f"; {sides} is there: parallel text needs --source-lang and --target-lang"
         raise InputError(
             f"{path}: {what}, although --{split}pref and language {language} ask for it"
+            + (hint if Path(sides).exists() else "")
         )
     status = path.stat()
     return Input(path, status.st_size, status.st_mtime_ns)

@@ -13,11 +13,12 @@ import bz2
 import contextlib
 import importlib.metadata
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 from xml.etree.ElementTree import Element, ParseError, iterparse
-from xml.parsers.expat import errors
+from xml.parsers.expat import ExpatError, ParserCreate, errors
 
 from tqdm import tqdm
 
@@ -42,6 +43,8 @@ _PAIRS = (("{{", "}}"), ("{|", "|}"), ("[", "]"))
 
 # XML has no such character, so no text has it: it begins a list's item, which ends at its line's end.
 _ITEM = "\0"
+
+PROLOG_BYTES = 1 << 12  # of a dump, in which the first element begins
 
 _PREFIX = re.compile(r"([^:\[\]{}|]+):")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
@@ -106,6 +109,7 @@ def read_pages(path: Path) -> Iterator[Page]:
 def _elements(path: Path) -> Iterator[tuple[Element, int]]:
     """What the dump consists of, siteinfo and pages, each with the place in the file up to which it is read."""
     with path.open("rb") as raw, naming(path, "read"), _naming_damage(path):
+        _check_prolog(_content(raw, path), path)
         events = iterparse(_content(raw, path), ("start", "end"))
         _, root = next(events)
         if _name(root) != "mediawiki":
@@ -119,16 +123,48 @@ def _elements(path: Path) -> Iterator[tuple[Element, int]]:
 _EXPECTED = (
     "expected a dump of a wiki, as LGwiki-latest-pages-articles.xml.bz2 of dumps.wikimedia.org"
 )
+# What else is downloaded: the beginning, and what it is of.
+_OTHERS = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip", b"PK": "zip"}
+_HTML = re.compile(rb"\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
 def _content(raw: IO[bytes], path: Path) -> IO[bytes] | bz2.BZ2File:
-    start = raw.read(4)
+    raw.seek(0)
+    start = raw.read(256).removeprefix(BOM_UTF8)
     raw.seek(0)
     if start.startswith(b"BZh"):
         return bz2.open(raw)
-    if start.lstrip(b"\xef\xbb\xbf").startswith(b"<"):
+    if not start:
+        raise InputError(f"{path}: is empty; {_EXPECTED}")
+    if _HTML.match(start):
+        raise InputError(f"{path}: is a web page, perhaps a server's error; {_EXPECTED}")
+    for mark, program in _OTHERS.items():
+        if start.startswith(mark):
+            raise InputError(
+                f"{path}: is packed with {program}; unpack it, or give the dump as .xml.bz2"
+            )
+    if start.lstrip().startswith(b"<"):
         return raw
-    raise InputError(f"{path}: begins with {start!r}; {_EXPECTED}")
+    raise InputError(f"{path}: begins with {start[:8]!r}; {_EXPECTED}")
+
+
+def _check_prolog(content: IO[bytes] | bz2.BZ2File, path: Path) -> None:
+    """Refuses a document type, which no dump has: by its entities 1 kB of XML are gigabytes of text.
+
+    expat 2.4 and later let text be 100 times what is read, 8 MiB before it is: for a file of gigabytes no limit.
+    """
+    parser = ParserCreate()
+    begun: list[str] = []
+
+    def refuse(name: str, *_: object) -> NoReturn:
+        raise InputError(
+            f"{path}: declares a document type ({name}), which no dump does; {_EXPECTED}"
+        )
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = lambda name, _: begun.append(name)
+    while not begun and (block := content.read(PROLOG_BYTES)):
+        parser.Parse(block)
 
 
 _EARLY_ENDS = {
@@ -147,7 +183,7 @@ def _naming_damage(path: Path) -> Iterator[None]:
         yield
     except EOFError as error:
         raise InputError(f"{path}: ends too early; {again}") from error
-    except ParseError as error:
+    except (ParseError, ExpatError) as error:
         what = "ends too early" if error.code in _EARLY_ENDS else "is damaged"
         raise InputError(f"{path}: {what} ({error}); {again}") from error
     except OSError as error:
