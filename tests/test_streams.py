@@ -611,7 +611,7 @@ def evaluated(command: list[str], output: Path) -> list[dict[str, Any]]:
             ["--mlm-steps=en-de"],
             "en-de: is no language of --monolingual-langs ar,en,hi and no pair",
         ),
-        (["--mlm-steps=ar-hi"], r"no train text of the pair ar-hi \(train.ar-hi.ar.idx\)"),
+        (["--mlm-steps=ar-hi"], r"no valid text of the pair ar-hi \(valid.ar-hi.ar.idx\)"),
         (["--mlm-steps=ar", "--monolingual-langs=ar"], "give one"),
     ],
 )
