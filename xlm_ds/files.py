@@ -17,6 +17,13 @@ from tqdm import tqdm
 from xlm_ds.log import InputError, logger
 
 CHUNK_CHARACTERS = 1 << 17  # of text read at a time
+COMPRESSED = {  # what such files begin with, and what unpacks them
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"PK\x03\x04": "unzip",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
@@ -168,6 +175,10 @@ def _some_lines(text: io.TextIOWrapper, path: Path) -> list[str]:
 def _where_not_utf8(path: Path) -> str:
     lines, offset = 1, 0
     with path.open("rb") as file:
+        start = file.read(max(map(len, COMPRESSED)))
+        if program := next((p for magic, p in COMPRESSED.items() if start.startswith(magic)), None):
+            return f"{path}: is compressed; unpack it first ({program})"
+        file.seek(0)
         for line in file:
             try:
                 line.decode("utf-8")
