@@ -352,6 +352,33 @@ def test_other_validation_texts_have_another_best(
     assert (found["update"], found["best_accuracy"] < 100) == (24, True)
 
 
+def test_a_run_that_is_done_finds_its_best_by_other_validation_texts(
+    tune: Start, task: Path, tmp_path: Path
+) -> None:
+    """There is no update to come after which it could be looked for."""
+    run = tune("a", "--max-epoch=1")
+    other = write_copy(task, tmp_path / "other", valid_en="animals\tx\n")
+    assert tune("a", "--max-epoch=1", data=other) == run
+    found = checkpoint.read_manifest(run / checkpoint.BEST)["progress"]
+    assert found["update"] == 6
+    assert found["best_accuracy"] in (0.0, 100.0), "of one text"
+
+
+def test_other_training_texts_and_seeds_are_said(
+    tune: Start, task: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tune("a", "--max-epoch=1")
+    lines = (task / "train.en.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    other = write_copy(task, tmp_path / "other", train_en="".join(lines[:48]))
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        tune("a", "--max-epoch=3")
+        assert "the samples from here on" not in caplog.text
+        tune("a", "--max-epoch=8", "--seed=7", data=other)
+    said = ": the samples from here on are others than they would have been"
+    assert f"the training texts are others (96, now 48){said}" in caplog.text
+    assert f"--seed was 0 and is now 7{said}" in caplog.text
+
+
 def test_a_run_that_begins_with_another_s_checkpoint_finds_a_best_of_its_own(tune: Start) -> None:
     first = tune("a", "--max-epoch=12", "--random-weights")
     again = tune(
@@ -380,7 +407,7 @@ def test_bad_languages(tune: Start) -> None:
     refused(tune, r"--train-langs fr: the model knows ar, en, hi", "--train-langs=fr")
     refused(tune, r"--train-langs ar: .* has train texts in en, hi", "--train-langs=ar")
     refused(tune, r"--test-langs fr: the model knows ar, en, hi", "--test-langs=en,fr")
-    refused(tune, r"has no validation texts in ar.*--stop-lang", "--stop-lang=ar")
+    refused(tune, r"has no validation texts in ar.*--stop-lang en", "--stop-lang=ar")
 
 
 def write_copy(task: Path, folder: Path, **files: str) -> Path:
