@@ -32,7 +32,7 @@ FLOORS = [
     {"checkpoint"},
     {"evaluate"},
     {"pretrained"},
-    {"fill", "retrieve"},
+    {"fill", "retrieve", "task"},
     {"run", "process"},
     {"train", "finetune", "convert", "report", "plan", "prove", "preflight", "supervise"},
     {"cli"},

@@ -1,5 +1,7 @@
 """Every layout of labelled texts gives the same examples, and what is wrong with a file is said with its line."""
 
+import bz2
+import gzip
 from pathlib import Path
 
 import pytest
@@ -88,17 +90,46 @@ def test_texts_and_labels_in_files_of_their_own(tmp_path: Path) -> None:
     ("lines", "expected"),
     [
         ([], r"train.en.tsv: is empty"),
-        (["a\tb", "only one"], r"train.en.tsv:2: has 1 columns; expected label<TAB>text"),
+        (["a\tb", "only one"], r"train.en.tsv:2: has 1 column; expected label<TAB>text"),
         (["a\tb\tc\td"], r"train.en.tsv:1: has 4 columns"),
         (["a\tb", "a\tb\tc"], r"train.en.tsv:2: has two texts, but line 1 has one text"),
         (["a\tb", "\tb"], r"train.en.tsv:2: has no label"),
         (["a\tb", "a\t "], r"train.en.tsv:2: a text is empty"),
+        (["a\tb", "", "b\tc"], r"train.en.tsv:2: is an empty line; take it out$"),
+        (["", " \t", ""], r"train.en.tsv: holds empty lines only"),
+        (["a\tb", "b\tc\0"], r"train.en.tsv:2: has a zero byte, so it is no text in UTF-8"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, lines: list[str], expected: str) -> None:
     write(tmp_path / "train.en.tsv", *lines)
     with pytest.raises(InputError, match=expected):
         find_labelled(tmp_path).read("train", "en")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (gzip.compress(b"a\tb\n"), r"train.en.tsv: is compressed; unpack it first \(gunzip\)"),
+        (bz2.compress(b"a\tb\n"), r"train.en.tsv: is compressed; unpack it first \(bunzip2\)"),
+        (b"a\tb\nb\t\xff\n", r"train.en.tsv:2: byte 0xff at offset 6 is not UTF-8; .*iconv"),
+        ("a\tb\n".encode("utf-16-le"), r"train.en.tsv:1: has a zero byte.*iconv -f UTF-16"),
+    ],
+)
+def test_what_is_no_text_in_utf_8_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "train.en.tsv").write_bytes(content)
+    with pytest.raises(InputError, match=expected):
+        find_labelled(tmp_path).read("train", "en")
+
+
+def test_each_layout_names_its_files(tmp_path: Path) -> None:
+    write(tmp_path / "tsv" / "train.en.tsv", "a\tb")
+    write_xnli(tmp_path / "xnli")
+    write(tmp_path / "columns" / "train.label.en", "a")
+    names = {
+        name: find_labelled(tmp_path / name).name_of("valid", "en")
+        for name in ("tsv", "xnli", "columns")
+    }
+    assert names == {"tsv": "valid.en.tsv", "xnli": "xnli.dev.tsv", "columns": "valid.label.en"}
 
 
 def test_bad_files_of_xnli(tmp_path: Path) -> None:
@@ -118,7 +149,14 @@ def test_bad_files_of_xnli(tmp_path: Path) -> None:
 def test_files_that_are_not_aligned(tmp_path: Path) -> None:
     write(tmp_path / "train.label.en", "x", "y")
     write(tmp_path / "train.s1.en", "one")
-    with pytest.raises(InputError, match=r"train\.s1\.en: has 1 lines, but .*label\.en has 2"):
+    with pytest.raises(InputError, match=r"train\.s1\.en: has 1 line, but .*label\.en has 2"):
+        find_labelled(tmp_path).read("train", "en")
+
+
+def test_an_empty_line_among_files_that_are_aligned(tmp_path: Path) -> None:
+    write(tmp_path / "train.label.en", "x", "y")
+    write(tmp_path / "train.s1.en", "one", "")
+    with pytest.raises(InputError, match=r"s1\.en:2: is an empty line; take it out of all files"):
         find_labelled(tmp_path).read("train", "en")
 
 

@@ -262,9 +262,12 @@ def test_nothing_of_a_damaged_dump_has_a_name(tmp_path: Path) -> None:
             b"Not found",
             "begins with b'Not foun'; expected a dump of a wiki, as LGwiki-latest-pages",
         ),
-        (b"\x1f\x8b\x08gzip", "packed with gzip; unpack it, or give the dump as .xml.bz2"),
-        (b"\xfd7zXZ\0", "packed with xz"),
-        (b"7z\xbc\xaf\x27\x1c", "packed with 7-Zip"),
+        (
+            b"\x1f\x8b\x08gzip",
+            r"is compressed; unpack it first \(gunzip\), or give the dump as .xml.bz2",
+        ),
+        (b"\xfd7zXZ\0", r"\(unxz\)"),
+        (b"7z\xbc\xaf\x27\x1c", r"\(7z x\)"),
         (b"<html>\r\n<head><title>404", "is a web page, perhaps a server's error; expected a dump"),
         (b"\xef\xbb\xbf \n<!doctype HTML><meta charset=utf-8>", "is a web page"),
         (bz2.compress(b""), "ends too early"),
@@ -316,7 +319,7 @@ def test_entities_that_multiply_are_not_read(tmp_path: Path, compress: Any) -> N
 def test_all_dumps_are_looked_at_before_one_is_read(tmp_path: Path) -> None:
     (tmp_path / "dewiki").write_bytes(DUMP)
     (tmp_path / "frwiki").write_bytes(b"\x1f\x8b\x08")
-    with pytest.raises(InputError, match="frwiki: is packed with gzip"):
+    with pytest.raises(InputError, match="frwiki: is compressed; unpack"):
         run(tmp_path / "{lang}wiki", tmp_path / "D", "--langs", "de,fr")
     assert [p.name for p in (tmp_path / "D").rglob("*") if p.is_file()] == ["prepare.json"]
 

@@ -17,6 +17,14 @@ from tqdm import tqdm
 from xlm_ds.log import InputError, logger
 
 CHUNK_CHARACTERS = 1 << 17  # of text read at a time
+_UNPACKED_BY = {  # by what compressed files begin with
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"7z\xbc\xaf": "7z x",
+    b"PK\x03\x04": "unzip",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
@@ -165,9 +173,18 @@ def _some_lines(text: io.TextIOWrapper, path: Path) -> list[str]:
         return text.readlines(CHUNK_CHARACTERS)
 
 
+def compressed_text(path: Path, start: bytes) -> str:
+    """What is to be said of a file that begins like a compressed one, or ""."""
+    programs = (name for magic, name in _UNPACKED_BY.items() if start.startswith(magic))
+    return next((f"{path}: is compressed; unpack it first ({name})" for name in programs), "")
+
+
 def _where_not_utf8(path: Path) -> str:
     lines, offset = 1, 0
     with path.open("rb") as file:
+        if compressed := compressed_text(path, file.read(8)):
+            return compressed
+        file.seek(0)
         for line in file:
             try:
                 line.decode("utf-8")

@@ -16,9 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from xlm_ds.config import FinetuneConfig, TrainConfig, check_languages
+from xlm_ds.config import FinetuneConfig, FinetuneOptimizationConfig
 from xlm_ds.flags import before_slow_imports, parse, to_dict
 from xlm_ds.lifeline import Ending, StopSignal, end_by_signals, launcher
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlm_ds import checkpoint
-from xlm_ds.architectures import ModelShape, parameter_count, useful_flops
+from xlm_ds.architectures import parameter_count, useful_flops
 from xlm_ds.batches import NO_LABEL, LabelledBatch, on_device
 from xlm_ds.checkpoint import BEST, LAST, Progress, Saver
 from xlm_ds.classification import (
@@ -49,16 +49,15 @@ from xlm_ds.classification import (
 from xlm_ds.deepspeed_config import precision_of
 from xlm_ds.digests import Digests
 from xlm_ds.engine import Engine, Ranks, collectives_timed
-from xlm_ds.evaluate import shape_of
 from xlm_ds.files import replacing
 from xlm_ds.geometry import Geometry, divided
 from xlm_ds.host_facts import checkpoint_bytes
-from xlm_ds.labelled import SPLITS, LabelledFiles, find_labelled
+from xlm_ds.labelled import find_labelled
 from xlm_ds.metrics import WORK, RunLog, SlowHosts, Stopwatch
 from xlm_ds.model import build_model
 from xlm_ds.order import Order, build_order
 from xlm_ds.preflight import compare_hosts, request_of
-from xlm_ds.pretrained import load_classifier, longest_row
+from xlm_ds.pretrained import load_classifier
 from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
     Saved,
@@ -71,6 +70,7 @@ from xlm_ds.run import (
     refuse_if_a_name_is_a_folder,
     refuse_if_gone,
     seed_dropout,
+    seen_checkpoint,
     skipped_too_many,
     start_digests,
     time_left,
@@ -78,7 +78,23 @@ from xlm_ds.run import (
     update_figures,
 )
 from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, lr_exhausted, plateau_after
-from xlm_ds.text_ids import TextToIds, rows_of_texts
+from xlm_ds.task import (
+    Base,
+    Task,
+    Texts,
+    build_task,
+    check_same_labels,
+    check_same_on_all,
+    check_same_run,
+    facts_of,
+    open_base,
+    read_texts,
+    stop_languages,
+    tell_other_samples,
+    with_languages,
+)
+
+ENDLESS = 1 << 62  # updates, before texts are counted
 
 # ------------------------------------------------------------------------------------- the loop
 
@@ -169,30 +185,6 @@ def finished(run: "Finetuning", progress: Progress) -> bool:
 # ------------------------------------------------------------------------------------------ begin
 
 
-class Base(NamedTuple):
-    """The pretrained model that the run begins with."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    trained: TrainConfig
-    shape: ModelShape
-    to_ids: TextToIds
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return tuple(self.manifest["languages"])
-
-
-class Task(NamedTuple):
-    """What is to be learnt. Examples have the model's numbers of languages."""
-
-    labels: tuple[str, ...]
-    texts_per_example: int  # 1, or 2 where pairs are classified
-    train: Examples
-    valid: Examples
-    test: Examples
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuning:
     """What a run is made of, from its begin to its end. Where it stands is its Progress."""
@@ -213,6 +205,69 @@ class Finetuning:
     slow_hosts: SlowHosts
 
 
+def check(config: FinetuneConfig, ranks: Ranks) -> None:
+    """Raises InputError for what can be refused before anything is made; for process.run_on_ranks."""
+    refuse_if_a_name_is_a_folder(config.run.save_dir)
+    geometry = geometry_of(config.optimization, ranks.world_size)
+    deepspeed_settings(config.optimization, config.run, geometry, ranks)
+    prepared(config, open_base(config), seen_checkpoint(config.run))
+
+
+def geometry_of(options: FinetuneOptimizationConfig, world_size: int) -> Geometry:
+    """How an update is divided. Raises InputError if the batch cannot be divided among so many ranks."""
+    rows = options.max_rows or -(-options.batch_size // world_size)
+    return divided(options.batch_size, rows, world_size, "--batch-size")
+
+
+def prepared(
+    config: FinetuneConfig, model: Base, saved: Saved | None
+) -> tuple[FinetuneConfig, Texts]:
+    """The configuration with languages and number of updates, and the texts, not yet ids.
+
+    Raises InputError for whatever can be refused without ids: first what flags, names and manifests tell, then texts.
+    """
+    check_ends(config.optimization, config.data.patience)
+    if saved is not None:
+        check_same_run(config, model, *saved)
+    files = find_labelled(config.data.data)
+    logger.info(f"{config.data.data}: {files.description}")
+    config = with_languages(config, files, model.languages)
+    texts = read_texts(config.data, files, model.languages)
+    if saved is not None:
+        check_same_labels(texts, *saved)
+    return with_last_update(config, texts.count("train")), texts
+
+
+def check_ends(options: FinetuneOptimizationConfig, patience: int) -> None:
+    """Raises InputError if nothing would end the run, or for a schedule that no number of texts would mend."""
+    ends = options.max_epoch, options.max_update, patience, options.stop_min_lr >= 0
+    if not any(ends):
+        raise InputError(
+            "--max-epoch 0 and --max-update 0: nothing would end the run; give one of them, or --patience"
+        )
+    longest = ENDLESS if options.max_epoch else 0
+    check_schedule(dataclasses.replace(options, max_update=options.max_update or longest))
+
+
+def with_last_update(config: FinetuneConfig, examples: int) -> FinetuneConfig:
+    """`config` with the number of updates that --max-epoch means, which a schedule may need.
+
+    Raises InputError for a schedule that does not fit into it.
+    """
+    options = config.optimization
+    if options.max_epoch == 0:
+        return config
+    updates = math.ceil(options.max_epoch * examples / options.batch_size)
+    resolved = dataclasses.replace(options, max_update=min(updates, options.max_update or updates))
+    try:
+        check_schedule(resolved)
+    except InputError as error:
+        raise InputError(
+            f"--max-epoch {options.max_epoch} of {examples} training examples ends at update {updates}: {error}"
+        ) from error
+    return dataclasses.replace(config, optimization=resolved)
+
+
 def begin_run(
     config: FinetuneConfig, ranks: Ranks, hosts: Sequence[str]
 ) -> tuple[Finetuning, Progress]:
@@ -222,19 +277,14 @@ def begin_run(
     need = checkpoint_bytes(parameter_count(model.shape))
     compare_hosts(request_of(config), lambda _: need, ranks)
     saved = checkpoint.find_whole(config.run.save_dir, config.run.restore_file, ranks)
-    options = config.optimization
-    rows = options.max_rows or -(-options.batch_size // ranks.world_size)
-    geometry = divided(options.batch_size, rows, ranks.world_size, "--batch-size")
-    files = find_labelled(config.data.data)
-    logger.info(f"{config.data.data}: {files.description}")
-    config = with_languages(config, files, model.languages)
-    task = read_task(config, files, model)
+    geometry = geometry_of(config.optimization, ranks.world_size)
+    config, texts = prepared(config, model, saved)
+    task = build_task(texts, model)
     check_same_on_all(task, ranks)
     order = build_order([len(task.train.rows)], alpha=1.0, seed=config.data.seed)
-    config = with_last_update(config, order.epoch_samples)
     facts = facts_of(config, model, task)
     if saved is not None:
-        check_same_task(config, facts, *saved)
+        tell_other_samples(config, facts, order.epoch_samples, saved[1])
     engine, progress = build_engine(config, model, task, geometry, ranks, saved)
     if saved is not None:
         progress = with_comparable_best(config, facts, progress, saved[1], ranks)
@@ -262,156 +312,6 @@ def begin_run(
     )
     describe(run)
     return run, progress
-
-
-def open_base(config: FinetuneConfig) -> Base:
-    """Raises InputError if it is no pretrained checkpoint."""
-    folder = checkpoint.checkpoint_folder(config.data.model).resolve()
-    manifest = checkpoint.read_manifest(folder)
-    trained = checkpoint.read_configuration(folder, manifest)
-    given = {
-        name: value
-        for name in ("dropout", "attention_dropout")
-        if (value := getattr(config.data, name)) is not None
-    }
-    trained = dataclasses.replace(trained, model=dataclasses.replace(trained.model, **given))
-    checkpoint.check_files(
-        folder, manifest, [n for n in manifest["sha256"] if not n.endswith(".safetensors")]
-    )
-    to_ids = TextToIds.load(folder)
-    shape = shape_of(
-        trained, vocab_size=len(to_ids.dictionary), languages=len(manifest["languages"])
-    )
-    return Base(folder, manifest, trained, shape, to_ids)
-
-
-def with_languages(
-    config: FinetuneConfig, files: LabelledFiles, known: Sequence[str]
-) -> FinetuneConfig:
-    """`config` with the languages to train and to test on. Raises InputError for what the model or the data has not."""
-    chosen: dict[str, Any] = {}
-    for flag, split in (("train_langs", "train"), ("test_langs", "test")):
-        shown, there = "--" + flag.replace("_", "-"), files.languages(split)
-        given: tuple[str, ...] = getattr(config.data, flag)
-        check_languages(given, shown)
-        for language in given:
-            if language not in known:
-                raise InputError(f"{shown} {language}: the model knows {', '.join(known)}")
-            if language not in there:
-                raise InputError(
-                    f"{shown} {language}: {config.data.data} has {split} texts in {', '.join(there) or 'no language'}"
-                )
-        chosen[flag] = given or tuple(language for language in known if language in there)
-        if not chosen[flag]:
-            raise InputError(
-                f"{config.data.data}: has {split} texts in {', '.join(there) or 'no language'}; the model knows "
-                f"{', '.join(known)}"
-            )
-        if not given and len(there) > len(chosen[flag]):
-            left_out = ", ".join(sorted(set(there) - set(chosen[flag])))
-            logger.info(
-                f"{split} texts in languages that the model does not know are left out: {left_out}"
-            )
-    data = dataclasses.replace(config.data, **chosen)
-    validated_on = files.languages("valid")
-    for language in stop_languages(data):
-        if language not in validated_on:
-            raise InputError(
-                f"{data.data}: has no validation texts in {language}, whose accuracy is to decide which checkpoint is "
-                f"the best; there are {', '.join(validated_on) or 'none'}: name one with --stop-lang"
-            )
-        if language not in known:
-            raise InputError(f"--stop-lang {language}: the model knows {', '.join(known)}")
-    return dataclasses.replace(config, data=data)
-
-
-def stop_languages(data: Any) -> tuple[str, ...]:
-    """Of a FinetuneDataConfig, those whose mean accuracy decides."""
-    return data.train_langs if data.stop_lang is None else (data.stop_lang,)
-
-
-def with_last_update(config: FinetuneConfig, epoch_samples: int) -> FinetuneConfig:
-    """`config` with the number of updates that --max-epoch means, which a schedule may need."""
-    options = config.optimization
-    if options.max_epoch:
-        updates = math.ceil(options.max_epoch * epoch_samples / options.batch_size)
-        updates = min(updates, options.max_update or updates)
-        options = dataclasses.replace(options, max_update=updates)
-    check_schedule(options)
-    return dataclasses.replace(config, optimization=options)
-
-
-def read_task(config: FinetuneConfig, files: LabelledFiles, model: Base) -> Task:
-    """All texts as ids. Raises InputError for a label that no training text has."""
-    data = config.data
-    begun = time.monotonic()
-    texts = {
-        "train": data.train_langs,
-        "valid": tuple(
-            language
-            for language in model.languages
-            if language in files.languages("valid")
-            and language in {*data.test_langs, *data.train_langs, *stop_languages(data)}
-        ),
-        "test": data.test_langs,
-    }
-    found = {split: {lg: files.read(split, lg) for lg in texts[split]} for split in SPLITS}
-    labels = tuple(sorted({e.label for part in found["train"].values() for e in part.examples}))
-    if len(labels) == 1:
-        raise InputError(f"{data.data}: all training texts have the label {labels[0]}")
-    numbers = {label: number for number, label in enumerate(labels)}
-    longest = longest_row(model.trained, model.to_ids.dictionary, model.languages)
-    width = 0
-    parts: dict[str, Examples] = {}
-    for split, by_language in found.items():
-        rows: list[NDArray[np.int32]] = []
-        label_ids: list[int] = []
-        languages: list[int] = []
-        for language, (path, examples) in by_language.items():
-            for example in examples:
-                where = f"{path}:{example.line}"
-                if example.label not in numbers:
-                    raise InputError(
-                        f"{where}: label {example.label!r} is in no training text; there are {', '.join(labels)}"
-                    )
-                if len(example.texts) != (width := width or len(example.texts)):
-                    raise InputError(
-                        f"{where}: has {len(example.texts)} texts, where other files have {width}"
-                    )
-            rows += rows_of_texts(
-                [example.texts for example in examples],
-                language,
-                model.to_ids,
-                longest,
-                lambda n, path=path, examples=examples: f"{path}:{examples[n].line}",  # type: ignore[misc]
-            )
-            label_ids += [numbers[example.label] for example in examples]
-            languages += [model.languages.index(language)] * len(examples)
-        parts[split] = Examples(rows, np.array(label_ids), np.array(languages))
-        shown = ", ".join(
-            f"{language} {len(part.examples)}" for language, part in by_language.items()
-        )
-        logger.info(f"{split}: {shown}")
-    what = "pairs of texts" if width > 1 else "texts"
-    logger.info(
-        f"{what} with {len(labels)} labels ({', '.join(labels)}), as ids in {time.monotonic() - begun:.1f} s"
-    )
-    return Task(labels, width, **parts)
-
-
-def check_same_on_all(task: Task, ranks: Ranks) -> None:
-    """Raises InputError, on all ranks, if one has read other texts."""
-    digest = [examples.sha256() for examples in (task.train, task.valid, task.test)]
-    found = ranks.gathered([*task.labels, *digest])
-    other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
-    ranks.raise_on_all(
-        InputError(
-            f"rank {other} has read other texts, or made other ids of them, than rank 0; give all hosts the same "
-            "model and data"
-        )
-        if other is not None
-        else None
-    )
 
 
 def build_engine(
@@ -455,55 +355,6 @@ def build_engine(
     return engine, progress
 
 
-def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
-    """What a checkpoint says of the task, and what `Pretrained.load` needs."""
-    return {
-        "labels": list(task.labels),
-        "texts_per_example": task.texts_per_example,
-        "pooling": config.data.pooling,
-        "model": str(model.folder),
-        "model_sha256": model.manifest["manifest_sha256"],
-        "configuration": to_dict(model.trained),
-        "random_weights": config.data.random_weights,
-        "train_sha256": task.train.sha256(),
-        "valid_sha256": task.valid.sha256(),
-    }
-
-
-def check_same_task(
-    config: FinetuneConfig, now: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any]
-) -> None:
-    """Refuses another model, labels or pooling than the checkpoint's; says what else changes the samples to come."""
-    if not checkpoint.is_finetuned(manifest):
-        raise InputError(f"{folder}: is of train, not of finetune; give another --save-dir")
-    before = manifest["finetuned"]
-    if before["model_sha256"] != now["model_sha256"]:
-        raise InputError(f"{folder}: was made from another model ({before['model']})")
-    if before["labels"] != now["labels"]:
-        raise InputError(
-            f"{folder}: was trained with the labels {', '.join(before['labels'])}; the training texts now have "
-            f"{', '.join(now['labels'])}"
-        )
-    if before["pooling"] != now["pooling"]:
-        raise InputError(f"{folder}: was trained with --pooling {before['pooling']}; go on with it")
-    if before["random_weights"] != now["random_weights"]:
-        raise InputError(f"{folder}: --random-weights was {before['random_weights']} at its begin")
-    if (
-        manifest["batch_samples"] != config.optimization.batch_size
-    ):  # its epochs are so many updates
-        raise InputError(
-            f"{folder}: was trained with --batch-size {manifest['batch_samples']}; go on with it"
-        )
-    facts = {"train_sha256": "texts", "seed": "--seed"}
-    old = {**before, "seed": manifest["configuration"]["data"]["seed"]}
-    current = {**now, "seed": config.data.seed}
-    for name, shown in facts.items():
-        if old[name] != current[name]:
-            logger.info(
-                f"{shown} changed: the samples from here on are others than they would have been"
-            )
-
-
 def with_comparable_best(
     config: FinetuneConfig,
     facts: Mapping[str, Any],
@@ -511,13 +362,16 @@ def with_comparable_best(
     manifest: Mapping[str, Any],
     ranks: Ranks,
 ) -> Progress:
-    """`progress` without a best accuracy that no checkpoint here has, or that is of other validation texts."""
+    """`progress` without a best accuracy that no checkpoint here has, or that is of other validation texts.
+
+    The state that the run goes on from is then the first to be validated: there may be no update to come.
+    """
     is_here: bool = ranks.gathered((config.run.save_dir / BEST).exists())[0]
     if is_here and manifest["finetuned"]["valid_sha256"] == facts["valid_sha256"]:
         return progress
     if is_here:
         logger.info("validation texts changed: the best checkpoint is looked for anew")
-    return dataclasses.replace(progress, best_accuracy=None, bad_validations=0)
+    return dataclasses.replace(progress, best_accuracy=None, bad_validations=0, validation_due=True)
 
 
 def describe(run: Finetuning) -> None:
@@ -715,7 +569,13 @@ def write_json(run: Finetuning, folder: Path, results: Mapping[str, Mapping[str,
 
 def main(argv: Sequence[str]) -> int:
     config = parse(FinetuneConfig, argv, description=__doc__)
-    return run_on_ranks("finetune", config.run, LAUNCHER, lambda *joined: finetune(config, *joined))
+    return run_on_ranks(
+        "finetune",
+        config.run,
+        LAUNCHER,
+        check=lambda ranks: check(config, ranks),
+        work=lambda *joined: finetune(config, *joined),
+    )
 
 
 if __name__ == "__main__":

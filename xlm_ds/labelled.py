@@ -11,6 +11,7 @@ Three layouts are known, by the names of their files:
     {train,valid,test}.{s1,s2,label}.LANG       a line each; XLM's get-data-xnli.sh has them so (s2 only for pairs)
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,8 @@ class LabelledFiles(NamedTuple):
     """A folder's layout."""
 
     description: str
-    languages: Callable[[str], tuple[str, ...]]
+    languages: Callable[[str], tuple[str, ...]]  # of a split
+    name_of: Callable[[str, str], str]  # what the file of a split and a language is called
     read: Callable[[str, str], Labelled]
 
 
@@ -68,19 +70,24 @@ def _tsv(folder: Path) -> LabelledFiles:
     def languages(split: str) -> tuple[str, ...]:
         return _between(folder, f"{split}.", ".tsv")
 
+    def name_of(split: str, language: str) -> str:
+        return f"{split}.{language}.tsv"
+
     def read(split: str, language: str) -> Labelled:
-        path = folder / f"{split}.{language}.tsv"
+        path = folder / name_of(split, language)
         return _checked(path, _tsv_examples(path))
 
-    return LabelledFiles("label<TAB>text[<TAB>text] of each language", languages, read)
+    return LabelledFiles("label<TAB>text[<TAB>text] of each language", languages, name_of, read)
 
 
 def _tsv_examples(path: Path) -> Iterator[Example]:
     for line, text in _numbered(path):
+        _refuse_blank(path, line, text)
         label, *texts = text.split("\t")
         if not 1 <= len(texts) <= PAIR:
             raise InputError(
-                f"{path}:{line}: has {len(texts) + 1} columns; expected label<TAB>text, or label<TAB>text<TAB>text"
+                f"{path}:{line}: has {_counted(len(texts) + 1, 'column')}; expected label<TAB>text, or "
+                "label<TAB>text<TAB>text"
             )
         yield Example(label.strip(), tuple(texts), line)
 
@@ -94,25 +101,37 @@ def _xnli(folder: Path) -> LabelledFiles:
         if split == "train":
             found = (_between(folder / i, "multinli.train.", ".tsv") for i in XNLI_FOLDERS)
             return next((names for names in found if names), ())
-        path = find(XNLI_SPLITS[split])
-        if path is None:
-            return ()
-        return tuple(sorted({row[0] for _, row in _table(path, ("language",))}))
+        return tuple(sorted(of_all_languages(split)))
+
+    def name_of(split: str, language: str) -> str:
+        return XNLI_SPLITS.get(split, f"multinli.train.{language}.tsv")
+
+    @functools.cache
+    def of_all_languages(split: str) -> dict[str, list[Example]]:
+        """Of a split that is one file, which is read once for all."""
+        found: dict[str, list[Example]] = {}
+        if path := find(XNLI_SPLITS[split]):
+            columns = ("language", "gold_label", "sentence1", "sentence2")
+            for line, (language, label, first, second) in _table(path, columns):
+                found.setdefault(language, []).append(Example(label, (first, second), line))
+        return found
 
     def read(split: str, language: str) -> Labelled:
-        columns: tuple[str, ...] = ("gold_label", "sentence1", "sentence2", "language")
-        name = XNLI_SPLITS.get(split, f"multinli.train.{language}.tsv")
-        if split == "train":
-            columns = ("label", "premise", "hypo")
+        name = name_of(split, language)
         path = find(name) or folder / name
-        examples = (
-            Example(XNLI_LABELS.get(label, label), (first, second), line)
-            for line, (label, first, second, *of) in _table(path, columns)
-            if not of or of[0] == language
+        if split != "train":
+            examples = iter(of_all_languages(split).get(language, []))
+            return _checked(path, examples, f"has no line of language {language}")
+        rows = _table(path, ("label", "premise", "hypo"))
+        return _checked(
+            path,
+            (
+                Example(XNLI_LABELS.get(label, label), (first, second), line)
+                for line, (label, first, second) in rows
+            ),
         )
-        return _checked(path, examples, f"has no line of language {language}")
 
-    return LabelledFiles("XNLI's files", languages, read)
+    return LabelledFiles("XNLI's files", languages, name_of, read)
 
 
 def _columns(folder: Path) -> LabelledFiles:
@@ -124,16 +143,23 @@ def _columns(folder: Path) -> LabelledFiles:
         if not paths[2].exists():
             paths.pop()
         labels, *texts = ([text for _, text in _numbered(path)] for path in paths)
+        for path, column in zip(paths, (labels, *texts), strict=True):
+            for line, text in enumerate(column, start=1):
+                _refuse_blank(path, line, text, " of all files")
         for path, column in zip(paths[1:], texts, strict=True):
             if len(column) != len(labels):
                 raise InputError(
-                    f"{path}: has {len(column)} lines, but {paths[0]} has {len(labels)}; give files that are aligned"
+                    f"{path}: has {_counted(len(column), 'line')}, but {paths[0]} has {len(labels)}; give files that "
+                    "are aligned"
                 )
         rows = enumerate(zip(*texts, strict=True), start=1)
         examples = (Example(labels[line - 1].strip(), parts, line) for line, parts in rows)
         return _checked(paths[0], examples)
 
-    return LabelledFiles("texts and labels in files of their own", languages, read)
+    def name_of(split: str, language: str) -> str:
+        return f"{split}.label.{language}"
+
+    return LabelledFiles("texts and labels in files of their own", languages, name_of, read)
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -151,7 +177,20 @@ def _numbered(path: Path) -> Iterator[tuple[int, str]]:
     for lines in read_lines(path):
         for text in lines:
             line += 1
+            if "\0" in text:
+                raise InputError(
+                    f"{path}:{line}: has a zero byte, so it is no text in UTF-8; convert the file (iconv -f UTF-16 -t "
+                    "UTF-8, if that is what it is)"
+                )
             yield line, text.rstrip("\n")
+
+
+def _refuse_blank(path: Path, line: int, text: str, where: str = "") -> None:
+    if text.strip():
+        return
+    if not any(text.strip() for _, text in _numbered(path)):
+        raise InputError(f"{path}: holds empty lines only")
+    raise InputError(f"{path}:{line}: is an empty line; take it out{where}")
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -165,8 +204,11 @@ def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, tuple[st
         )
     places = [header.index(name) for name in columns]
     for line, row in rows:
+        _refuse_blank(path, line, "\t".join(row))
         if len(row) != len(header):
-            raise InputError(f"{path}:{line}: has {len(row)} columns, but the header {len(header)}")
+            raise InputError(
+                f"{path}:{line}: has {_counted(len(row), 'column')}, but the header {len(header)}"
+            )
         yield line, tuple(row[place] for place in places)
 
 
@@ -185,6 +227,10 @@ def _checked(path: Path, examples: Iterator[Example], empty: str = "is empty") -
     if not found:
         raise InputError(f"{path}: {empty}")
     return Labelled(path, found)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _texts(example: Example) -> str:

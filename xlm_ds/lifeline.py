@@ -52,6 +52,7 @@ from xlm_ds.log import (
 )
 
 STOP_FILE, END_FILE, LOGS, START_FILE = "stop", "ended.json", "logs", ".start"
+SUPERVISE_LOCK = ".supervise.lock"
 LOST_CONNECTION = "the loss of its connection to the launcher"
 TICK_SECONDS = 0.5
 LAST_WORDS_SECONDS = (

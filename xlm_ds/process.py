@@ -1,6 +1,12 @@
 """What a run is beside its work, the same for train and finetune: begun by all ranks in one folder, stopped, ended.
 
-code = run_on_ranks("train", config.run, LAUNCHER, lambda *joined: train(config, *joined))
+code = run_on_ranks(
+    "train",
+    config.run,
+    LAUNCHER,
+    check=lambda ranks: check(config, ranks),
+    work=lambda *joined: train(config, *joined),
+)
 
 def train(config, ranks, stop, ending):
     join(config.run, ranks, stop, ending)
@@ -22,6 +28,7 @@ from xlm_ds.files import busy_with, locked, make_folder
 from xlm_ds.lifeline import (
     ENDS_WITH,
     LOGS,
+    SUPERVISE_LOCK,
     Ending,
     Launcher,
     StopSignal,
@@ -33,18 +40,30 @@ from xlm_ds.lifeline import (
     place,
     stop_file,
 )
-from xlm_ds.log import EXIT_OK, add_log_file, logger
+from xlm_ds.log import (
+    EXIT_BAD_INPUT,
+    EXIT_OK,
+    InputError,
+    add_log_file,
+    logger,
+    sentence_of,
+)
+
+LOCK = ".run.lock"
 
 
 def run_on_ranks(
     stage: str,
     options: CommonRunConfig,
     launcher: Launcher,
+    *,
+    check: Callable[[Ranks], None],
     work: Callable[[Ranks, StopSignal, Ending], int],
 ) -> int:
     """Joins the other ranks, holds the run's folder while `work` is done, and tells how it has ended; its exit code.
 
-    `launcher`: what lifeline.launcher() has told before torch was imported.
+    `launcher`: what lifeline.launcher() has told before torch was imported. `check` raises InputError, on rank 0, for
+    what is not to be begun; what it logs is left out, as `work` looks at the same again.
     """
     stop = StopSignal(options.stop_seconds)
     if launched := "RANK" in os.environ:
@@ -52,6 +71,7 @@ def run_on_ranks(
         stop.watch(launcher_is_gone(launcher), output_is_lost(), connection_is_lost())
     ranks = start_ranks(options.heartbeat_timeout)
     ending = Ending(options.save_dir)
+    ranks.on_first(lambda: check_first(check, options.save_dir, ending, ranks))
     with run_folder(options.save_dir, ending, ranks), one_report(stage, ending, is_lost_rank):
         stop.joined(ending)
         code = work(ranks, stop, ending)
@@ -63,6 +83,26 @@ def run_on_ranks(
     return code
 
 
+def check_first(
+    check: Callable[[Ranks], None], save_dir: Path, ending: Ending, ranks: Ranks
+) -> None:
+    """`check`, by which a command that is refused makes no folder, and changes nothing of a run that is in it.
+
+    But supervise has made the folder, and waits for the run's own word: torchrun makes 1 of all exit codes.
+    """
+    logger.disabled = True
+    try:
+        check(ranks)
+    except (InputError, OSError) as error:
+        if (save_dir / SUPERVISE_LOCK).exists():
+            with locked(save_dir / LOCK, busy_with(save_dir, "run")):
+                ending.begin()
+                ending.claim(EXIT_BAD_INPUT, sentence_of(error))
+        raise
+    finally:
+        logger.disabled = False
+
+
 @contextlib.contextmanager
 def run_folder(save_dir: Path, ending: Ending, ranks: Ranks) -> Iterator[None]:
     """The run's folder, made, cleared of what killed saves left, and this run's alone."""
@@ -70,7 +110,7 @@ def run_folder(save_dir: Path, ending: Ending, ranks: Ranks) -> Iterator[None]:
 
         def take() -> None:
             make_folder(save_dir)
-            held.enter_context(locked(save_dir / ".run.lock", busy_with(save_dir, "run")))
+            held.enter_context(locked(save_dir / LOCK, busy_with(save_dir, "run")))
             discard_leftovers(save_dir)
             ending.begin()
 

@@ -24,7 +24,7 @@ from xlm_ds import checkpoint
 from xlm_ds.architectures import ModelShape, parameter_count
 from xlm_ds.batches import MaskedBatch, on_device, shows_mask
 from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
-from xlm_ds.config import CommonRunConfig, FinetuneConfig, LearningConfig, TrainConfig
+from xlm_ds.config import CommonRunConfig, FinetuneConfig, LearningConfig, RunConfig, TrainConfig
 from xlm_ds.corpus import Corpus, micro_batch, open_corpus, order_facts, with_sample_numbers
 from xlm_ds.deepspeed_config import (
     default_deepspeed_config,
@@ -88,6 +88,37 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------ begin
+
+
+def check(config: TrainConfig, ranks: Ranks) -> None:
+    """Raises InputError for what can be refused before anything is made; for process.run_on_ranks."""
+    refuse_if_a_name_is_a_folder(config.run.save_dir)
+    check_schedule(config.optimization)
+    saved = seen_checkpoint(config.run)
+    geometry = run_geometry(config, saved, ranks.world_size)
+    deepspeed_settings(config.optimization, config.run, geometry, ranks)
+    check_retrieval(config.run)
+    data = with_sample_numbers(config.data, batch_at_start(saved, geometry))
+    corpus = open_corpus(data)
+    network_shape(config, corpus)
+    if saved is not None:
+        folder, manifest = saved
+        check_same_data(dataclasses.replace(config, data=data), corpus, geometry, manifest, folder)
+
+
+def seen_checkpoint(options: CommonRunConfig) -> Saved | None:
+    """What a run would go on from, as far as it can be seen while its folder may be another's; None if it is new.
+
+    None also where something is amiss there: a killed save may be under way or be made good when the folder is taken,
+    and find_whole goes round what is damaged.
+    """
+    try:
+        folder = checkpoint.find_checkpoint(options.save_dir, options.restore_file)
+        return None if folder is None else (folder, checkpoint.read_manifest(folder))
+    except InputError:
+        if not options.save_dir.exists():
+            raise  # what --restore-file names is nowhere
+        return None
 
 
 def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[Run, Progress]:
@@ -250,17 +281,22 @@ def read_companions(dictionary: Dictionary, folder: Path, ranks: Ranks) -> dict[
 
 
 def read_aligned_texts(config: TrainConfig, corpus: Corpus) -> list[AlignedRows]:
-    """Those of --retrieve-data, as ids. Raises InputError unless the flags go together; as read_all_aligned."""
-    source, interval = config.run.retrieve_data, config.run.retrieve_interval_updates
-    if (source is None) != (interval == 0):
-        raise InputError(
-            "--retrieve-data and --retrieve-interval-updates go together; give both or neither"
-        )
+    """Those of --retrieve-data, as ids. Raises InputError as check_retrieval and read_all_aligned."""
+    check_retrieval(config.run)
+    source = config.run.retrieve_data
     if source is None:
         return []
     to_ids = TextToIds.load(config.data.data, corpus.dictionary)
     longest = longest_row(config, corpus.dictionary, corpus.languages)
     return read_all_aligned(source, corpus.languages, to_ids, longest)
+
+
+def check_retrieval(options: RunConfig) -> None:
+    """Raises InputError unless the flags go together."""
+    if (options.retrieve_data is None) != (options.retrieve_interval_updates == 0):
+        raise InputError(
+            "--retrieve-data and --retrieve-interval-updates go together; give both or neither"
+        )
 
 
 def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:

@@ -37,7 +37,7 @@ from xlm_ds.config import (
 from xlm_ds.files import locked, make_folder, replacing
 from xlm_ds.flags import parse
 from xlm_ds.launching import check_launch, option, read_hostfile
-from xlm_ds.lifeline import END_FILE, ENDS_WITH, STOP_FILE
+from xlm_ds.lifeline import END_FILE, ENDS_WITH, STOP_FILE, SUPERVISE_LOCK
 from xlm_ds.log import (
     EXIT_BAD_INPUT,
     EXIT_FAULT,
@@ -51,7 +51,6 @@ from xlm_ds.log import (
     run_stage,
 )
 
-LOCK = ".supervise.lock"
 LAST = "checkpoint_last"  # checkpoint.LAST, whose room imports torch
 PREFLIGHT = (sys.executable, "-m", "xlm_ds.preflight")
 # What preflight is told of a launcher's options, by its own name and deepspeed's.
@@ -139,9 +138,9 @@ def given_up(ended: Ended, why: str) -> int:
 
 def wait_for(save_dir: Path, asked: "Asked") -> None:
     """Until the run's folder is there, should it be gone: a run started now would begin anew in the one under it."""
-    if not is_there(save_dir / LOCK):
+    if not is_there(save_dir / SUPERVISE_LOCK):
         logger.error(f"{save_dir}: is gone (unmounted, moved or removed); waiting until it is back")
-    while not is_there(save_dir / LOCK) and not asked.signal:
+    while not is_there(save_dir / SUPERVISE_LOCK) and not asked.signal:
         asked.sleep(POLL_SECONDS)
 
 
@@ -415,7 +414,7 @@ def main(argv: Sequence[str]) -> int:
     save_dir = launch.run.save_dir
     make_folder(save_dir)
     busy = f"{save_dir}: another supervise has this run; wait for it, or stop it (Ctrl-C, SIGTERM)"
-    with locked(save_dir / LOCK, busy) as lock:
+    with locked(save_dir / SUPERVISE_LOCK, busy) as lock:
         add_log_file(save_dir / "supervise.log")
         logger.info(f"process {os.getpid()} supervises the run in {save_dir}")
         code = preflight(config, launch, asked, lock)

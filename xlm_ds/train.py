@@ -45,6 +45,7 @@ from xlm_ds.run import (
     advanced,
     batch_at_start,
     begin_run,
+    check,
     is_turn,
     logged,
     retrieved,
@@ -211,7 +212,13 @@ def main(argv: Sequence[str]) -> int:
     config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
     if config.run.dry_run:
         return dry_run(config)
-    return run_on_ranks("train", config.run, LAUNCHER, lambda *joined: train(config, *joined))
+    return run_on_ranks(
+        "train",
+        config.run,
+        LAUNCHER,
+        check=lambda ranks: check(config, ranks),
+        work=lambda *joined: train(config, *joined),
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from xml.parsers.expat import ExpatError, ParserCreate, errors
 
 from tqdm import tqdm
 
-from xlm_ds.files import CHUNK_CHARACTERS, naming
+from xlm_ds.files import CHUNK_CHARACTERS, compressed_text, naming
 from xlm_ds.log import InputError
 
 _UNSHOWN = {"14", "6", "-2"}  # numbers of the namespaces of categories, files and media
@@ -123,8 +123,6 @@ def _elements(path: Path) -> Iterator[tuple[Element, int]]:
 _EXPECTED = (
     "expected a dump of a wiki, as LGwiki-latest-pages-articles.xml.bz2 of dumps.wikimedia.org"
 )
-# What else is downloaded: the beginning, and what it is of.
-_OTHERS = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip", b"PK": "zip"}
 _HTML = re.compile(rb"\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
@@ -138,11 +136,8 @@ def _content(raw: IO[bytes], path: Path) -> IO[bytes] | bz2.BZ2File:
         raise InputError(f"{path}: is empty; {_EXPECTED}")
     if _HTML.match(start):
         raise InputError(f"{path}: is a web page, perhaps a server's error; {_EXPECTED}")
-    for mark, program in _OTHERS.items():
-        if start.startswith(mark):
-            raise InputError(
-                f"{path}: is packed with {program}; unpack it, or give the dump as .xml.bz2"
-            )
+    if compressed := compressed_text(path, start):
+        raise InputError(f"{compressed}, or give the dump as .xml.bz2")
     if start.lstrip().startswith(b"<"):
         return raw
     raise InputError(f"{path}: begins with {start[:8]!r}; {_EXPECTED}")
