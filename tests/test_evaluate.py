@@ -252,6 +252,7 @@ def test_the_json_has_the_tables_figures(trained: Path, tiny_data: Path, tmp_pat
     ("flags", "expected"),
     [
         (["--monolingual-langs=de"], "the model knows ar, en, hi"),
+        (["--monolingual-langs=en,en"], "en is named twice"),
         (["--max-tokens=16"], "one sample must fit"),
     ],
 )

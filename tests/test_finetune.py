@@ -145,6 +145,22 @@ def test_pairs_are_learnt_and_classified(tune: Start, base: Path, tmp_path: Path
         xlm_ds.load(run).classify(["a"], "en")
 
 
+def test_the_best_is_looked_for_anew_where_other_languages_decide(
+    tune: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a checkpoint that is good in one language would stand against those that are good in another."""
+    run = tune("a", "--max-epoch=2")
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        tune("a", "--max-epoch=3", "--stop-lang=hi")
+    assert "the languages that decide, are others" in caplog.text
+    records = [r for r in records_in(run) if r["kind"] == "valid"]
+    assert [r["update"] for r in records] == [6, 12, 12, 18]
+    manifest = checkpoint.read_manifest(run / checkpoint.BEST)
+    assert manifest["finetuned"]["decided_by"] == ["hi"]
+    best = max(r["accuracy_per_language"]["hi"] for r in records[2:])
+    assert manifest["progress"]["best_accuracy"] == best
+
+
 def test_training_on_all_languages(tune: Start) -> None:
     run = tune("a", "--train-langs=en,hi", "--max-epoch=1")
     train = [record for record in records_in(run) if record["kind"] == "train"]
@@ -353,7 +369,7 @@ def test_other_validation_texts_have_another_best(
     other = write_copy(task, tmp_path / "other", valid_en=first)
     with caplog.at_level("INFO", logger="xlm_ds"):
         assert tune("a", "--max-epoch=4", data=other) == run
-    assert "validation texts changed" in caplog.text
+    assert "validation texts, or the languages that decide, are others" in caplog.text
     found = checkpoint.read_manifest(run / "checkpoint_best")["progress"]
     assert (found["update"], found["best_accuracy"] < 100) == (24, True)
 

@@ -586,7 +586,8 @@ def test_the_record_can_be_read_back(raw: Path, tmp_path: Path) -> None:
     whole = lines(raw / "de.txt")
     train = lines(tmp_path / "D/tokenised/train.de")
     assert set(train) <= {tokenise_line(line, "de", settings) for line in whole}
-    assert Record(tmp_path / "D", record).has("codes", "vocab_mlm", "train.hi")
+    again = Record(tmp_path / "D", record, stale=(), is_saved=True)
+    assert again.has("codes", "vocab_mlm", "train.hi")
 
 
 # ----------------------------------------------------------------------------------- aligned text
@@ -689,9 +690,10 @@ def test_sides_of_different_numbers_of_lines_are_refused_before_the_work(
             r"without one, or one is lost before, in which case all .* wrongly; .* \(head -n 2\)$",
             str(caught.value),
         )
-    assert set(tree(tmp_path / "D")) == {"prepare.json"}
+    assert not set(tree(tmp_path / "D"))
     side.write_bytes(whole.removesuffix(b"\n"))
     run(raw, tmp_path / "D", *parallel(para))
+    made = tree(tmp_path / "D")
     side.write_bytes(whole + b"\n")
     with pytest.raises(InputError, match=r"valid.de-hi.hi has changed"):
         run(raw, tmp_path / "D", *parallel(para))
@@ -699,7 +701,8 @@ def test_sides_of_different_numbers_of_lines_are_refused_before_the_work(
         run(raw, tmp_path / "D", *parallel(para), "--overwrite")
     side.write_bytes(whole + b"\xed\xa0\x80\n")  # a lone surrogate
     with pytest.raises(InputError, match=r"valid.de-hi.hi:3: byte 0xed at offset \d+ is not UTF-8"):
-        run(raw, tmp_path / "D", *parallel(para), "--overwrite")
+        run(raw, tmp_path / "D", *parallel(para), "--overwrite", "--lowercase")
+    assert tree(tmp_path / "D") == made
 
 
 def test_pairs_named_twice_or_otherwise_than_their_files(
@@ -717,6 +720,8 @@ def test_pairs_named_twice_or_otherwise_than_their_files(
     for lang in LANGS:
         (para / f"train.hi-de.{lang}").write_text("a\n", encoding="utf-8")
     refused("de-hi,hi-de", "--pairs: de-hi and hi-de are the same pair; give one")
+    run(raw, tmp_path / "D", *parallel(para))
+    refused("hi-de", r"--pairs hi-de: \S*D has de-hi, which is the same; name the files as then")
     (para / "valid.de-hi.de").unlink()
     refused("de-hi", r"valid.de-hi.de: no such file, but \S*valid.de-hi.hi is there; a pair needs")
 

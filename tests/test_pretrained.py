@@ -91,7 +91,9 @@ def test_long_texts_are_cut_and_counted(
     assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
     with pytest.raises(InputError, match="the model has 32; shorten"):
         model.fill(long + "<mask>", "en")
+    caplog.clear()
     assert len(model.fill("<mask> " + long, "en")) == 1
+    assert "is longer than the 32 positions of the model and is cut" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from xlm_ds.files import locked
 from xlm_ds.flags import parse
 from xlm_ds.lifeline import END_FILE, SUPERVISE_LOCK, Ending
 from xlm_ds.log import InputError, logger
-from xlm_ds.process import LOCK, check_first
+from xlm_ds.process import LOCK, refusal
 from xlm_ds.run import seen_checkpoint
 
 # Commands one after another in a process that has imported torch once: as run_stage ends them.
@@ -116,7 +117,7 @@ def test_a_finetune_that_is_refused_has_one_sentence_and_leaves_nothing(
 
 
 def test_a_train_that_is_refused_leaves_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, interval = tmp_path / "run", ["--retrieve-interval-updates=1"]
     cases = [
         (tmp_path / "no", [], "no such folder; give what binarize wrote"),
         (tiny_data, ["--monolingual-langs=ar,xx"], "train is there for ar, en, hi"),
@@ -124,6 +125,8 @@ def test_a_train_that_is_refused_leaves_nothing(tiny_data: Path, tmp_path: Path)
         (tiny_data, ["--max-positions=16"], "is beyond the position table of 16 rows"),
         (tiny_data, ["--lr-scheduler=linear"], "has no updates to decay in"),
         (tiny_data, ["--retrieve-data=no"], "go together; give both or neither"),
+        (tiny_data, [*interval, "--retrieve-data=no"], "no: has no aligned texts of ar, en, hi"),
+        (tiny_data, ["--stop-min-lr=1"], "ends the run before its first update"),
         (tiny_data, ["--deepspeed_config=no.json"], "no.json: no such file"),
     ]
     commands = [
@@ -148,8 +151,11 @@ def test_another_s_run_is_left_as_it_is(
     Ending(run).claim(0, "done")
     before = contents(run)
     words = [str(base), str(task()), f"--save-dir={run}"]
-    ((code, said),) = ends_of([("finetune", words)])
-    assert (code, "is of train, not of finetune; give another --save-dir" in said) == (2, True)
+    again = [str(tiny_data), f"--save-dir={run}", *SHAPE, "--restore-file=typo"]
+    (finetuned, trained) = ends_of([("finetune", words), ("train", again)])
+    assert (finetuned[0], trained[0]) == (2, 2)
+    assert "is of train, not of finetune; give another --save-dir" in finetuned[1]
+    assert "--restore-file typo: neither in" in trained[1]
     assert contents(run) == before
 
 
@@ -161,36 +167,50 @@ def refuse(_: object) -> None:
     raise InputError("the flag is bad")
 
 
+def refused(folder: Path, ranks: Ranks) -> str:
+    return str(refusal(refuse, folder, Ending(folder), ranks))
+
+
 def test_supervise_is_told_and_nobody_else(tmp_path: Path, ranks: Ranks) -> None:
     """It has removed what an earlier start said; without a word, torchrun's exit code would be believed."""
-    with pytest.raises(InputError, match="the flag is bad"):
-        check_first(refuse, tmp_path, Ending(tmp_path), ranks)
+    assert refused(tmp_path, ranks) == "the flag is bad"
     assert not list(tmp_path.iterdir())
-    (tmp_path / SUPERVISE_LOCK).touch()
-    with pytest.raises(InputError, match="the flag is bad"):
-        check_first(refuse, tmp_path, Ending(tmp_path), ranks)
+    (tmp_path / SUPERVISE_LOCK).touch()  # of one that was killed
+    assert refused(tmp_path, ranks) == "the flag is bad"
+    assert not (tmp_path / END_FILE).exists()
+    with locked(tmp_path / SUPERVISE_LOCK):
+        assert refused(tmp_path, ranks) == "the flag is bad"
     ended = json.loads((tmp_path / END_FILE).read_text(encoding="utf-8"))
     assert (ended["exit_code"], ended["what"]) == (2, "the flag is bad")
 
 
 def test_a_run_at_work_is_not_told_that_it_has_ended(tmp_path: Path, ranks: Ranks) -> None:
     """Its supervise would believe that, and kill it after a minute."""
-    (tmp_path / SUPERVISE_LOCK).touch()
-    with (
-        locked(tmp_path / LOCK),
-        pytest.raises(InputError, match="another run is at work here"),
-    ):
-        check_first(refuse, tmp_path, Ending(tmp_path), ranks)
+    with locked(tmp_path / SUPERVISE_LOCK), locked(tmp_path / LOCK):
+        assert "another run is at work here" in refused(tmp_path, ranks)
     assert not (tmp_path / END_FILE).exists()
 
 
 def test_what_is_looked_at_first_is_said_once(
     tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def check(_: object) -> None:
+        logger.warning("a")
+        other = threading.Thread(target=lambda: logger.warning("another thread's"))
+        other.start()
+        other.join()
+
     with caplog.at_level("INFO", logger="xlm_ds"):
-        check_first(lambda _: logger.warning("a"), tmp_path, Ending(tmp_path), ranks)
+        assert refusal(check, tmp_path, Ending(tmp_path), ranks) is None
         logger.warning("b")
-    assert [record.message for record in caplog.records] == ["b"]
+    assert [record.message for record in caplog.records] == ["another thread's", "b"]
+
+
+def test_a_fault_is_left_to_the_run_which_reports_it(tmp_path: Path, ranks: Ranks) -> None:
+    def check(_: object) -> None:
+        raise TypeError("of a manifest that no version has written")
+
+    assert refusal(check, tmp_path, Ending(tmp_path), ranks) is None
 
 
 @pytest.mark.slow

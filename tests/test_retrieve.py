@@ -213,7 +213,9 @@ def test_files_behind_a_prefix(run: Path, tmp_path: Path) -> None:
     behind = read_all_aligned(tmp_path / "valid", languages, to_ids, None)
     assert [aligned.languages for aligned in behind] == [("de", "hi"), ("fr", "en")]
     (tmp_path / "valid.de-hi.hi").unlink()
-    with pytest.raises(FileNotFoundError, match=r"valid\.de-hi\.hi"):
+    with pytest.raises(
+        InputError, match=r"valid\.de-hi\.hi: is not there, but \S*valid\.de-hi\.de is"
+    ):
         read_all_aligned(tmp_path / "valid", languages, to_ids, None)
 
 

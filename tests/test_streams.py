@@ -27,7 +27,8 @@ from xlm_ds.batches import (
     evaluation_batches,
     join_batches,
 )
-from xlm_ds.config import DataConfig, EvaluateConfig, ModelConfig, PlanConfig
+from xlm_ds.checkpoint import Progress
+from xlm_ds.config import DataConfig, EvaluateConfig, ModelConfig, PlanConfig, TrainConfig
 from xlm_ds.corpus import Corpus, micro_batch, open_corpus, update_targets
 from xlm_ds.digests import sample_digests
 from xlm_ds.engine import Ranks
@@ -36,6 +37,8 @@ from xlm_ds.geometry import Geometry
 from xlm_ds.log import EXIT_DIFFERENT, EXIT_OK, InputError
 from xlm_ds.model import build_model, position_rows
 from xlm_ds.order import build_order, mixed_weights, sampling_weights
+from xlm_ds.run import with_comparable_best
+from xlm_ds.schedule import PlateauState
 from xlm_ds.streams import Choice, Stream, alone, choose, open_streams
 
 V = 200
@@ -71,8 +74,8 @@ def test_steps_choose_languages_then_pairs_and_ids(
         ((), ["en", "en"], "en is named twice"),
         ((), ["en-fr", "en-fr"], "en-fr is named twice"),
         ((), ["en-fr", "fr-en"], "en-fr and fr-en are the same lines"),
-        (("en", "fr"), ["en-de"], "en-de: is no language of --monolingual-langs en,fr and no pair"),
-        (("en", "fr"), ["de"], "de: is no language of --monolingual-langs en,fr"),
+        (("en", "fr"), ["en-de"], "en-de: is none of the languages en,fr and no pair"),
+        (("en", "fr"), ["de"], "de: is none of the languages en,fr"),
         ((), ["zh-Hans-en"], "more than one pair; name the languages with --monolingual-langs"),
         ((), ["en-.."], "'..' is no name of a language"),
     ],
@@ -557,6 +560,35 @@ def test_digests_are_their_twins_and_those_of_any_division(corpus: Corpus) -> No
 FLAGS = [f"--mlm-steps={','.join(STEPS)}", "--tokens-per-sample=64", "--max-tokens=512"]
 
 
+def test_tlm_after_mlm_is_not_measured_by_the_best_of_mlm(
+    parallel_data: Path, tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its loss is of other text: the rate would shrink at every validation, and no checkpoint be the best."""
+    run = tmp_path / "run"
+    mlm, tlm = [*FLAGS[1:], "--mlm-steps=ar,en"], [*FLAGS[1:], "--mlm-steps=ar,en,ar-en"]
+    train_here(parallel_data, run, ranks, *mlm, "--max-update=1")
+    saved = (run / checkpoint.BEST, checkpoint.read_manifest(run / checkpoint.BEST))
+    before = Progress(best_valid_loss=0.1, plateau=PlateauState(shrinks=2, bad_count=1, best=0.1))
+
+    def goes_on(save_dir: Path, flags: list[str]) -> Progress:
+        config = parse(TrainConfig, [str(parallel_data), f"--save-dir={save_dir}", *flags])
+        return with_comparable_best(config, before, saved, ranks)
+
+    assert goes_on(run, mlm) == before
+    elsewhere = goes_on(tmp_path / "new", mlm)  # where no checkpoint is the best yet
+    assert elsewhere == dataclasses.replace(before, best_valid_loss=None)
+    for flags in (tlm, [*mlm, "--mask-ratio=0.3"], [*mlm, "--whole-word-masking"]):
+        anew = goes_on(run, flags)
+        assert (anew.best_valid_loss, anew.plateau) == (None, PlateauState(shrinks=2))
+    with caplog.at_level("INFO", logger="xlm_ds"):
+        train_here(parallel_data, run, ranks, *tlm, "--max-update=2")
+    assert (
+        "validation is another than before: the best checkpoint is looked for anew" in caplog.text
+    )
+    best = checkpoint.read_manifest(run / checkpoint.BEST)
+    assert set(best["blocks"]) == {"ar", "en", "ar-en"}
+
+
 @pytest.mark.parametrize(
     "more", [[], ["--arch=xlm", "--warmup-updates=2"]], ids=["xlm_base", "xlm"]
 )
@@ -609,7 +641,7 @@ def evaluated(command: list[str], output: Path) -> list[dict[str, Any]]:
     [
         (
             ["--mlm-steps=en-de"],
-            "en-de: is no language of --monolingual-langs ar,en,hi and no pair",
+            "en-de: is none of the languages ar,en,hi and no pair",
         ),
         (["--mlm-steps=ar-hi"], r"no valid text of the pair ar-hi \(valid.ar-hi.ar.idx\)"),
         (["--mlm-steps=ar", "--monolingual-langs=ar"], "give one"),

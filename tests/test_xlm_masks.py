@@ -22,7 +22,7 @@ from xlm_ds.engine import Ranks
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
 from xlm_ds.streams import Stream
-from xlm_ds.xlm_masks import pairs_of, share_of, xlm_batches, xlm_pair_batches
+from xlm_ds.xlm_masks import every_nth, most_pairs, xlm_batches, xlm_pair_batches
 
 VOCABULARY = 50
 
@@ -108,7 +108,7 @@ def test_ranks_share_the_blocks(tmp_path: Path) -> None:
     ],
 )
 def test_how_much_is_evaluated(language: str, split: str, languages: int, share: int) -> None:
-    assert share_of(language, split, languages) == share
+    assert every_nth(language, split, languages) == share
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_how_much_is_evaluated(language: str, split: str, languages: int, share:
 def test_how_many_pairs_are_evaluated(
     first: str, split: str, languages: int, most: int | None
 ) -> None:
-    assert pairs_of(first, split, languages) == most
+    assert most_pairs(first, split, languages) == most
 
 
 # ------------------------------------------------------------------------------------------- pairs

@@ -6,7 +6,6 @@ scores = Classifier(encoder, labels=3, pooling="first", dropout=0.1)(batch)     
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 
 from xlm_ds.batches import NO_LABEL, LabelledBatch, padded
 from xlm_ds.dictionary import PAD
+from xlm_ds.metrics import BITS_PER_NAT
 from xlm_ds.model import INIT_STD, XlmEncoder
-
-BITS_PER_NAT = 1 / math.log(2)
-
 
 # ------------------------------------------------------------------------------------------ examples
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from xlm_ds.config import EvaluateConfig, TrainConfig
+from xlm_ds.config import EvaluateConfig, TrainConfig, check_languages
 from xlm_ds.flags import before_slow_imports, parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 
@@ -52,7 +52,7 @@ from xlm_ds.metrics import BITS_PER_NAT
 from xlm_ds.model import XlmEncoder, build_model, in_second_half
 from xlm_ds.order import evaluation_samples
 from xlm_ds.streams import Choice, Stream, choose, has_split, open_streams
-from xlm_ds.xlm_masks import pairs_of, share_of, xlm_batches, xlm_pair_batches
+from xlm_ds.xlm_masks import every_nth, most_pairs, xlm_batches, xlm_pair_batches
 
 
 class Score(NamedTuple):
@@ -125,10 +125,7 @@ def score(
 
     def measure(batch: MaskedBatch) -> Tensor:
         """(6,): nats, targets, correct; of those that show <mask> number, nats, nats of the unigram model."""
-        logits = model.logits(batch).float()
-        real = batch.targets != PAD
-        nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
-        correct = (logits.argmax(dim=-1) == batch.targets) & real
+        nats, real, correct = outcome(model, batch)
         at_mask = shows_mask(batch)
         unigram = -unigram_log_probabilities[half_of_targets(batch), batch.targets] * at_mask
         figures = (nats, real, correct, at_mask, nats * at_mask, unigram)
@@ -138,6 +135,14 @@ def score(
     for draw in range(draws):
         total += sum_over_split(measure, stream, masking, draw=draw, rows=rows, ranks=ranks)
     return _score_of(stream.name, total, draws)
+
+
+def outcome(model: XlmEncoder, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """(B*K,) each: nats, which are targets, and which of those the model has right."""
+    logits = model.logits(batch).float()
+    real = batch.targets != PAD
+    nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
+    return nats, real, (logits.argmax(dim=-1) == batch.targets) & real
 
 
 def half_of_targets(batch: MaskedBatch) -> Tensor:
@@ -268,6 +273,7 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, known: Sequence[str]) -
     if config.mlm_steps and config.monolingual_langs:
         raise InputError("--monolingual-langs and --mlm-steps both say what to evaluate; give one")
     if config.monolingual_langs:
+        check_languages(config.monolingual_langs, "--monolingual-langs")
         for language in config.monolingual_langs:
             if language not in known:
                 raise InputError(
@@ -337,7 +343,9 @@ def evaluate_as_xlm(config: EvaluateConfig, subject: Subject, ranks: Ranks) -> d
         )
         total = torch.zeros(3, dtype=torch.float64)
         for batch in _batches_of_xlm(stream, config, trained, languages=languages, ranks=ranks):
-            total += _nats_targets_correct(model, on_device(batch, ranks.device))
+            with torch.no_grad():
+                of_batch = outcome(model, on_device(batch, ranks.device))
+            total += torch.stack([x.double().sum() for x in of_batch]).cpu()
         nats, targets, correct = ranks.sum(total).tolist()
         name = f"{config.split}_{'_'.join(names)}_mlm"
         figures |= {f"{name}_ppl": math.exp(nats / targets), f"{name}_acc": 100 * correct / targets}
@@ -361,7 +369,7 @@ def _batches_of_xlm(
             stream.languages[0],
             mask_ratio=mask_ratio,
             rows=rows_that_fit(config.max_tokens, stream.tokens_per_sample),
-            share=share_of(first, config.split, languages),
+            share=every_nth(first, config.split, languages),
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
@@ -374,20 +382,10 @@ def _batches_of_xlm(
         stream,
         mask_ratio=mask_ratio,
         max_tokens=config.max_tokens,
-        most=pairs_of(first, config.split, languages),
+        most=most_pairs(first, config.split, languages),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-
-
-@torch.no_grad()
-def _nats_targets_correct(model: XlmEncoder, batch: MaskedBatch) -> Tensor:
-    """(3,) float64 on the CPU."""
-    logits = model.logits(batch).float()
-    real = batch.targets != PAD
-    nats = functional.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
-    correct = (logits.argmax(dim=-1) == batch.targets) & real
-    return torch.stack([x.double().sum() for x in (nats, real, correct)]).cpu()
 
 
 def xlm_table(figures: Mapping[str, float]) -> str:

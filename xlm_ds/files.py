@@ -214,6 +214,22 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
         os.close(handle)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path`; one that has been killed leaves the file, and holds nothing."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)
+
+
 def _lock_handle(path: Path, busy: str | None) -> int:
     while True:
         # To write, as NFS locks nothing else.

@@ -64,6 +64,7 @@ from xlm_ds.run import (
     advanced,
     check_finite,
     deepspeed_settings,
+    gone_on,
     is_turn,
     open_log,
     read_companions,
@@ -77,7 +78,14 @@ from xlm_ds.run import (
     too_many_skipped,
     update_figures,
 )
-from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, lr_exhausted, plateau_after
+from xlm_ds.schedule import (
+    check_schedule,
+    describe_schedule,
+    lr_at,
+    lr_exhausted,
+    plateau_after,
+    without_best,
+)
 from xlm_ds.task import (
     Base,
     Task,
@@ -339,20 +347,10 @@ def build_engine(
         return Engine(classifier, settings, ranks, where=str(path)), Progress(
             batch_at_start=geometry.batch
         )
-    folder, manifest = saved
-    state = checkpoint.stored_state(folder, manifest)
-    checkpoint.copy_weights(classifier, state["weight"], folder)
-    engine = Engine(classifier, settings, ranks, where=str(path))
-    progress = checkpoint.read_progress(manifest)
-    engine.load_state(
-        state,
-        update=progress.update,
-        skipped=progress.skipped_updates,
-        samples=progress.samples,
-        warm_up_batch=on_device(task.train.batch(np.arange(1)), ranks.device),
+    batch = on_device(task.train.batch(np.arange(1)), ranks.device)
+    return gone_on(
+        classifier, lambda: Engine(classifier, settings, ranks, where=str(path)), saved, batch
     )
-    logger.info(f"going on from {folder}: update {progress.update}, {progress.samples} samples")
-    return engine, progress
 
 
 def with_comparable_best(
@@ -362,16 +360,26 @@ def with_comparable_best(
     manifest: Mapping[str, Any],
     ranks: Ranks,
 ) -> Progress:
-    """`progress` without a best accuracy that no checkpoint here has, or that is of other validation texts.
+    """`progress` without a best accuracy that no checkpoint here has, or that is of other texts or languages.
 
     The state that the run goes on from is then the first to be validated: there may be no update to come.
     """
     is_here: bool = ranks.gathered((config.run.save_dir / BEST).exists())[0]
-    if is_here and manifest["finetuned"]["valid_sha256"] == facts["valid_sha256"]:
+    before = manifest["finetuned"]
+    is_same = all(before[name] == facts[name] for name in ("valid_sha256", "decided_by"))
+    if is_here and is_same:
         return progress
-    if is_here:
-        logger.info("validation texts changed: the best checkpoint is looked for anew")
-    return dataclasses.replace(progress, best_accuracy=None, bad_validations=0, validation_due=True)
+    if not is_same:
+        logger.info(
+            "validation texts, or the languages that decide, are others: the best checkpoint is looked for anew"
+        )
+    return dataclasses.replace(
+        progress,
+        best_accuracy=None,
+        bad_validations=0,
+        validation_due=True,
+        plateau=progress.plateau if is_same else without_best(progress.plateau),
+    )
 
 
 def describe(run: Finetuning) -> None:
@@ -380,9 +388,9 @@ def describe(run: Finetuning) -> None:
     logger.info(describe_schedule(run.config.optimization))
     logger.info(
         f"batch: {geometry.batch} examples an update ({geometry.rows} rows x {geometry.accumulation} micro-batches x "
-        f"{geometry.world_size} ranks); an epoch is {epoch} examples, {math.ceil(epoch / geometry.batch)} updates, and "
-        f"the run at most {run.config.optimization.max_update}; the best is by the accuracy in "
-        f"{', '.join(stop_languages(data))}"
+        f"{geometry.world_size} ranks); an epoch is {epoch} examples, {math.ceil(epoch / geometry.batch)} updates"
+        + (f", and the run at most {most}" if (most := run.config.optimization.max_update) else "")
+        + f"; the best is by the accuracy in {', '.join(stop_languages(data))}"
     )
     logger.info(
         "tokens per second and tflops count the examples' own tokens, without padding: three times the forward matrix "
@@ -524,7 +532,8 @@ def save(run: Finetuning, progress: Progress, names: Sequence[str]) -> None:
 def test(run: Finetuning) -> None:
     """Tests the best checkpoint on all test languages: a table, and test.json. All ranks must call it."""
     ranks, languages, test_data = run.engine.ranks, run.model.languages, run.task.test
-    folder = (run.config.run.save_dir / BEST).resolve()
+    # The first rank's: another host may still see an older link.
+    folder: Path = ranks.gathered((run.config.run.save_dir / BEST).resolve())[0]
     manifest = checkpoint.read_manifest(folder)
     best = load_classifier(folder, manifest, len(run.model.to_ids.dictionary)).to(ranks.device)
     sums, predicted = tried(

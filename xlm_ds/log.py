@@ -8,13 +8,15 @@ A stage's `main(argv)` is wrapped once:
 Library code raises `InputError`; only `run_stage` turns it into a sentence on stderr and exit code 2.
 """
 
+import contextlib
 import errno
 import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -167,6 +169,21 @@ def write_to_log_file(text: str) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Leaves out what this thread logs."""
+    own = threading.get_ident()
+
+    def is_others(_: logging.LogRecord) -> bool:  # called by the thread that logs
+        return threading.get_ident() != own
+
+    logger.addFilter(is_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_others)
 
 
 def sentence_of(error: Exception) -> str:

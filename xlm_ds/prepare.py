@@ -93,11 +93,13 @@ def prepare(config: PrepareConfig) -> None:
     if config.wiki_dump is not None:
         make_folder(config.destdir / RAW)
     with locked(config.destdir / ".prepare.lock", busy_with(config.destdir, "prepare")):
+        _check_dumps(sources, config)
         record = open_record(config, sources)
+        _check_pairs(record, sources, config)
+        record.begin()
         if record.has(*file_names(sources, config.vocab)):
             logger.info("%s: everything is there already; nothing to do", config.destdir)
             return
-        _check_content(record, sources, config)
         try:
             _make(record, sources, config)
         finally:
@@ -218,12 +220,16 @@ def _check_sides(pair: str, prefix: str, *sides: Path) -> None:
     raise InputError(f"{missing}: no such file; --parallel and --pairs {pair} ask for it")
 
 
-def _check_content(record: Record, sources: Sources, config: PrepareConfig) -> None:
-    """Refuses before hours of work what can be seen to be wrong before it: no dump, or sides that are not aligned."""
+def _check_dumps(sources: Sources, config: PrepareConfig) -> None:
+    """Refuses what is no dump before gigabytes of the others are read, be it for their SHA-256."""
     if config.wiki_dump is not None:
         for lang in config.langs:
-            if not record.has(raw_name(lang)):
+            if not (config.destdir / raw_name(lang)).exists():
                 read_unshown(sources[lang]["all"])
+
+
+def _check_pairs(record: Record, sources: Sources, config: PrepareConfig) -> None:
+    """Refuses sides of different numbers of lines before hours of work, and before anything is removed."""
     for pair in config.pairs:
         first, second = (side for side in sources if side.startswith(f"{pair}."))
         for split, path in sources[first].items():

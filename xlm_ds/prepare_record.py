@@ -1,6 +1,7 @@
 """What prepare has made, and of what: D/prepare.json.
 
 record = open_record(config, sources)            # new, or of a run to go on with
+record.begin()                                   # what is stale is removed
 if not record.has("codes"):
     …                                            # write record.temporary("codes")
     record.publish("codes", {"merges": 12000})
@@ -9,7 +10,7 @@ if not record.has("codes"):
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,9 +59,14 @@ def raw_name(lang: str) -> str:
 class Record:
     """D/prepare.json: what D is made from, and its finished files. Saved after every file."""
 
-    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, content: dict[str, Any], *, stale: Sequence[str], is_saved: bool
+    ) -> None:
+        """`stale`: what is in the folder, made from something else, and is no longer in `content`."""
         self._folder = folder
         self._content = content
+        self._stale = stale
+        self._is_saved = is_saved
         self._temporary: set[Path] = set()
 
     def path(self, name: str) -> Path:
@@ -77,6 +83,18 @@ class Record:
 
     def has(self, *names: str) -> bool:
         return all(name in self._content["files"] and self.path(name).exists() for name in names)
+
+    def begin(self) -> None:
+        """Removes what is stale: from here on the folder is this command's."""
+        for name in self._stale:
+            self.path(name).unlink(missing_ok=True)
+        texts = {_text_of(name) for name in self._stale} - self._content["inputs"].keys()
+        if gone := sorted({text.partition(".")[0] for text in texts if _is_side(text)}):
+            logger.info(
+                "removed %s, made otherwise; name it in --pairs to make it again", ", ".join(gone)
+            )
+        if not self._is_saved:
+            self.save()
 
     def publish(self, name: str, facts: Mapping[str, int] | None = None) -> None:
         """Gives a file its final name. It is recorded before: a file that is not in the record is never one of ours."""
@@ -97,14 +115,20 @@ class Record:
 
 
 def open_record(config: PrepareConfig, sources: Sources) -> Record:
-    """The record of `config.destdir`, new or to go on with.
+    """The record of `config.destdir`, new or to go on with; changes nothing yet (Record.begin).
 
     Raises InputError if a file in it was made by other settings or from other inputs or edited (--overwrite removes
-    it), or was not made here at all.
+    it), or was not made here at all, or for a pair that is there in the other order.
     """
     folder = config.destdir
     old = _load_record(folder / RECORD)
     new = _describe(config, sources, known=old["inputs"])
+    there = _pairs_by_languages(old["inputs"])
+    for languages, pair in _pairs_by_languages(sources).items():
+        if there.get(languages, pair) != pair:
+            raise InputError(
+                f"--pairs {pair}: {folder} has {there[languages]}, which is the same; name the files as then"
+            )
     earlier = {text: facts for text, facts in old["inputs"].items() if _is_side(text)}
     new["inputs"] = earlier | new["inputs"]  # pairs of other commands stay
     names = [
@@ -128,25 +152,23 @@ def open_record(config: PrepareConfig, sources: Sources) -> Record:
             f"{folder}: {stale[0]} was made from something else: {'; '.join([*reasons[:REASONS], *more])}; give the "
             "same as then, or another --destdir, or --overwrite to redo what depends on it"
         )
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    texts = {_text_of(name) for name in stale}
-    if gone := sorted({t.partition(".")[0] for t in texts if _is_side(t) and t not in sources}):
-        logger.info(
-            "removed %s, made otherwise; name it in --pairs to make it again", ", ".join(gone)
-        )
     new["files"] = {name: facts for name, facts in old["files"].items() if name not in stale}
     read = {*sources, *map(_text_of, new["files"])}
     new["inputs"] = {text: facts for text, facts in new["inputs"].items() if text in read}
-    record = Record(folder, new)
-    if new != old:
-        record.save()
-    return record
+    return Record(folder, new, stale=stale, is_saved=new == old)
 
 
 def _is_side(text: str) -> bool:
     """en-fr.en, which is a side of a pair, and not en."""
     return "." in text
+
+
+def _pairs_by_languages(texts: Iterable[str]) -> dict[frozenset[str], str]:
+    sides: dict[str, set[str]] = {}
+    for text in filter(_is_side, texts):
+        pair, _, language = text.rpartition(".")
+        sides.setdefault(pair, set()).add(language)
+    return {frozenset(languages): pair for pair, languages in sides.items()}
 
 
 def _text_of(name: str) -> str:

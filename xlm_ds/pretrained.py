@@ -31,7 +31,7 @@ from xlm_ds.classification import Classifier, Examples
 from xlm_ds.config import TrainConfig
 from xlm_ds.dictionary import MASK, PAD, SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.evaluate import load_model, shape_of
-from xlm_ds.log import InputError
+from xlm_ds.log import InputError, logger
 from xlm_ds.model import XlmEncoder, build_model
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.text_ids import Row, TextToIds, joined_row, rows_of_texts
@@ -182,7 +182,11 @@ class Pretrained:
                 f"{_shown(text)}: a {SPECIAL_SYMBOLS[MASK]} is at position {masks[-1] + 1}, and the model has "
                 f"{self.longest}; shorten the text before it"
             )
-        row, _ = joined_row([ids], self.longest)
+        row, was_cut = joined_row([ids], self.longest)
+        if was_cut:
+            logger.warning(
+                f"{_shown(text)}: is longer than the {self.longest} positions of the model and is cut"
+            )
         batch = MaskedBatch(
             input_ids=torch.from_numpy(row.astype(np.int64))[None].to(self.device),
             languages=torch.tensor([language_id], device=self.device),

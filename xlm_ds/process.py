@@ -24,7 +24,7 @@ from pathlib import Path
 from xlm_ds.checkpoint import LAST, Saver, discard_leftovers
 from xlm_ds.config import CommonRunConfig
 from xlm_ds.engine import Ranks, is_lost_rank, start_ranks, stop_ranks
-from xlm_ds.files import busy_with, locked, make_folder
+from xlm_ds.files import busy_with, is_locked, locked, make_folder
 from xlm_ds.lifeline import (
     ENDS_WITH,
     LOGS,
@@ -47,6 +47,7 @@ from xlm_ds.log import (
     add_log_file,
     logger,
     sentence_of,
+    silent,
 )
 
 LOCK = ".run.lock"
@@ -71,7 +72,8 @@ def run_on_ranks(
         stop.watch(launcher_is_gone(launcher), output_is_lost(), connection_is_lost())
     ranks = start_ranks(options.heartbeat_timeout)
     ending = Ending(options.save_dir)
-    ranks.on_first(lambda: check_first(check, options.save_dir, ending, ranks))
+    refused = refusal(check, options.save_dir, ending, ranks) if ranks.rank == 0 else None
+    ranks.raise_on_all(refused)
     with run_folder(options.save_dir, ending, ranks), one_report(stage, ending, is_lost_rank):
         stop.joined(ending)
         code = work(ranks, stop, ending)
@@ -83,24 +85,33 @@ def run_on_ranks(
     return code
 
 
-def check_first(
+def refusal(
     check: Callable[[Ranks], None], save_dir: Path, ending: Ending, ranks: Ranks
-) -> None:
-    """`check`, by which a command that is refused makes no folder, and changes nothing of a run that is in it.
+) -> InputError | OSError | None:
+    """What `check` says, by which a command that is refused makes no folder and changes nothing of a run in it.
 
-    But supervise has made the folder, and waits for the run's own word: torchrun makes 1 of all exit codes.
+    Any other failure is left to `work`, which meets it too, and is reported once, with its host and rank.
     """
-    logger.disabled = True
     try:
-        check(ranks)
+        with silent():
+            check(ranks)
     except (InputError, OSError) as error:
-        if (save_dir / SUPERVISE_LOCK).exists():
-            with locked(save_dir / LOCK, busy_with(save_dir, "run")):
-                ending.begin()
-                ending.claim(EXIT_BAD_INPUT, sentence_of(error))
-        raise
-    finally:
-        logger.disabled = False
+        try:
+            tell_supervise(ending, save_dir, error)
+        except (InputError, OSError) as busy:
+            return busy
+        return error
+    except Exception:
+        return None
+    return None
+
+
+def tell_supervise(ending: Ending, save_dir: Path, error: Exception) -> None:
+    """It has made the folder, and waits for the run's own word: torchrun makes 1 of all exit codes."""
+    if is_locked(save_dir / SUPERVISE_LOCK):
+        with locked(save_dir / LOCK, busy_with(save_dir, "run")):
+            ending.begin()
+            ending.claim(EXIT_BAD_INPUT, sentence_of(error))
 
 
 @contextlib.contextmanager

@@ -130,27 +130,41 @@ def by_direction(languages: tuple[str, str], found: Retrieval) -> dict[str, dict
 # ---------------------------------------------------------------------------------- during training
 
 
-def read_all_aligned(
-    source: Path, languages: Sequence[str], to_ids: TextToIds, longest: int | None
-) -> list[AlignedRows]:
+def find_aligned(
+    source: Path, languages: Sequence[str]
+) -> list[tuple[tuple[str, str], tuple[Path, Path]]]:
     """The texts LG1-LG2.LG1 and LG1-LG2.LG2 of all pairs of these languages, in one order or the other, that there are
     in a folder, or behind a prefix and a point.
 
-    Raises InputError if there is none, or as read_aligned.
+    Raises InputError if there is none, or one without the other.
     """
     begin = f"{source}/" if source.is_dir() else f"{source}."
     found = []
     for one, other in itertools.combinations(languages, 2):
         for pair in ((one, other), (other, one)):
-            paths = [Path(f"{begin}{'-'.join(pair)}.{language}") for language in pair]
-            if any(path.exists() for path in paths):
-                found.append(read_aligned(paths, pair, to_ids, longest))
+            first, second = (Path(f"{begin}{'-'.join(pair)}.{language}") for language in pair)
+            if first.exists() != second.exists():
+                missing, there = sorted((first, second), key=Path.exists)
+                raise InputError(f"{missing}: is not there, but {there} is")
+            if first.exists():
+                found.append((pair, (first, second)))
                 break
     if not found:
         raise InputError(
             f"{source}: has no aligned texts of {', '.join(languages)}; they are to be called LG1-LG2.LG1 and "
             "LG1-LG2.LG2"
         )
+    return found
+
+
+def read_all_aligned(
+    source: Path, languages: Sequence[str], to_ids: TextToIds, longest: int | None
+) -> list[AlignedRows]:
+    """All that find_aligned finds. Raises InputError as it and read_aligned."""
+    found = [
+        read_aligned(paths, pair, to_ids, longest)
+        for pair, paths in find_aligned(source, languages)
+    ]
     shown = ", ".join(f"{'-'.join(pair)} ({len(rows[0])} lines)" for pair, rows in found)
     logger.info(f"{source}: retrieval is measured on {shown}")
     return found

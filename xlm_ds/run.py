@@ -11,18 +11,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xlm_ds import checkpoint
 from xlm_ds.architectures import ModelShape, parameter_count
-from xlm_ds.batches import MaskedBatch, on_device, shows_mask
+from xlm_ds.batches import LabelledBatch, MaskedBatch, on_device, shows_mask
 from xlm_ds.checkpoint import BEST, LAST, PREVIOUS, Progress, Saver
 from xlm_ds.config import CommonRunConfig, FinetuneConfig, LearningConfig, RunConfig, TrainConfig
 from xlm_ds.corpus import Corpus, micro_batch, open_corpus, order_facts, with_sample_numbers
@@ -54,8 +55,15 @@ from xlm_ds.metrics import (
 from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.pretrained import longest_row
-from xlm_ds.retrieve import AlignedRows, by_direction, read_all_aligned, retrieve_on_ranks
-from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, plateau_after
+from xlm_ds.retrieve import (
+    AlignedRows,
+    by_direction,
+    find_aligned,
+    read_all_aligned,
+    retrieve_on_ranks,
+)
+from xlm_ds.schedule import check_schedule, describe_schedule, lr_at, plateau_after, without_best
+from xlm_ds.streams import choose
 from xlm_ds.text_ids import TextToIds
 
 Saved = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
@@ -102,8 +110,9 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
     corpus = open_corpus(data)
     network_shape(config, corpus)
     if saved is not None:
-        folder, manifest = saved
-        check_same_data(dataclasses.replace(config, data=data), corpus, geometry, manifest, folder)
+        check_same_data(dataclasses.replace(config, data=data), corpus, geometry, *saved)
+    if config.run.retrieve_data is not None:
+        find_aligned(config.run.retrieve_data, corpus.languages)
 
 
 def seen_checkpoint(options: CommonRunConfig) -> Saved | None:
@@ -116,8 +125,9 @@ def seen_checkpoint(options: CommonRunConfig) -> Saved | None:
         folder = checkpoint.find_checkpoint(options.save_dir, options.restore_file)
         return None if folder is None else (folder, checkpoint.read_manifest(folder))
     except InputError:
-        if not options.save_dir.exists():
-            raise  # what --restore-file names is nowhere
+        name = options.restore_file
+        if name != LAST and not (os.path.lexists(options.save_dir / name) or os.path.lexists(name)):
+            raise
         return None
 
 
@@ -234,21 +244,63 @@ def build_engine(
         return Engine(model, settings, ranks, compiles=compiles, where=str(path)), Progress(
             batch_at_start=geometry.batch
         )
+    check_same_data(config, corpus, geometry, *saved)
+    batch = on_device(micro_batch(corpus, geometry, first=0), ranks.device)
+    engine, progress = gone_on(
+        model,
+        lambda: Engine(model, settings, ranks, compiles=compiles, where=str(path)),
+        saved,
+        batch,
+    )
+    return engine, with_comparable_best(config, progress, saved, ranks)
+
+
+def gone_on(
+    model: nn.Module,
+    start: Callable[[], Engine],
+    saved: Saved,
+    warm_up_batch: MaskedBatch | LabelledBatch,
+) -> tuple[Engine, Progress]:
+    """`model`, in the engine that `start` puts it in, as it was saved."""
     folder, manifest = saved
-    check_same_data(config, corpus, geometry, manifest, folder)
     state = checkpoint.stored_state(folder, manifest)
     checkpoint.copy_weights(model, state["weight"], folder)
-    engine = Engine(model, settings, ranks, compiles=compiles, where=str(path))
+    engine = start()
     progress = checkpoint.read_progress(manifest)
     engine.load_state(
         state,
         update=progress.update,
         skipped=progress.skipped_updates,
         samples=progress.samples,
-        warm_up_batch=on_device(micro_batch(corpus, geometry, first=0), ranks.device),
+        warm_up_batch=warm_up_batch,
     )
     logger.info(f"going on from {folder}: update {progress.update}, {progress.samples} samples")
     return engine, progress
+
+
+def with_comparable_best(
+    config: TrainConfig, progress: Progress, saved: Saved, ranks: Ranks
+) -> Progress:
+    """`progress` without a best loss that is of another validation, or that no checkpoint here has."""
+    folder, manifest = saved
+    before = what_is_validated(checkpoint.read_configuration(folder, manifest))
+    if before != what_is_validated(config):
+        logger.info("validation is another than before: the best checkpoint is looked for anew")
+        return dataclasses.replace(
+            progress, best_valid_loss=None, plateau=without_best(progress.plateau)
+        )
+    is_here: bool = ranks.gathered((config.run.save_dir / BEST).exists())[0]
+    return progress if is_here else dataclasses.replace(progress, best_valid_loss=None)
+
+
+def what_is_validated(config: TrainConfig) -> tuple[Any, ...]:
+    """What two validations must have in common for their losses to compare."""
+    data = config.data
+    streams = choose(data.monolingual_langs, data.mlm_steps, None).streams
+    return (
+        *(streams, data.tokens_per_sample, data.sample_break_mode),
+        *(data.mask_ratio.values[0], data.whole_word_masking),
+    )
 
 
 def deepspeed_settings(
@@ -307,8 +359,8 @@ def check_same_data(
     config: TrainConfig,
     corpus: Corpus,
     geometry: Geometry,
-    manifest: Mapping[str, Any],
     folder: Path,
+    manifest: Mapping[str, Any],
 ) -> None:
     """Refuses a dictionary or languages that are not the checkpoint's; says what else changes the samples to come."""
     if manifest["dictionary_sha256"] != corpus.dictionary.sha256:

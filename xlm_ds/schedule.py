@@ -39,7 +39,16 @@ class PlateauState:
 
 
 def check_schedule(config: LearningConfig) -> None:
-    """Raises InputError if no learning rate can be computed from these numbers."""
+    """Raises InputError if no learning rate can be computed from these numbers, or none above --stop-min-lr."""
+    _check_decay(config)
+    if lr_exhausted(0, config, PlateauState()):
+        raise InputError(
+            f"--stop-min-lr {config.stop_min_lr:g} ends the run before its first update, whose learning rate is "
+            f"{lr_at(0, config, PlateauState()):g}"
+        )
+
+
+def _check_decay(config: LearningConfig) -> None:
     if config.lr_scheduler not in DECAYS:
         if config.min_lr:
             raise InputError(
@@ -123,6 +132,11 @@ def plateau_after(
     # Every shrink counts, however small. fairseq, through torch, skips those of less than 1e-8:
     # halving 1e-4 it is stuck at 1.2e-8 for ever, and --stop-min-lr 1e-9 is never reached.
     return PlateauState(shrinks=state.shrinks + 1, bad_count=0, best=state.best)
+
+
+def without_best(state: PlateauState) -> PlateauState:
+    """For validations that do not compare with those before: the rate stays, and the next is the first."""
+    return PlateauState(shrinks=state.shrinks, bad_count=0, best=None)
 
 
 def lr_exhausted(update: int, config: LearningConfig, plateau: PlateauState) -> bool:

@@ -139,7 +139,7 @@ def _parsed(step: str, known: Sequence[str]) -> tuple[str, ...]:
     pairs = [s for s in splits if not known or {*s} <= {*known}]
     if not pairs:
         raise InputError(
-            f"--mlm-steps {step}: is no language of --monolingual-langs {','.join(known)} and no pair of two of them"
+            f"--mlm-steps {step}: is none of the languages {','.join(known)} and no pair of two of them"
         )
     if len(pairs) > 1:
         raise InputError(

@@ -192,6 +192,7 @@ class Task(NamedTuple):
     train: Examples
     valid: Examples
     test: Examples
+    sha256: Mapping[str, str]  # of each split
 
 
 def build_task(texts: Texts, model: Base) -> Task:
@@ -210,7 +211,8 @@ def build_task(texts: Texts, model: Base) -> Task:
         f"{'texts' if width == 1 else 'pairs of texts'} with {len(texts.labels)} labels "
         f"({', '.join(texts.labels)}), as ids in {time.monotonic() - begun:.1f} s"
     )
-    return Task(texts.labels, width, **examples)
+    sha256 = {split: examples[split].sha256() for split in SPLITS}
+    return Task(texts.labels, width, **examples, sha256=sha256)
 
 
 def _examples(
@@ -237,8 +239,7 @@ def _line_of(part: Labelled) -> Callable[[int], str]:
 
 def check_same_on_all(task: Task, ranks: Ranks) -> None:
     """Raises InputError, on all ranks, if one has read other texts."""
-    digest = [examples.sha256() for examples in (task.train, task.valid, task.test)]
-    found = ranks.gathered([*task.labels, *digest])
+    found = ranks.gathered([task.labels, task.sha256])
     other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
     ranks.raise_on_all(
         InputError(
@@ -263,8 +264,9 @@ def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
         "model_sha256": model.manifest["manifest_sha256"],
         "configuration": to_dict(model.trained),
         "random_weights": config.data.random_weights,
-        "train_sha256": task.train.sha256(),
-        "valid_sha256": task.valid.sha256(),
+        "train_sha256": task.sha256["train"],
+        "valid_sha256": task.sha256["valid"],
+        "decided_by": list(stop_languages(config.data)),
     }
 
 

@@ -69,11 +69,14 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
     started = time.monotonic() - progress.seconds
 
     with contextlib.closing(run.log), collectives_timed(stopwatch.enter):
-        if progress.validation_due:
-            progress, best = validated(run, progress)
-            save(run, progress, [LAST, BEST] if best else [LAST])
-        if progress.retrieval_due:
-            progress = retrieved(run, progress)
+        if progress.validation_due or progress.retrieval_due:  # the run was stopped before it
+            names = [LAST]
+            if progress.validation_due:
+                progress, best = validated(run, progress)
+                names += [BEST] if best else []
+            if progress.retrieval_due:
+                progress = retrieved(run, progress)
+            save(run, progress, names)
 
         while not finished(run, progress):
             stopwatch.enter("data")

@@ -36,14 +36,14 @@ MANY, VERY_MANY = 5, 30  # languages
 PAIRS_IN_A_BATCH = 32
 
 
-def share_of(language: str, split: str, languages: int) -> int:
+def every_nth(language: str, split: str, languages: int) -> int:
     """XLM evaluates the first n-th of the blocks; returns n."""
     if languages <= MANY:
         return 1
     return 5 if _is_preferred(language, split, languages) else 10
 
 
-def pairs_of(first: str, split: str, languages: int) -> int | None:
+def most_pairs(first: str, split: str, languages: int) -> int | None:
     """XLM evaluates so many pairs of lines of a step, by the first of its two languages; None is all."""
     if languages <= MANY:
         return None
