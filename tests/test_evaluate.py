@@ -297,6 +297,11 @@ def test_a_runs_folder_is_its_best_checkpoint(
     assert evaluate.main([str(run), str(tiny_data), "--mask-draws=1"]) == 0
     written = json.loads((run / f"{checkpoint.BEST}-test.json").read_text(encoding="utf-8"))
     assert [s["language"] for s in written["scores"]] == ["ar", "en", "hi", "all"]
+    before = {path: path.read_bytes() for path in run.glob("*.json")}
+    assert (
+        evaluate.main([str(run), str(tiny_data), "--mask-draws=1", "--monolingual-langs=hi"]) == 0
+    )
+    assert {path: path.read_bytes() for path in run.glob("*.json")} == before
 
 
 def test_a_folder_that_is_no_checkpoint(tiny_data: Path) -> None:

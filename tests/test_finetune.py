@@ -161,6 +161,22 @@ def test_the_best_is_looked_for_anew_where_other_languages_decide(
     assert manifest["progress"]["best_accuracy"] == best
 
 
+def test_updates_given_are_the_only_end(tune: Start) -> None:
+    """Not ten epochs too, of which nobody has spoken."""
+    run = tune("a", "--max-update=61")
+    assert max(losses_in(run)) == 61 > 10 * 96 / 16
+
+
+def test_a_header_is_no_silent_label(
+    tune: Start, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_task(tmp_path / "headed", base)
+    path = data / "train.en.tsv"
+    path.write_text(f"label\ttext\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
+    tune("a", "--max-epoch=1", data=data)
+    assert f"{path}:1: no other training text has the label 'label'; if the line is" in caplog.text
+
+
 def test_training_on_all_languages(tune: Start) -> None:
     run = tune("a", "--train-langs=en,hi", "--max-epoch=1")
     train = [record for record in records_in(run) if record["kind"] == "train"]

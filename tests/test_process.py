@@ -1,6 +1,7 @@
 """What is refused leaves nothing behind: before a run begins, its flags, files and labelled texts are looked at."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,10 +99,11 @@ def test_a_finetune_that_is_refused_has_one_sentence_and_leaves_nothing(
         (plain, ["--lr-scheduler=wsd"], "needs --decay-updates"),
         (plain, ["--deepspeed_config=no.json"], "no.json: no such file or directory"),
         (plain, ["--restore-file=nowhere"], "nor a path that exists"),
-        (tmp_path / "no", [], "no: no such folder; give the one with the labelled texts"),
+        (tmp_path / "no", [], "no: no such folder; give the folder with the labelled texts"),
         (task(valid_en=None, valid_hi=None), [], "is chosen; add valid.en.tsv\n"),
         (task(test_hi=b"animals\tx\nfruits\ty\n"), [], "test.hi.tsv:2: label 'fruits' is in no"),
         (task(test_hi=b""), [], "test.hi.tsv: is empty"),
+        (plain / "train.en.tsv", [], "train.en.tsv: is a file; give the folder"),
         (task(train_en=b"animals\tx\n\n"), [], "train.en.tsv:2: is an empty line; take it out"),
         (task(valid_hi=b"animals\tx\ty\n"), [], "valid.hi.tsv:1: has 2 texts, where other files"),
     ]
@@ -109,6 +111,12 @@ def test_a_finetune_that_is_refused_has_one_sentence_and_leaves_nothing(
         ("finetune", [str(base), str(data), f"--save-dir={run}", *FLAGS, *flags])
         for data, flags, _ in cases
     ]
+    damaged = tmp_path / "damaged"
+    shutil.copytree((base / checkpoint.BEST).resolve(), damaged)
+    weights = next(damaged.glob("weight*"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    commands.append(("finetune", [str(damaged), str(plain), f"--save-dir={run}", *FLAGS]))
+    cases.append((plain, [], "its SHA-256 is not the one in manifest.json"))
     for (_, flags, expected), (code, said) in zip(cases, ends_of(commands), strict=True):
         assert (code, said.count("\n")) == (2, 1), said
         assert said.startswith("finetune: error: "), said
@@ -151,11 +159,21 @@ def test_another_s_run_is_left_as_it_is(
     Ending(run).claim(0, "done")
     before = contents(run)
     words = [str(base), str(task()), f"--save-dir={run}"]
-    again = [str(tiny_data), f"--save-dir={run}", *SHAPE, "--restore-file=typo"]
-    (finetuned, trained) = ends_of([("finetune", words), ("train", again)])
-    assert (finetuned[0], trained[0]) == (2, 2)
-    assert "is of train, not of finetune; give another --save-dir" in finetuned[1]
-    assert "--restore-file typo: neither in" in trained[1]
+    again = [str(tiny_data), f"--save-dir={run}", *SHAPE]
+    commands = [
+        ("finetune", words, "is of train, not of finetune; give another --save-dir"),
+        ("train", [*again, "--restore-file=typo"], "--restore-file typo: neither in"),
+        (
+            "train",
+            [*again, "--encoder-layers=3"],
+            "another architecture: layers was 2 and is now 3",
+        ),
+        ("train", [*again, "--arch=xlm"], "another architecture: "),
+    ]
+    ends = ends_of([(stage, flags) for stage, flags, _ in commands])
+    for (_, _, expected), (code, said) in zip(commands, ends, strict=True):
+        assert code == 2
+        assert expected in said
     assert contents(run) == before
 
 

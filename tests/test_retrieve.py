@@ -210,6 +210,8 @@ def test_files_behind_a_prefix(run: Path, tmp_path: Path) -> None:
     assert [aligned.languages for aligned in in_folder] == [("de", "hi"), ("fr", "en")]
     for path in list(folder.iterdir()):
         path.rename(tmp_path / f"valid.{path.name}")
+    with pytest.raises(InputError, match=rf"; give {tmp_path}/valid$"):
+        read_all_aligned(tmp_path, languages, to_ids, None)
     behind = read_all_aligned(tmp_path / "valid", languages, to_ids, None)
     assert [aligned.languages for aligned in behind] == [("de", "hi"), ("fr", "en")]
     (tmp_path / "valid.de-hi.hi").unlink()

@@ -76,6 +76,9 @@ def unequal(lines: tuple[int, int], first: str, second: str) -> str:
 def check_as_many_lines(first: Path, second: Path) -> None:
     """Reads two raw texts whole, some lines at a time. Raises InputError if one has more lines, or is not UTF-8."""
     lines = (sum(map(len, read_lines(first))), sum(map(len, read_lines(second))))
+    for path, count in zip((first, second), lines, strict=True):
+        if count == 0:
+            raise InputError(f"{path}: is empty")
     if found := unequal(lines, str(first), str(second)):
         raise InputError(
             f"{found}; align them again, or if only the end is missing, cut the longer one (head -n {min(lines)})"

@@ -654,7 +654,11 @@ class FinetuneOptimizationConfig(LearningConfig):
         default=None,
         bounds="[1, inf)",
     )
-    max_epoch: int = knob_like(LearningConfig, "max_epoch", default=10)
+    max_epoch: int = knob(
+        "stop after N epochs (0: no limit; -1: 10, or no limit where --max-update is given)",
+        default=-1,
+        bounds="[-1, inf)",
+    )
     lr: float = knob_like(LearningConfig, "lr", default=2.5e-5)
     lr_scheduler: str = knob_like(LearningConfig, "lr_scheduler", default="linear")
 
@@ -796,7 +800,8 @@ class EvaluateConfig:
     )
     seed: int = knob("decides the mask draws", default=0, bounds="[0, 18446744073709551615]")
     output: Path | None = knob(
-        "JSON file for the figures (default: CHECKPOINT-SPLIT.json beside the checkpoint)",
+        "JSON file for the figures (default: CHECKPOINT-SPLIT.json beside the checkpoint; none where languages or "
+        "pairs are named)",
         default=None,
     )
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))

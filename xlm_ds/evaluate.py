@@ -43,7 +43,13 @@ from xlm_ds.batches import (
     rank_slice,
     shows_mask,
 )
-from xlm_ds.checkpoint import checkpoint_folder, load_weights, read_configuration, read_manifest
+from xlm_ds.checkpoint import (
+    check_files,
+    checkpoint_folder,
+    load_weights,
+    read_configuration,
+    read_manifest,
+)
 from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks, start_ranks, stop_ranks
 from xlm_ds.files import replacing
@@ -245,7 +251,9 @@ class Subject(NamedTuple):
 def open_subject(config: EvaluateConfig, ranks: Ranks) -> Subject:
     """Raises InputError for what the model does not know or the folder does not have."""
     folder = checkpoint_folder(config.checkpoint).resolve()
-    known = tuple(read_manifest(folder)["languages"])
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, ["dict.txt"])
+    known = tuple(manifest["languages"])
     dictionary = Dictionary.load(folder / "dict.txt")
     model, trained = load_model(folder, len(dictionary))
     choice = chosen(config, trained, known)
@@ -416,8 +424,10 @@ def write_json(
 def main(argv: Sequence[str]) -> int:
     config = parse(EvaluateConfig, argv, description=__doc__)
     folder = checkpoint_folder(config.checkpoint)
-    output = config.output or folder.with_name(f"{folder.name}-{config.split}.json")
-    if output.is_dir() or not output.parent.is_dir():
+    output = config.output
+    if output is None and not (config.mlm_steps or config.monolingual_langs):
+        output = folder.with_name(f"{folder.name}-{config.split}.json")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"--output {output}: not a file in a folder that is there")
     if config.xlm_masks and config.split == "train":
         raise InputError("--xlm-masks: XLM evaluates valid and test; give --split test")
@@ -429,7 +439,8 @@ def main(argv: Sequence[str]) -> int:
         scores = evaluate(config, subject, ranks)
         if ranks.rank == 0:
             sys.stdout.write("\n".join([table(scores), xlm_table(xlm)]).rstrip() + "\n")
-            write_json(output, config, scores, xlm)
+            if output is not None:
+                write_json(output, config, scores, xlm)
     finally:
         stop_ranks()
     return EXIT_OK

@@ -102,6 +102,7 @@ from xlm_ds.task import (
     with_languages,
 )
 
+EPOCHS = 10  # where neither epochs nor updates are given
 ENDLESS = 1 << 62  # updates, before texts are counted
 
 # ------------------------------------------------------------------------------------- the loop
@@ -218,7 +219,10 @@ def check(config: FinetuneConfig, ranks: Ranks) -> None:
     refuse_if_a_name_is_a_folder(config.run.save_dir)
     geometry = geometry_of(config.optimization, ranks.world_size)
     deepspeed_settings(config.optimization, config.run, geometry, ranks)
-    prepared(config, open_base(config), seen_checkpoint(config.run))
+    model, saved = open_base(config), seen_checkpoint(config.run)
+    if saved is None and not config.data.random_weights:
+        checkpoint.load_tensors(model.folder, model.manifest, "weight")  # refused if damaged
+    prepared(config, model, saved)
 
 
 def geometry_of(options: FinetuneOptimizationConfig, world_size: int) -> Geometry:
@@ -234,6 +238,7 @@ def prepared(
 
     Raises InputError for whatever can be refused without ids: first what flags, names and manifests tell, then texts.
     """
+    config = with_epochs(config)
     check_ends(config.optimization, config.data.patience)
     if saved is not None:
         check_same_run(config, model, *saved)
@@ -244,6 +249,15 @@ def prepared(
     if saved is not None:
         check_same_labels(texts, *saved)
     return with_last_update(config, texts.count("train")), texts
+
+
+def with_epochs(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` with the number of epochs where none is given."""
+    options = config.optimization
+    if options.max_epoch >= 0:
+        return config
+    epochs = 0 if options.max_update else EPOCHS
+    return dataclasses.replace(config, optimization=dataclasses.replace(options, max_epoch=epochs))
 
 
 def check_ends(options: FinetuneOptimizationConfig, patience: int) -> None:

@@ -52,11 +52,16 @@ class LabelledFiles(NamedTuple):
 def find_labelled(folder: Path) -> LabelledFiles:
     """The layout of a folder. Raises InputError if there is no training file of any."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the one with the labelled texts")
-    layouts = (_tsv(folder), _xnli(folder), _columns(folder))
-    for layout in layouts:
-        if layout.languages("train"):
-            return layout
+        what = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}; give the folder with the labelled texts")
+    layouts = [_tsv(folder), _xnli(folder), _columns(folder)]
+    there = [layout for layout in layouts if layout.languages("train")]
+    if len(there) > 1:
+        raise InputError(
+            f"{folder}: has {' and '.join(layout.description for layout in there)}; give a folder with one of them"
+        )
+    if there:
+        return there[0]
     raise InputError(
         f"{folder}: has no labelled texts to train on: neither train.LANG.tsv, nor multinli.train.LANG.tsv, nor "
         "train.s1.LANG with train.label.LANG"

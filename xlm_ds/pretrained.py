@@ -287,7 +287,7 @@ def check_text(text: object, where: str) -> None:
 
 
 def check_whole_number(name: str, value: int, least: int, most: float = math.inf) -> None:
-    if not isinstance(value, int) or not least <= value <= most:
+    if type(value) is not int or not least <= value <= most:
         to = "up" if most == math.inf else f"to {most}"
         raise InputError(f"{name} {value}: expected a whole number from {least} {to}")
 

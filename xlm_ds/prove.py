@@ -12,6 +12,7 @@ that is a fault of ours, and a script must be able to tell the two.
 """
 
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,13 +208,16 @@ def rebuild(run: Path, line: Line) -> Rebuilt:
 
     Raises InputError, or OSError, if those are not there, or no longer what they were at that update.
     """
-    config = parse(TrainConfig, ["--config", str(run / "config.toml")])
+    path = run / "config.toml"
+    if "model" in tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}):
+        raise InputError(f"{run} is a fine-tuning, whose texts are not made again")
+    config = parse(TrainConfig, ["--config", str(path)])
     corpus = open_corpus(config.data)
     batch = micro_batch(corpus, Geometry(line.samples, 1, 1), first=line.first_sample)
     digests = sample_digests(batch, line.first_sample)
     if update_digest(digests) != line.digest:
         raise InputError(
-            f"{config.data.data} with {run / 'config.toml'} does not give the samples any more that update "
+            f"{config.data.data} with {path} does not give the samples any more that update "
             f"{line.update} had"
         )
     return Rebuilt(corpus, batch, digests)

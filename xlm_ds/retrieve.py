@@ -150,9 +150,15 @@ def find_aligned(
                 found.append((pair, (first, second)))
                 break
     if not found:
+        prefixes = {
+            path.name.removesuffix(f".{one}-{two}.{one}")
+            for one, two in itertools.permutations(languages, 2)
+            for path in source.glob(f"*.{one}-{two}.{one}")
+        }
+        hint = f"give {' or '.join(f'{source}/{prefix}' for prefix in sorted(prefixes))}"
         raise InputError(
-            f"{source}: has no aligned texts of {', '.join(languages)}; they are to be called LG1-LG2.LG1 and "
-            "LG1-LG2.LG2"
+            f"{source}: has no aligned texts of {', '.join(languages)}; "
+            + (hint if prefixes else "they are to be called LG1-LG2.LG1 and LG1-LG2.LG2")
         )
     return found
 
@@ -286,7 +292,10 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--output {output}: not a file in a folder that is there")
     model = Pretrained.load(config.checkpoint)
     for language in itertools.chain.from_iterable(pair.languages for pair in pairs):
-        model.language_id(language)  # refused before the first file is read
+        if language not in model.languages:  # refused before the first file is read
+            raise InputError(
+                f"language {language}: the model knows {', '.join(model.languages)}; name the files' with --languages"
+            )
     aligned = [read_aligned(*pair, model.to_ids, model.longest) for pair in pairs]
     results = [
         (pair, retrieve(texts, model, config.batch_size))

@@ -111,6 +111,7 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
     network_shape(config, corpus)
     if saved is not None:
         check_same_data(dataclasses.replace(config, data=data), corpus, geometry, *saved)
+        check_same_network(config, corpus, *saved)
     if config.run.retrieve_data is not None:
         find_aligned(config.run.retrieve_data, corpus.languages)
 
@@ -353,6 +354,23 @@ def check_retrieval(options: RunConfig) -> None:
 
 def network_shape(config: TrainConfig, corpus: Corpus) -> ModelShape:
     return shape_of(config, vocab_size=len(corpus.dictionary), languages=len(corpus.languages))
+
+
+def check_same_network(
+    config: TrainConfig, corpus: Corpus, folder: Path, manifest: Mapping[str, Any]
+) -> None:
+    """Refuses another architecture than the checkpoint's; dropout may change."""
+    trained = checkpoint.read_configuration(folder, manifest)
+    before, now = (dataclasses.asdict(network_shape(c, corpus)) for c in (trained, config))
+    changes = [
+        f"{name} was {before[name]} and is now {now[name]}"
+        for name in now
+        if before[name] != now[name] and "dropout" not in name
+    ]
+    if changes:
+        raise InputError(
+            f"{folder}: another architecture: {', '.join(changes)}; give the flags it was trained with"
+        )
 
 
 def check_same_data(

@@ -8,6 +8,7 @@ task = build_task(texts, model)                             # minutes: rows of i
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,7 +157,19 @@ def read_texts(data: FinetuneDataConfig, files: LabelledFiles, known: Sequence[s
         raise InputError(f"{data.data}: all training texts have the label {labels[0]}")
     texts = Texts(labels, splits)
     _check_alike(texts)
+    _warn_of_headers(texts)
     return texts
+
+
+def _warn_of_headers(texts: Texts) -> None:
+    found = [(path, e) for path, examples in texts.splits["train"].values() for e in examples]
+    counts = Counter(example.label for _, example in found)
+    for path, example in found:
+        if example.line == 1 and counts[example.label] == 1:
+            logger.warning(
+                f"{path}:1: no other training text has the label {example.label!r}; if the line is a header, take it "
+                "out"
+            )
 
 
 def _check_alike(texts: Texts) -> None:
@@ -278,11 +291,15 @@ def check_same_run(
         raise InputError(f"{folder}: is of train, not of finetune; give another --save-dir")
     before = manifest["finetuned"]
     if before["model_sha256"] != model.manifest["manifest_sha256"]:
-        raise InputError(f"{folder}: was made from another model ({before['model']})")
+        raise InputError(
+            f"{folder}: was made from another model than {model.folder}; to go on, give {before['model']}, or begin "
+            "anew in another --save-dir"
+        )
     if before["pooling"] != config.data.pooling:
         raise InputError(f"{folder}: was trained with --pooling {before['pooling']}; go on with it")
     if before["random_weights"] != config.data.random_weights:
-        raise InputError(f"{folder}: --random-weights was {before['random_weights']} at its begin")
+        how = "with --random-weights" if before["random_weights"] else "without --random-weights"
+        raise InputError(f"{folder}: was begun {how}; go on so")
     batch = manifest["batch_samples"]  # its epochs are so many updates
     if batch != config.optimization.batch_size:
         raise InputError(f"{folder}: was trained with --batch-size {batch}; go on with it")
@@ -304,7 +321,9 @@ def tell_other_samples(
     """Says what changes the samples to come, of which an epoch has `count`."""
     changes = []
     if manifest["finetuned"]["train_sha256"] != facts["train_sha256"]:
-        changes.append(f"the training texts are others ({manifest['epoch_samples']}, now {count})")
+        before = manifest["epoch_samples"]
+        numbers = "" if before == count else f" ({before}, now {count})"
+        changes.append(f"the training texts are others{numbers}")
     seed = manifest["configuration"]["data"]["seed"]
     if seed != config.data.seed:
         changes.append(f"--seed was {seed} and is now {config.data.seed}")

@@ -58,7 +58,7 @@ def _installed(language: str) -> str:
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
             f"{language} is written without blanks, and {error.name}, which finds its words, is not installed; pip "
-            f"install 'xlm_ds[{language}]', or give text with blanks between words and --tokenizer none"
+            f"install 'xlm_ds[{language}]' (or prepare text with blanks between words, with --tokenizer none)"
         ) from error
 
 
