@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -486,6 +487,19 @@ def test_long_texts_are_cut_and_counted(
     with caplog.at_level("INFO", logger="xlm_ds"):
         tune("a", "--max-update=1", data=data)
     assert "2 of 3 texts in hi are longer than the 32 positions of the model" in caplog.text
+
+
+def test_a_run_goes_on_without_its_model(tune: Start, base: Path, tmp_path: Path) -> None:
+    """The pretraining may have gone on since, and its best checkpoint be another."""
+    whole = tune("whole", "--max-epoch=2")
+    model, moved = tmp_path / "model", tmp_path / "moved"
+    shutil.copytree((base / checkpoint.BEST).resolve(), model)
+    run = tune("run", "--max-epoch=2", model=model, stop=StopAt(7), code=75)
+    model.rename(moved)
+    assert tune("run", "--max-epoch=2", model=model) == run
+    assert losses_in(run) == losses_in(whole)
+    assert checkpoint.read_manifest(run / checkpoint.LAST)["finetuned"]["model"] == str(model)
+    tune("run", "--max-epoch=3", model=moved)  # the same one elsewhere
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(

@@ -219,7 +219,8 @@ def check(config: FinetuneConfig, ranks: Ranks) -> None:
     refuse_if_a_name_is_a_folder(config.run.save_dir)
     geometry = geometry_of(config.optimization, ranks.world_size)
     deepspeed_settings(config.optimization, config.run, geometry, ranks)
-    model, saved = open_base(config), seen_checkpoint(config.run)
+    saved = seen_checkpoint(config.run)
+    model = open_base(config, saved)
     if saved is None and not config.data.random_weights:
         checkpoint.load_tensors(model.folder, model.manifest, "weight")  # refused if damaged
     prepared(config, model, saved)
@@ -241,7 +242,7 @@ def prepared(
     config = with_epochs(config)
     check_ends(config.optimization, config.data.patience)
     if saved is not None:
-        check_same_run(config, model, *saved)
+        check_same_run(config, *saved)
     files = find_labelled(config.data.data)
     logger.info(f"{config.data.data}: {files.description}")
     config = with_languages(config, files, model.languages)
@@ -295,10 +296,12 @@ def begin_run(
 ) -> tuple[Finetuning, Progress]:
     """The run from its start, or from the checkpoint that it goes on from. All ranks must call it."""
     refuse_if_a_name_is_a_folder(config.run.save_dir)
-    model = open_base(config)
+    model = open_base(config, seen_checkpoint(config.run))
     need = checkpoint_bytes(parameter_count(model.shape))
     compare_hosts(request_of(config), lambda _: need, ranks)
     saved = checkpoint.find_whole(config.run.save_dir, config.run.restore_file, ranks)
+    if saved is None:
+        model = open_base(config, None)
     geometry = geometry_of(config.optimization, ranks.world_size)
     config, texts = prepared(config, model, saved)
     task = build_task(texts, model)
@@ -354,7 +357,7 @@ def build_engine(
         encoder, labels=len(task.labels), pooling=data.pooling, dropout=model.shape.dropout
     )
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
-    begun = "random weights" if data.random_weights else str(model.folder)
+    begun = "random weights" if data.random_weights else model.name
     logger.info(f"{model.trained.model.arch} of {begun}: {parameters:,} parameters; {path}")
     if saved is None:
         init_output(classifier, data.seed)
@@ -581,7 +584,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def write_json(run: Finetuning, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     content = {
         "checkpoint": folder.name,
-        "model": str(run.model.folder),
+        "model": run.model.name,
         "train_langs": run.config.data.train_langs,
         "labels": run.task.labels,
         "languages": results,

@@ -1,11 +1,12 @@
 """What a fine-tuning begins with and is to learn: a pretrained model, labelled texts, and what checkpoints say of both.
 
-model = open_base(config)
+model = open_base(config, None)
 config = with_languages(config, files := find_labelled(config.data.data), model.languages)
 texts = read_texts(config.data, files, model.languages)     # seconds; whatever is wrong with a line is refused
 task = build_task(texts, model)                             # minutes: rows of ids
 """
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -24,16 +25,18 @@ from xlm_ds.evaluate import shape_of
 from xlm_ds.flags import to_dict
 from xlm_ds.labelled import SPLITS, Example, Labelled, LabelledFiles
 from xlm_ds.log import InputError, logger
-from xlm_ds.pretrained import longest_row
+from xlm_ds.pretrained import base_configuration, longest_row
 from xlm_ds.text_ids import TextToIds, rows_of_texts
 
 # ------------------------------------------------------------------------------------- the model
 
 
 class Base(NamedTuple):
-    """The pretrained model that the run begins with."""
+    """The pretrained model that the run began with."""
 
-    folder: Path
+    name: str  # its folder's
+    sha256: str  # of its manifest
+    folder: Path  # where its files are: there, or in the fine-tuning's own checkpoint, which has all but the weights
     manifest: Mapping[str, Any]
     trained: TrainConfig
     shape: ModelShape
@@ -44,11 +47,31 @@ class Base(NamedTuple):
         return tuple(self.manifest["languages"])
 
 
-def open_base(config: FinetuneConfig) -> Base:
-    """Raises InputError if it is no pretrained checkpoint."""
+def open_base(config: FinetuneConfig, saved: tuple[Path, Mapping[str, Any]] | None) -> Base:
+    """Of a run that goes on from `saved` what that says, so that its model may have gone on too, or be gone.
+
+    Raises InputError if the model given is no pretrained checkpoint.
+    """
+    if saved is not None and checkpoint.is_finetuned(saved[1]):
+        folder, manifest = saved
+        before = manifest["finetuned"]
+        with contextlib.suppress(InputError):  # find_whole goes round what is damaged
+            trained = base_configuration(folder, manifest)
+            return _base(config, before["model"], before["model_sha256"], folder, manifest, trained)
     folder = checkpoint.checkpoint_folder(config.data.model).resolve()
     manifest = checkpoint.read_manifest(folder)
     trained = checkpoint.read_configuration(folder, manifest)
+    return _base(config, str(folder), manifest["manifest_sha256"], folder, manifest, trained)
+
+
+def _base(
+    config: FinetuneConfig,
+    name: str,
+    sha256: str,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    trained: TrainConfig,
+) -> Base:
     given = {
         name: value
         for name in ("dropout", "attention_dropout")
@@ -62,7 +85,7 @@ def open_base(config: FinetuneConfig) -> Base:
     shape = shape_of(
         trained, vocab_size=len(to_ids.dictionary), languages=len(manifest["languages"])
     )
-    return Base(folder, manifest, trained, shape, to_ids)
+    return Base(name, sha256, folder, manifest, trained, shape, to_ids)
 
 
 # ------------------------------------------------------------------------------------- languages
@@ -273,8 +296,8 @@ def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
         "labels": list(task.labels),
         "texts_per_example": task.texts_per_example,
         "pooling": config.data.pooling,
-        "model": str(model.folder),
-        "model_sha256": model.manifest["manifest_sha256"],
+        "model": model.name,
+        "model_sha256": model.sha256,
         "configuration": to_dict(model.trained),
         "random_weights": config.data.random_weights,
         "train_sha256": task.sha256["train"],
@@ -283,18 +306,21 @@ def facts_of(config: FinetuneConfig, model: Base, task: Task) -> dict[str, Any]:
     }
 
 
-def check_same_run(
-    config: FinetuneConfig, model: Base, folder: Path, manifest: Mapping[str, Any]
-) -> None:
+def check_same_run(config: FinetuneConfig, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses to go on from a checkpoint of something else: of train, another model, pooling or batch."""
     if not checkpoint.is_finetuned(manifest):
         raise InputError(f"{folder}: is of train, not of finetune; give another --save-dir")
     before = manifest["finetuned"]
-    if before["model_sha256"] != model.manifest["manifest_sha256"]:
-        raise InputError(
-            f"{folder}: was made from another model than {model.folder}; to go on, give {before['model']}, or begin "
-            "anew in another --save-dir"
-        )
+    given = config.data.model
+    if str(given) != manifest["configuration"]["data"]["model"]:
+        place = checkpoint.checkpoint_folder(given).resolve()
+        other = checkpoint.read_manifest(place)
+        checkpoint.read_configuration(place, other)  # refuses a fine-tuned one
+        if other["manifest_sha256"] != before["model_sha256"]:
+            raise InputError(
+                f"{folder}: was made from another model than {given}; to go on, give "
+                f"{manifest['configuration']['data']['model']}, or begin anew in another --save-dir"
+            )
     if before["pooling"] != config.data.pooling:
         raise InputError(f"{folder}: was trained with --pooling {before['pooling']}; go on with it")
     if before["random_weights"] != config.data.random_weights:
