@@ -18,7 +18,7 @@ import torch
 import xlm_ds
 from test_end_to_end import MODULE, ROOT, call, launcher, start, succeed, wait_for_update
 from test_train import NeverStop, StopAt, last_weights, losses_in, records_in, train_here
-from xlm_ds import checkpoint, finetune, report
+from xlm_ds import checkpoint, finetune, prove, report
 from xlm_ds.batches import LabelledBatch, Rows
 from xlm_ds.classification import Classifier, Examples, accuracy_figures, outcome
 from xlm_ds.config import FinetuneConfig
@@ -27,7 +27,7 @@ from xlm_ds.dictionary import EOS, PAD, Dictionary
 from xlm_ds.engine import Engine, Ranks
 from xlm_ds.flags import parse
 from xlm_ds.lifeline import Ending
-from xlm_ds.log import InputError
+from xlm_ds.log import EXIT_DIFFERENT, InputError
 from xlm_ds.text_ids import joined_row
 
 FLAGS = ["--train-langs=en", "--lr=3e-3", "--log-interval=1", "--batch-size=16"]
@@ -487,6 +487,12 @@ def test_long_texts_are_cut_and_counted(
     with caplog.at_level("INFO", logger="xlm_ds"):
         tune("a", "--max-update=1", data=data)
     assert "2 of 3 texts in hi are longer than the 32 positions of the model" in caplog.text
+
+
+def test_prove_says_why_it_names_no_sample(tune: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [tune(name, "--max-epoch=1", f"--seed={seed}") for seed, name in enumerate("ab")]
+    assert prove.main([str(run) for run in runs]) == EXIT_DIFFERENT
+    assert "a is a fine-tuning, whose texts are not made again" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_without_its_model(tune: Start, base: Path, tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_is_instant() -> None:
+    assert xlm_ds.InputError is InputError
+    assert issubclass(InputError, ValueError)
     code = "import sys, xlm_ds; xlm_ds.load; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -21,6 +21,7 @@ from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.engine import Ranks
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
+from xlm_ds.model import XlmEncoder
 from xlm_ds.streams import Stream
 from xlm_ds.xlm_masks import every_nth, most_pairs, xlm_batches, xlm_pair_batches
 
@@ -245,6 +246,16 @@ def as_xlm(config: EvaluateConfig) -> dict[str, float]:
     return evaluate.evaluate_as_xlm(config, evaluate.open_subject(config, ALONE), ALONE)
 
 
+def nats_and_right(model: XlmEncoder, batch: MaskedBatch) -> tuple[float, int]:
+    """Of all targets, one after another."""
+    with torch.no_grad():
+        scores = model.logits(batch).log_softmax(dim=-1)
+    targets = batch.targets.tolist()
+    nats = -sum(float(line[target]) for line, target in zip(scores, targets, strict=True))
+    right = sum(int(line.argmax()) == target for line, target in zip(scores, targets, strict=True))
+    return nats, right
+
+
 def test_figures_are_those_of_the_twins_blocks(trained: Path, tiny_data: Path) -> None:
     found = as_xlm(config_of(trained, tiny_data, "--split=valid"))
     dictionary = Dictionary.load(tiny_data / "dict.txt")
@@ -261,12 +272,9 @@ def test_figures_are_those_of_the_twins_blocks(trained: Path, tiny_data: Path) -
                 targets=torch.tensor(list(targets.values())),
                 has_padding=False,
             )
-            with torch.no_grad():
-                scores = model.logits(batch).log_softmax(dim=-1)
-            for line, target in zip(scores, targets.values(), strict=True):
-                nats -= float(line[target])
-                right += int(line.argmax()) == target
-                words += 1
+            of_row = nats_and_right(model, batch)
+            nats, right = nats + of_row[0], right + of_row[1]
+            words += len(targets)
         perplexities.append(math.exp(nats / words))
         accuracies.append(100 * right / words)
         assert found[f"valid_{language}_mlm_ppl"] == pytest.approx(perplexities[-1], rel=1e-5)
@@ -317,12 +325,9 @@ def test_figures_of_pairs_are_those_of_the_twins_rows(
             second_languages=torch.tensor([1]),
             second_starts=torch.tensor([start]),
         )
-        with torch.no_grad():
-            scores = model.logits(batch).log_softmax(dim=-1)
-        for line, target in zip(scores, targets.values(), strict=True):
-            nats -= float(line[target])
-            right += int(line.argmax()) == target
-            words += 1
+        of_row = nats_and_right(model, batch)
+        nats, right = nats + of_row[0], right + of_row[1]
+        words += len(targets)
     assert found["valid_hi_en_mlm_ppl"] == pytest.approx(math.exp(nats / words), rel=1e-5)
     assert found["valid_hi_en_mlm_acc"] == pytest.approx(100 * right / words)
 
