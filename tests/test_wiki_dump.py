@@ -17,7 +17,7 @@ from xlm_ds.config import PrepareConfig
 from xlm_ds.flags import parse
 from xlm_ds.log import InputError
 from xlm_ds.prepare import prepare
-from xlm_ds.wiki_dump import article_lines, read_pages, read_unshown
+from xlm_ds.wiki_dump import article_lines, read_pages, read_wiki
 
 HEAD = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">
 <siteinfo><sitename>Wikipedia</sitename><namespaces>
@@ -197,7 +197,19 @@ def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_names_of_categories_and_files_are_the_wikis(tmp_path: Path) -> None:
     (tmp_path / "dump").write_bytes(DUMP)
-    assert read_unshown(tmp_path / "dump") == UNSHOWN
+    assert read_wiki(tmp_path / "dump").unshown == UNSHOWN
+
+
+@pytest.mark.usefixtures("mwparserfromhell")
+@pytest.mark.parametrize(("language", "is_said"), [("de", False), ("de_AT", False), ("fr", True)])
+def test_a_dump_of_another_language_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, language: str, is_said: bool
+) -> None:
+    dump = tmp_path / "dump"
+    dump.write_bytes(DUMP)
+    run(dump, tmp_path / "D", "--langs", language)
+    said = f"{dump}: says that its language is de, and is read as {language}; stop this if it is the wrong file"
+    assert (said in caplog.messages) == is_said
 
 
 def test_memory_does_not_grow_with_the_dump(tmp_path: Path) -> None:
@@ -303,7 +315,7 @@ def test_entities_that_multiply_are_not_read(tmp_path: Path, compress: Any) -> N
     dump = tmp_path / "dump"
     dump.write_bytes(compress((bomb + HEAD + page("X").replace("X", "&a9;")).encode()))
     with pytest.raises(InputError, match=r"declares a document type \(mediawiki\), which no dump"):
-        read_unshown(dump)
+        read_wiki(dump)
     result = subprocess.run(
         [sys.executable, "-c", GROWTH, str(dump)],
         capture_output=True,

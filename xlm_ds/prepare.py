@@ -55,7 +55,7 @@ from xlm_ds.prepare_record import (
     text_names,
 )
 from xlm_ds.tokenisation import Tokenisation, tokenisation_of, tokenise_line
-from xlm_ds.wiki_dump import chunks_of_articles, read_pages, read_unshown, texts_of_articles
+from xlm_ds.wiki_dump import chunks_of_articles, read_pages, read_wiki, texts_of_articles
 
 HELD_OUT_LINES = 5000  # per split and language: get-data-wiki.sh of XLM
 HELD_OUT_SHARE = 20  # of a small corpus, at most one line in this many
@@ -221,11 +221,23 @@ def _check_sides(pair: str, prefix: str, *sides: Path) -> None:
 
 
 def _check_dumps(sources: Sources, config: PrepareConfig) -> None:
-    """Refuses what is no dump before gigabytes of the others are read, be it for their SHA-256."""
+    """Refuses what is no dump before gigabytes of the others are read, be it for their SHA-256; says if one seems to be
+    another language's.
+    """
     if config.wiki_dump is not None:
         for lang in config.langs:
             if not (config.destdir / raw_name(lang)).exists():
-                read_unshown(sources[lang]["all"])
+                dump = sources[lang]["all"]
+                language = read_wiki(dump).language
+                if language is not None and _first_subtag(language) != _first_subtag(lang):
+                    logger.warning(
+                        f"{dump}: says that its language is {language}, and is read as {lang}; stop this if it is the "
+                        "wrong file"
+                    )
+
+
+def _first_subtag(language: str) -> str:
+    return re.split("[-_]", language.lower())[0]
 
 
 def _check_pairs(record: Record, sources: Sources, config: PrepareConfig) -> None:
@@ -248,7 +260,7 @@ def _extract(record: Record, lang: str, dump: Path, in_order: InOrder) -> Path:
         logger.info("%s: there already", name)
         return record.path(name)
     counts = dict.fromkeys(("pages", "articles", "empty", "lines"), 0)
-    work = functools.partial(texts_of_articles, unshown=read_unshown(dump))
+    work = functools.partial(texts_of_articles, unshown=read_wiki(dump).unshown)
     temporary = record.temporary(name)
     with temporary.open("wb") as file:
         for texts in in_order(work, chunks_of_articles(read_pages(dump), counts)):

@@ -1,10 +1,10 @@
 """A dump of Wikipedia to plain text, one article at a time: memory does not grow with the dump.
 
 dump = Path("hiwiki-latest-pages-articles.xml.bz2")
-unshown = read_unshown(dump)
+wiki = read_wiki(dump)
 for page in read_pages(dump):
     if page.is_article:
-        article_lines(page.wikitext, unshown)      # ["A paragraph.", "Another one.", "An item of a list"]
+        article_lines(page.wikitext, wiki.unshown)      # ["A paragraph.", "Another one.", "An item of a list"]
 
 Wikitext is read by mwparserfromhell (pip install 'xlm_ds[wiki]'), XML by the standard library.
 """
@@ -82,15 +82,17 @@ class Page(NamedTuple):
     wikitext: str
 
 
-def read_unshown(path: Path) -> frozenset[str]:
-    """What links to categories and files begin with on this wiki, in lower case. Raises as read_pages."""
-    prefixes = set(_CANONICAL_NAMES)
-    for siteinfo, _ in _elements(path):
-        for namespace in siteinfo.iterfind("{*}namespaces/{*}namespace"):
-            if namespace.get("key") in _UNSHOWN and namespace.text:
-                prefixes.add(namespace.text.lower())
-        break
-    return frozenset(prefixes)
+class Wiki(NamedTuple):
+    language: str | None  # as the dump says it, de or zh-Hans; None where it does not
+    unshown: frozenset[str]  # what links to categories and files begin with, in lower case
+
+
+def read_wiki(path: Path) -> Wiki:
+    """What the dump's begin says. Raises as read_pages."""
+    siteinfo, _, language = next(_elements(path), (None, 0, None))
+    namespaces = () if siteinfo is None else siteinfo.iterfind("{*}namespaces/{*}namespace")
+    own = {n.text.lower() for n in namespaces if n.get("key") in _UNSHOWN and n.text}
+    return Wiki(language, frozenset(_CANONICAL_NAMES | own))
 
 
 def read_pages(path: Path) -> Iterator[Page]:
@@ -100,29 +102,33 @@ def read_pages(path: Path) -> Iterator[Page]:
     """
     size = path.stat().st_size
     with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-        for element, at in _elements(path):
+        for element, at, _ in _elements(path):
             if _name(element) == "page":
                 yield _page(element)
             bar.update(at - bar.n)
 
 
-def _elements(path: Path) -> Iterator[tuple[Element, int]]:
-    """What the dump consists of, siteinfo and pages, each with the place in the file up to which it is read."""
+def _elements(path: Path) -> Iterator[tuple[Element, int, str | None]]:
+    """What the dump consists of, siteinfo and pages, each with the place in the file up to which it is read and the
+    wiki's language.
+    """
     with path.open("rb") as raw, naming(path, "read"), _naming_damage(path):
         _check_prolog(_content(raw, path), path)
         events = iterparse(_content(raw, path), ("start", "end"))
         _, root = next(events)
         if _name(root) != "mediawiki":
             raise InputError(f"{path}: begins with <{_name(root)}>; {_EXPECTED}")
+        language = root.get(_XML_LANG)
         for event, element in events:
             if event == "end" and _name(element) in ("siteinfo", "page"):
-                yield element, raw.tell()
+                yield element, raw.tell(), language
                 root.clear()  # or every page would leave an empty element
 
 
 _EXPECTED = (
     "expected a dump of a wiki, as LGwiki-latest-pages-articles.xml.bz2 of dumps.wikimedia.org"
 )
+_XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 _HTML = re.compile(rb"\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
