@@ -18,7 +18,7 @@ FLOORS = [
     {
         *("tokenisation", "wiki_dump", "merges", "texts", "alignment"),
         *("pair_record", "prepare_record"),
-        *("architectures", "geometry", "deepspeed_config"),
+        *("architectures", "geometry", "deepspeed_config", "torch_file"),
     },
     {"prepare", "binarize", "text_ids", "labelled", "pairs", "xlm_pth", "shards", "costs"},
     {"dataset", "streams"},

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlm_ds import _core, binarize, shards, xlm_pth
+from xlm_ds import _core, binarize, shards, torch_file
 from xlm_ds.log import InputError
 from xlm_ds.xlm_pth import XLM_SPECIALS, load_xlm_text
 
@@ -122,7 +122,7 @@ def test_both_formats_of_torch_and_both_names_of_the_class(
     tmp_path: Path, module: str, legacy: bool, protocol: int
 ) -> None:
     value = content(module)
-    if protocol in (2, 5):  # numpy's bytes take a call of _codecs.encode or _frombuffer there
+    if protocol == 5:  # numpy's bytes take a call of _frombuffer there
         value["positions"] = value["sentences"] = None
         with pytest.raises(InputError, match=r"(positions|sentences) is not an array"):
             load_xlm_text(write_pth(tmp_path / "x.pth", value, legacy=legacy, protocol=protocol))
@@ -419,7 +419,7 @@ def test_keys_are_words_and_numbers(tmp_path: Path) -> None:
 
 def test_opcodes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_zip(tmp_path / "x.pth", opcodes(b"}" * 2000))
-    monkeypatch.setattr(xlm_pth, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(torch_file, "MAX_OPCODES", 1000)
     with pytest.raises(InputError, match="more than 1,000 opcodes"):
         load_xlm_text(path)
 
