@@ -147,6 +147,34 @@ class Saver:
         self._ranks.raise_on_all(failure)
 
 
+def save_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    companions: Mapping[str, bytes],
+) -> None:
+    """Writes a checkpoint without moments, which can be evaluated, fine-tuned and begun from, but not gone on from.
+
+    As `Saver` otherwise: a folder that is whole, or none. `weights`: fp32 by a parameter's name.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        sha256 = _write_share(temporary, {"weight": weights}, companions, (0, 1))
+        manifest = {
+            "format": FORMAT,
+            **description,
+            "progress": dataclasses.asdict(Progress()),
+            "environment": environment(),
+        }
+        done: Future[dict[str, str]] = Future()
+        _Save(folder, temporary, manifest, lambda: None, done).complete(sha256)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 class _Save(NamedTuple):
     folder: Path
     temporary: Path

@@ -16,6 +16,7 @@ STAGES = {
     "finetune": "a checkpoint and labelled texts -> a classifier, tested in every language",
     "supervise": "starts a failed run again from its last checkpoint",
     "evaluate": "a checkpoint -> perplexity and accuracy per language",
+    "convert": "a model of fairseq, XLM or Hugging Face to one of ours, or ours to theirs",
     "retrieve": "a checkpoint and aligned texts -> how often translations find each other",
     "fill": "a checkpoint and a text with <mask> -> the best words there",
     "prove": "two runs -> identical to an update, or their first difference",

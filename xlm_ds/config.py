@@ -807,6 +807,29 @@ class EvaluateConfig:
     local_rank: int = knob("set by the launcher", default=0, aliases=("--local-rank",))
 
 
+# --------------------------------------------------------------------------------------- convert
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """A model of another library, or for another library."""
+
+    source: Path = knob(
+        "a run's folder (its best) or a checkpoint's, fairseq's checkpoint.pt, XLM's checkpoint.pth, or a folder of "
+        "Hugging Face's",
+        positional=True,
+    )
+    out: Path = knob("folder to write", positional=True)
+    to: str = knob("whose model to write", choices=("xlm_ds", "fairseq", "hugging-face"))
+    dict: Path | None = knob(
+        "dict.txt of the data that a model was trained on that has no dictionary, as fairseq's (default: beside it)",
+        default=None,
+    )
+    langs: tuple[str, ...] = knob(
+        "languages by their ids, as ar,de,en (default: those that the model names)", default=()
+    )
+
+
 # --------------------------------------------------------------------------------------- fill
 
 

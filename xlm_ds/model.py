@@ -353,6 +353,8 @@ def init_parameters(
             module.reset_parameters()
         elif isinstance(module, MaskedLmHead):
             module.output_bias.zero_()
+    if model.position_embedding is not None:  # rows that nothing reads, and that not all peers have
+        model.position_embedding.weight[: model.first_position_row].zero_()
 
 
 def build_model(shape: ModelShape, *, seed: int) -> XlmEncoder:

@@ -1,0 +1,269 @@
+"""Opens a model of fairseq, XLM or Hugging Face, or one of ours, as a Network and as what computes its scores.
+
+    opened = open_model(Path("mlm_xnli15_1024.pth"))
+    opened.network.languages, opened.network.shape
+    opened.logits(ids, languages)                 # (B, T, V), computed as the peer does
+
+What a path is, its content says: a run's or a checkpoint's folder, one with config.json, or a file of torch.save.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xlm_ds.architectures import FIRST_POSITION_ROW, ModelShape
+from xlm_ds.checkpoint import (
+    BEST,
+    check_files,
+    checkpoint_folder,
+    load_tensors,
+    read_configuration,
+    read_manifest,
+)
+from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
+from xlm_ds.evaluate import load_model, shape_of
+from xlm_ds.exchange import (
+    FAIRSEQ,
+    XLM,
+    Logits,
+    Network,
+    State,
+    activation_of,
+    languages_of,
+    layers_in,
+    left_over,
+    matrix_of,
+    network_from,
+    peers_logits,
+    refuse_unknown,
+    share_of,
+    whole_number_of,
+    with_rows,
+)
+from xlm_ds.hugging_face import open_hugging_face
+from xlm_ds.log import InputError
+from xlm_ds.model import XlmEncoder
+from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.torch_model import SavedModel, opened_torch_model
+from xlm_ds.xlm_pth import XLM_SPECIALS
+
+
+class Opened(NamedTuple):
+    kind: str
+    network: Network
+    logits: Logits
+
+
+def open_model(
+    path: Path, *, dictionary: Path | None = None, languages: Sequence[str] = ()
+) -> Opened:
+    """`dictionary` and `languages`: where the model does not have its own. Raises InputError, OSError."""
+    if (path / "manifest.json").exists() or (path / BEST).exists():
+        return open_ours(path)
+    if (path / "config.json").exists():
+        return Opened("Hugging Face", *open_hugging_face(path, dictionary, languages))
+    if path.is_dir():
+        files = sorted([*path.glob("*.pt"), *path.glob("*.pth")])
+        if len(files) != 1:
+            raise InputError(
+                f"{path}: is no model: it has neither manifest.json (ours) nor config.json (Hugging Face), and "
+                f"{len(files)} files of torch (.pt or .pth), expected one"
+            )
+        path = files[0]
+    with opened_torch_model(path) as saved:
+        state = load_file(saved.tensors)
+        if "params" in saved.settings:
+            return open_xlm(path, saved, state, languages)
+        if {"args", "cfg"} & set(saved.settings):
+            return open_fairseq(path, saved, state, dictionary, languages)
+    raise InputError(
+        f"{path}: has neither params (XLM) nor args or cfg (fairseq) beside its weights; of Hugging Face give the "
+        "folder with config.json"
+    )
+
+
+# ------------------------------------------------------------------------------------------- ours
+
+
+def open_ours(path: Path) -> Opened:
+    folder = checkpoint_folder(path).resolve()
+    manifest = read_manifest(folder)
+    trained = read_configuration(folder, manifest)
+    there = [name for name in ("dict.txt", *COMPANIONS) if name in manifest["sha256"]]
+    check_files(folder, manifest, there)
+    dictionary = Dictionary.load(folder / "dict.txt")
+    languages = tuple(manifest["languages"])
+    network = Network(
+        shape=shape_of(trained, vocab_size=len(dictionary), languages=len(languages)),
+        weights=dict(load_tensors(folder, manifest, "weight")),
+        dictionary=dictionary,
+        languages=languages,
+        companions={name: (folder / name).read_bytes() for name in there if name != "dict.txt"},
+    )
+    model, _ = load_model(folder, len(dictionary))
+    return Opened("xlm_ds", network, our_logits(model))
+
+
+def our_logits(model: XlmEncoder) -> Logits:
+    @torch.no_grad()
+    def logits(ids: Tensor, languages: Tensor) -> Tensor:
+        hidden = model.head(model.encode(ids, languages))
+        return F.linear(hidden, model.token_embedding.weight, model.head.output_bias)
+
+    return logits
+
+
+# ---------------------------------------------------------------------------------------- fairseq
+
+# Of the sentence loss and of what computes it, which the recipe switches off (--masked-lm-only).
+_UNUSED = ("encoder.masked_lm_pooler.", "encoder.sentence_projection_layer.")
+_FUSED = "self_attn.in_proj_"  # fairseq before 2019-11: queries, keys and values in one
+
+
+def open_fairseq(
+    path: Path, saved: SavedModel, state: State, dictionary: Path | None, languages: Sequence[str]
+) -> Opened:
+    where = str(path)
+    state = _with_separate_projections(state)
+    given = _fairseq_settings(saved.settings)
+    table = matrix_of(state, f"{FAIRSEQ.tokens}.weight", where)
+    positions = state.get(f"{FAIRSEQ.positions}.weight")
+    segments = state.get(f"{FAIRSEQ.languages}.weight")
+    if positions is None and not given.get("no_token_positional_embeddings"):
+        raise InputError(
+            f"{path}: has no {FAIRSEQ.positions}.weight: its positions are computed, not learnt, and no network here "
+            "has such"
+        )
+    shape = ModelShape(
+        vocab_size=len(table),
+        max_positions=whole_number_of(given, "tokens_per_sample", where)
+        if positions is None
+        else len(positions) - FIRST_POSITION_ROW,
+        num_segment=0 if segments is None else len(segments),
+        layers=layers_in(state, "encoder.sentence_encoder.layers."),
+        embed_dim=table.shape[1],
+        ffn_embed_dim=len(matrix_of(state, f"{FAIRSEQ.fc1.format(0)}.weight", where)),
+        attention_heads=whole_number_of(given, "encoder_attention_heads", where),
+        dropout=share_of(given, "dropout"),
+        attention_dropout=share_of(given, "attention_dropout"),
+        activation_dropout=share_of(given, "act_dropout"),
+        activation_fn=activation_of(given.get("activation_fn"), where),
+        token_positions=positions is not None,
+        normalize_embeddings=f"{FAIRSEQ.embedding_norm}.weight" in state,
+    )
+    unknown = left_over(state, shape, FAIRSEQ)
+    unused = [name for name in unknown if name.startswith(_UNUSED)]
+    refuse_unknown(sorted(set(unknown) - set(unused)), where)
+    own = given.get("monolingual_langs")
+    network = network_from(
+        state,
+        shape,
+        FAIRSEQ,
+        _dictionary_beside(path, dictionary, len(table)),
+        languages_of(own.split(",") if isinstance(own, str) else own or (), languages, where),
+        where,
+        [f"left out, as the loss does not depend on it: {', '.join(unused)}"] if unused else (),
+    )
+    return Opened("fairseq", network, peers_logits(state, shape, FAIRSEQ))
+
+
+def _fairseq_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags by name: of args, or of cfg with its sections."""
+    given: dict[str, Any] = {}
+    config = settings.get("cfg")
+    for section in config.values() if isinstance(config, dict) else ():
+        given |= section if isinstance(section, dict) else {}
+    args = settings.get("args")
+    return given | args if isinstance(args, dict) else given
+
+
+def _with_separate_projections(state: State) -> dict[str, Tensor]:
+    result = {}
+    for name, value in state.items():
+        if _FUSED in name:
+            for part, values in zip("qkv", value.chunk(3), strict=True):
+                result[name.replace(_FUSED, f"self_attn.{part}_proj.")] = values
+        else:
+            result[name] = value
+    return result
+
+
+def _dictionary_beside(path: Path, given: Path | None, rows: int) -> Dictionary:
+    file = given or path.parent / "dict.txt"
+    if given is None and not file.exists():
+        raise InputError(
+            f"{path}: fairseq keeps the dictionary beside the data, not in the model; give it with --dict"
+        )
+    dictionary = Dictionary.load(file, on_duplicate="skip")
+    if len(dictionary) != rows:
+        raise InputError(
+            f"{file}: has {len(dictionary)} rows with the special symbols, and {path} has {rows}; give the dict.txt of "
+            "the data that it was trained on"
+        )
+    return dictionary
+
+
+# -------------------------------------------------------------------------------------------- XLM
+
+# Of our special symbols, what XLM calls them: its mask is <special1> (xlm/model/__init__.py, params.mask_index).
+_XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<special1>")
+
+
+def open_xlm(path: Path, saved: SavedModel, state: State, languages: Sequence[str]) -> Opened:
+    where = str(path)
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    params = saved.settings["params"]
+    if not isinstance(params, dict):
+        raise InputError(f"{path}: its params are no dictionary; is it a checkpoint of XLM?")
+    for flag, what in (("asm", "an adaptive softmax"), ("use_memory", "memory layers")):
+        if params.get(flag):
+            raise InputError(f"{path}: was trained with {what} ({flag}), which no network here has")
+    table = matrix_of(state, f"{XLM.tokens}.weight", where)
+    place = {word: number for number, word in enumerate(saved.words)}
+    if saved.words[: len(XLM_SPECIALS)] != XLM_SPECIALS or len(place) != len(table):
+        raise InputError(
+            f"{path}: its dictionary of {len(place)} words does not fit its {len(table)} rows, or does not begin with "
+            "XLM's special words"
+        )
+    words = [word for word in saved.words[len(XLM_SPECIALS) :] if word not in SPECIAL_SYMBOLS]
+    rows = [place[word] for word in (*_XLM_SPECIALS, *words)]
+    counts = [1] * len(SPECIAL_SYMBOLS) + [saved.counts[place[word]] for word in words]
+    segments = state.get(f"{XLM.languages}.weight")
+    shape = ModelShape(
+        vocab_size=len(rows),
+        max_positions=len(matrix_of(state, f"{XLM.positions}.weight", where)),
+        num_segment=0 if segments is None else len(segments),
+        layers=layers_in(state, "attentions."),
+        embed_dim=table.shape[1],
+        ffn_embed_dim=len(matrix_of(state, f"{XLM.fc1.format(0)}.weight", where)),
+        attention_heads=whole_number_of(params, "n_heads", where),
+        dropout=share_of(params, "dropout"),
+        attention_dropout=share_of(params, "attention_dropout"),
+        activation_dropout=0.0,
+        activation_fn="gelu" if params.get("gelu_activation") else "relu",
+        token_positions=True,
+        first_position_row=0,
+        normalize_embeddings=True,
+        layer_norm_eps=1e-12,
+        head_transform=False,
+        initialisation="xlm",
+    )
+    refuse_unknown(left_over(state, shape, XLM), where)
+    by_id = params.get("id2lang")
+    own = [str(by_id[key]) for key in sorted(by_id, key=int)] if isinstance(by_id, dict) else []
+    state = with_rows(state, rows, XLM)
+    network = network_from(
+        state,
+        shape,
+        XLM,
+        Dictionary((*SPECIAL_SYMBOLS, *words), tuple(counts)),
+        languages_of(own, languages, where),
+        where,
+        [f"left out: {len(place) - len(rows)} rows of special words that mean nothing here"],
+    )
+    return Opened("XLM", network, peers_logits(state, shape, XLM))
