@@ -46,6 +46,7 @@ FLOORS = [
     {"exchange"},
     {"hugging_face"},
     {"peers"},
+    {"init_from"},
     {"run", "process"},
     {"train", "finetune", "convert", "report", "plan", "prove", "preflight", "supervise"},
     {"cli"},

@@ -532,6 +532,15 @@ def stored_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, StoredT
     return {kind: StoredTensors(folder, manifest, kind) for kind in TENSORS}
 
 
+def check_can_go_on(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises InputError of a model that was converted, which has nothing of an optimizer."""
+    if manifest.get("converted"):
+        raise InputError(
+            f"{folder}: is a converted model, without an optimizer's state to go on from; begin a run with its "
+            f"weights: train --init-from {folder}"
+        )
+
+
 def find_whole(
     save_dir: Path, restore_file: str, ranks: Ranks
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -559,6 +568,7 @@ def find_whole(
             problem = sentence_of(error)
         all_problems = sorted({text for text in ranks.gathered(problem) if text is not None})
         if not all_problems:
+            check_can_go_on(folder, manifest)
             if problems:
                 ranks.on_first(functools.partial(point, save_dir / LAST, folder))
                 logger.warning(

@@ -516,6 +516,11 @@ class CommonRunConfig:
 class RunConfig(CommonRunConfig):
     """The same of pretraining."""
 
+    init_from: Path | None = knob(
+        "begin with the weights of another model, of this width: a run's or checkpoint's folder, fairseq's "
+        "checkpoint.pt beside its dict.txt, XLM's .pth, or a folder of Hugging Face's",
+        default=None,
+    )
     save_interval: int = knob("save every N epochs", default=1, bounds="[1, inf)")
     no_epoch_checkpoints: bool = knob(
         "keep only checkpoint_last and checkpoint_best", default=False

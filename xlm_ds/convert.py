@@ -31,7 +31,7 @@ from xlm_ds.config import (
     TrainConfig,
 )
 from xlm_ds.dictionary import EOS, PAD
-from xlm_ds.exchange import FAIRSEQ, Logits, Network, architecture_of, state_of
+from xlm_ds.exchange import FAIRSEQ, Hints, Logits, Network, architecture_of, state_of
 from xlm_ds.files import naming
 from xlm_ds.flags import parse, to_dict
 from xlm_ds.hugging_face import write_hugging_face
@@ -46,7 +46,7 @@ def convert(config: ConvertConfig) -> int:
     out = config.out
     if out.exists():
         raise InputError(f"{out}: is there already; delete it, or give another folder")
-    source = open_model(config.source, dictionary=config.dict, languages=config.langs)
+    source = open_model(config.source, Hints(config.dict, config.langs))
     logger.info(f"{config.source}: {source.kind}'s, {described(source.network)}")
     for remark in source.network.remarks:
         logger.info(f"{config.source}: {remark}")

@@ -11,6 +11,7 @@ conversions go through this one form. Sources of the names: spec of each peer be
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -274,8 +275,20 @@ def with_rows(state: State, rows: Sequence[int], names: Names) -> dict[str, Tens
     return {name: value[chosen] if name in by_word else value for name, value in state.items()}
 
 
-def languages_of(own: Sequence[str], given: Sequence[str], where: str) -> tuple[str, ...]:
-    """By id: the model's own, or those of --langs, which must be as many. Raises InputError if there are none."""
+class Hints(NamedTuple):
+    """What a model may not say of itself."""
+
+    dictionary: Path | None = None
+    languages: Sequence[str] = ()  # by their ids; as many as it has
+    otherwise: Sequence[str] = ()  # its languages if it names none
+
+
+NO_HINTS = Hints()
+
+
+def languages_of(own: Sequence[str], hints: Hints, where: str) -> tuple[str, ...]:
+    """By id: those of the hints, or the model's own. Raises InputError if there are none, or another number of them."""
+    given = hints.languages or ([] if own else hints.otherwise)
     if not own and not given:
         raise InputError(
             f"{where}: does not say which languages it knows; give them with --langs, by their ids"

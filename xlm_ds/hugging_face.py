@@ -26,7 +26,9 @@ from xlm_ds.architectures import ModelShape
 from xlm_ds.dictionary import BOS, EOS, GOES_ON, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
 from xlm_ds.exchange import (
     HF_BERT,
+    NO_HINTS,
     XLM,
+    Hints,
     Logits,
     Names,
     Network,
@@ -75,10 +77,8 @@ _UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_id
 # ------------------------------------------------------------------------------------------- read
 
 
-def open_hugging_face(
-    folder: Path, dictionary: Path | None = None, languages: Sequence[str] = ()
-) -> tuple[Network, Logits]:
-    """`dictionary`: dict.txt, where the folder has no vocabulary. Raises InputError, OSError."""
+def open_hugging_face(folder: Path, hints: Hints = NO_HINTS) -> tuple[Network, Logits]:
+    """Raises InputError, OSError."""
     where = str(folder)
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
@@ -90,7 +90,7 @@ def open_hugging_face(
     own = config.get(OWN)
     by_name = config.get("lang2id") or {}
     known = own["languages"] if own else sorted(by_name, key=lambda name: by_name[name])
-    known = languages_of(known, languages, where)
+    known = languages_of(known, hints, where)
 
     segments = state.pop(f"{names.languages}.weight", None)
     if own and segments is not None:
@@ -102,7 +102,7 @@ def open_hugging_face(
         state[f"{names.languages}.weight"] = segments
 
     table = matrix_of(state, f"{names.tokens}.weight", where)
-    found, rows = _vocabulary(folder, dictionary, own is not None, kind, len(table))
+    found, rows = _vocabulary(folder, hints.dictionary, own is not None, kind, len(table))
     shape = (_xlm_shape if is_xlm else _bert_shape)(config, state, names, len(rows), where)
     unknown = left_over(state, shape, names)
     refuse_unknown([name for name in unknown if not name.startswith(_UNUSED)], where)

@@ -7,7 +7,7 @@
 What a path is, its content says: a run's or a checkpoint's folder, one with config.json, or a file of torch.save.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,9 @@ from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.evaluate import load_model, shape_of
 from xlm_ds.exchange import (
     FAIRSEQ,
+    NO_HINTS,
     XLM,
+    Hints,
     Logits,
     Network,
     State,
@@ -59,14 +61,12 @@ class Opened(NamedTuple):
     logits: Logits
 
 
-def open_model(
-    path: Path, *, dictionary: Path | None = None, languages: Sequence[str] = ()
-) -> Opened:
-    """`dictionary` and `languages`: where the model does not have its own. Raises InputError, OSError."""
+def open_model(path: Path, hints: Hints = NO_HINTS) -> Opened:
+    """Raises InputError, OSError."""
     if (path / "manifest.json").exists() or (path / BEST).exists():
         return open_ours(path)
     if (path / "config.json").exists():
-        return Opened("Hugging Face", *open_hugging_face(path, dictionary, languages))
+        return Opened("Hugging Face", *open_hugging_face(path, hints))
     if path.is_dir():
         files = sorted([*path.glob("*.pt"), *path.glob("*.pth")])
         if len(files) != 1:
@@ -78,9 +78,9 @@ def open_model(
     with opened_torch_model(path) as saved:
         state = load_file(saved.tensors)
         if "params" in saved.settings:
-            return open_xlm(path, saved, state, languages)
+            return open_xlm(path, saved, state, hints)
         if {"args", "cfg"} & set(saved.settings):
-            return open_fairseq(path, saved, state, dictionary, languages)
+            return open_fairseq(path, saved, state, hints)
     raise InputError(
         f"{path}: has neither params (XLM) nor args or cfg (fairseq) beside its weights; of Hugging Face give the "
         "folder with config.json"
@@ -125,9 +125,7 @@ _UNUSED = ("encoder.masked_lm_pooler.", "encoder.sentence_projection_layer.")
 _FUSED = "self_attn.in_proj_"  # fairseq before 2019-11: queries, keys and values in one
 
 
-def open_fairseq(
-    path: Path, saved: SavedModel, state: State, dictionary: Path | None, languages: Sequence[str]
-) -> Opened:
+def open_fairseq(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opened:
     where = str(path)
     state = _with_separate_projections(state)
     given = _fairseq_settings(saved.settings)
@@ -164,8 +162,8 @@ def open_fairseq(
         state,
         shape,
         FAIRSEQ,
-        _dictionary_beside(path, dictionary, len(table)),
-        languages_of(own.split(",") if isinstance(own, str) else own or (), languages, where),
+        _dictionary_beside(path, hints.dictionary, len(table)),
+        languages_of(own.split(",") if isinstance(own, str) else own or (), hints, where),
         where,
         [f"left out, as the loss does not depend on it: {', '.join(unused)}"] if unused else (),
     )
@@ -214,7 +212,7 @@ def _dictionary_beside(path: Path, given: Path | None, rows: int) -> Dictionary:
 _XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<special1>")
 
 
-def open_xlm(path: Path, saved: SavedModel, state: State, languages: Sequence[str]) -> Opened:
+def open_xlm(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opened:
     where = str(path)
     state = {name.removeprefix("module."): value for name, value in state.items()}
     params = saved.settings["params"]
@@ -262,7 +260,7 @@ def open_xlm(path: Path, saved: SavedModel, state: State, languages: Sequence[st
         shape,
         XLM,
         Dictionary((*SPECIAL_SYMBOLS, *words), tuple(counts)),
-        languages_of(own, languages, where),
+        languages_of(own, hints, where),
         where,
         [f"left out: {len(place) - len(rows)} rows of special words that mean nothing here"],
     )

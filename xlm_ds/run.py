@@ -40,6 +40,7 @@ from xlm_ds.engine import Engine, Ranks
 from xlm_ds.evaluate import shape_of, sum_over_split
 from xlm_ds.flags import to_dict, to_toml
 from xlm_ds.geometry import Geometry, batch_geometry, divided, rows_that_fit
+from xlm_ds.init_from import open_source, take_weights
 from xlm_ds.lifeline import LOGS
 from xlm_ds.log import InputError, logger
 from xlm_ds.metrics import (
@@ -52,7 +53,7 @@ from xlm_ds.metrics import (
     UnigramWatch,
     loss_figures,
 )
-from xlm_ds.model import build_model, init_output_bias, unigram_log_probabilities
+from xlm_ds.model import XlmEncoder, build_model, init_output_bias, unigram_log_probabilities
 from xlm_ds.pair_record import COMPANIONS
 from xlm_ds.pretrained import longest_row
 from xlm_ds.retrieve import (
@@ -110,8 +111,11 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
     corpus = open_corpus(data)
     network_shape(config, corpus)
     if saved is not None:
+        checkpoint.check_can_go_on(*saved)
         check_same_data(dataclasses.replace(config, data=data), corpus, geometry, *saved)
         check_same_network(config, corpus, *saved)
+    elif config.run.init_from is not None:
+        begin_from(build_model(network_shape(config, corpus), seed=0), config, corpus)
     if config.run.retrieve_data is not None:
         find_aligned(config.run.retrieve_data, corpus.languages)
 
@@ -242,6 +246,9 @@ def build_engine(
             init_output_bias(
                 model, unigram_log_probabilities(counts, language_probabilities=probabilities)
             )
+        if config.run.init_from is not None:
+            for sentence in begin_from(model, config, corpus):
+                logger.info(sentence)
         return Engine(model, settings, ranks, compiles=compiles, where=str(path)), Progress(
             batch_at_start=geometry.batch
         )
@@ -254,6 +261,17 @@ def build_engine(
         batch,
     )
     return engine, with_comparable_best(config, progress, saved, ranks)
+
+
+def begin_from(model: XlmEncoder, config: TrainConfig, corpus: Corpus) -> list[str]:
+    """Puts the weights of --init-from into `model`; returns what there is to say. Raises InputError, OSError."""
+    path = config.run.init_from
+    assert path is not None
+    source = open_source(path, corpus.languages)
+    shape = network_shape(config, corpus)
+    taken = take_weights(model, shape, source, corpus.dictionary, corpus.languages, str(path))
+    counts = np.stack([stream.counts().sum(axis=0) for stream in corpus.train]).sum(axis=0)
+    return taken.report(counts)
 
 
 def gone_on(
