@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from xlm_ds.config import TRAIN_ANSWERED, BinarizeConfig, TrainConfig
+from xlm_ds.config import BinarizeConfig, TrainConfig
 from xlm_ds.flags import from_dict, parse, to_dict, to_toml
 from xlm_ds.log import InputError
+from xlm_ds.peer_flags import TRAIN_FLAGS
 from xlm_ds.steps import Steps
 
 RECIPE = shlex.split("""
@@ -20,7 +21,7 @@ RECIPE = shlex.split("""
 
 
 def test_the_recipe_as_printed_is_understood() -> None:
-    config = parse(TrainConfig, RECIPE, answered=TRAIN_ANSWERED)
+    config = parse(TrainConfig, RECIPE, peers=TRAIN_FLAGS)
     assert config.data.monolingual_langs == ("ar", "de", "en", "hi", "fr")
     assert config.optimization.lr == 1e-4
     assert config.optimization.stop_min_lr == 1e-9
@@ -30,7 +31,7 @@ def test_the_recipe_as_printed_is_understood() -> None:
 
 def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="xlm_ds"):
-        parse(TrainConfig, RECIPE, answered=TRAIN_ANSWERED)
+        parse(TrainConfig, RECIPE, peers=TRAIN_FLAGS)
     assert sum("--ddp-backend" in message for message in caplog.messages) == 1
     assert sum("--dataset-impl" in message for message in caplog.messages) == 1
 

@@ -14,7 +14,7 @@ PACKAGE = Path(xlm_ds.__file__).parent
 FLOORS = [
     {"_core", "log", "keeper"},
     {"flags", "files", "ranks", "steps", "devices", "lifeline", "launching"},
-    {"config", "dictionary"},
+    {"config", "dictionary", "peer_flags"},
     {
         *("tokenisation", "wiki_dump", "merges", "texts", "alignment"),
         *("pair_record", "prepare_record"),

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from xlm_ds import _core
 from xlm_ds.alignment import Unaligned, compare_lengths, remove_lines, unequal
-from xlm_ds.config import BINARIZE_ANSWERED, BinarizeConfig
+from xlm_ds.config import BinarizeConfig
 from xlm_ds.dictionary import SPECIAL_SYMBOLS, UNK, Dictionary, build_dictionary
 from xlm_ds.files import copy_file, file_sha256, locked, make_folder, naming, save_array, sync_file
 from xlm_ds.flags import parse
@@ -51,6 +51,7 @@ from xlm_ds.pair_record import (
     sharing_dictionary,
     write_record,
 )
+from xlm_ds.peer_flags import BINARIZE_FLAGS
 from xlm_ds.prepare_record import RECORD, TOKENISED
 from xlm_ds.ranks import Ranks, interruptible, started_ranks
 from xlm_ds.texts import Share, Text, divide, texts_of
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         if ranks.rank != 0 and {"-h", "--help"} & set(argv):
             return EXIT_OK  # rank 0 shows it
         config = ranks.together(
-            lambda: parse(BinarizeConfig, argv, answered=BINARIZE_ANSWERED, description=__doc__)
+            lambda: parse(BinarizeConfig, argv, peers=BINARIZE_FLAGS, description=__doc__)
         )
         binarize(config, ranks)
     return EXIT_OK

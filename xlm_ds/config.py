@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xlm_ds.devices import GPUS
-from xlm_ds.flags import Answered, knob, knob_like
+from xlm_ds.flags import knob, knob_like
 from xlm_ds.log import InputError
 from xlm_ds.steps import Steps
 
@@ -198,15 +198,6 @@ class BinarizeConfig:
     padding_factor: int = knob(
         "building: fill up to a multiple of N with madeupword0000 …", default=8, bounds="[1, 65536]"
     )
-
-
-BINARIZE_ANSWERED = (
-    Answered(
-        "--joined-dictionary",
-        False,
-        "--joined-dictionary: one dict.txt serves all languages anyway",
-    ),
-)
 
 
 # --------------------------------------------------------------------------------------- shards
@@ -559,42 +550,6 @@ class TrainConfig:
     model: ModelConfig
     optimization: OptimizationConfig
     run: RunConfig
-
-
-TRAIN_ANSWERED = (
-    Answered("--masked-lm-only", False, ""),  # the only objective there is: nothing to say
-    Answered(
-        "--dataset-impl",
-        True,
-        "--dataset-impl: the format is recognised from the files; the flag decides nothing",
-    ),
-    Answered(
-        "--ddp-backend",
-        True,
-        "--ddp-backend: gradients go through DeepSpeed ZeRO; see --deepspeed_config",
-    ),
-    Answered(
-        "--num-workers",
-        True,
-        "--num-workers: batches are filled in C++ as they are needed; there are no loader processes",
-    ),
-    Answered(
-        "--fp16",
-        False,
-        "--fp16: precision is the DeepSpeed JSON's; a GPU runs in bf16 by default, and in fp16 with zero1_fp16.json",
-    ),
-    Answered(
-        "--distributed-world-size",
-        True,
-        "--distributed-world-size: the launcher decides the number of ranks",
-    ),
-    Answered(
-        "--required-batch-size-multiple",
-        True,
-        "--required-batch-size-multiple: no batch is dropped, so nothing needs a multiple",
-    ),
-    Answered("--deepspeed", False, ""),  # DeepSpeed's own examples pass it
-)
 
 
 # --------------------------------------------------------------------------------------- finetune

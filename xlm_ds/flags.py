@@ -54,27 +54,31 @@ def knob_like(config_class: type[Any], name: str, *, default: Any) -> Any:
     return dataclasses.field(default=default, metadata=item.metadata)
 
 
-class Answered(NamedTuple):
-    """A flag of the recipe that no longer decides anything: accepted, and answered with one line."""
+class PeerFlag(NamedTuple):
+    """What has become of a flag of another program (peer_flags.py)."""
 
     flag: str
+    verdict: str  # same, changed, ignored or refused
+    why: str
     takes_value: bool
-    answer: str
+    program: str
 
 
 def parse(
     config_class: type[Config],
     argv: Sequence[str],
     *,
-    answered: tuple[Answered, ...] = (),
+    peers: Sequence[PeerFlag] = (),
     description: str | None = None,
     stage: str | None = None,
 ) -> Config:
     """`config_class` filled from `argv`, a TOML file named by --config, and the defaults, in this order.
 
-    `stage` is what the user typed after xlm-ds, if it is not the class's name.
+    `stage` is what the user typed after xlm-ds, if it is not the class's name. A flag of `peers` that is none of the
+    class's is answered if it is ignored, and else refused with its sentence.
     """
     parser = _Parser(
+        peers=peers,
         prog=f"python -m xlm_ds.{stage or config_class.__name__.removesuffix('Config').lower()}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,16 +89,22 @@ def parse(
     knobs = {k.name: k for k in _knobs(config_class)}
     for item in knobs.values():
         _add_flag(parser, item)
-    for entry in answered:
+    ignored = {_name(entry): entry for entry in reversed(peers) if entry.verdict == "ignored"}
+    for name, entry in ignored.items():
+        spellings = dict.fromkeys(("--" + name.replace("_", "-"), f"--{name}"))
         action: dict[str, Any] = {} if entry.takes_value else {"action": "store_true"}
-        parser.add_argument(entry.flag, help=argparse.SUPPRESS, **action)
+        parser.add_argument(*spellings, dest=name, help=argparse.SUPPRESS, **action)
     given = vars(parser.parse_args(argv))
     toml = given.pop("config", None)
-    for entry in answered:
-        if given.pop(entry.flag.lstrip("-").replace("-", "_"), None) is not None and entry.answer:
-            logger.info(entry.answer)
+    for name, entry in ignored.items():
+        if given.pop(name, None) is not None and entry.why:
+            logger.info(f"{entry.flag}: {entry.why}")
     flags = {name: _from_text(text, knobs[name]) for name, text in given.items()}
     return _build(config_class, {**(_read_toml(knobs, toml) if toml else {}), **flags})
+
+
+def _name(entry: PeerFlag) -> str:
+    return entry.flag.lstrip("-").replace("-", "_")
 
 
 def config_file(argv: Sequence[str]) -> Path | None:
@@ -189,8 +199,9 @@ def _knobs(config_class: type[Any]) -> Iterator[_Knob]:
 class _Parser(argparse.ArgumentParser):
     """argparse that raises InputError, with the nearest right flag, instead of printing its usage."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, peers: Sequence[PeerFlag] = (), **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
+        self._peers = {_name(entry): entry for entry in reversed(peers)}
 
     def print_help(self, file: Any = None) -> None:
         """Ends well also where nobody reads it; argparse of Python 3.11.2 lets the broken pipe through."""
@@ -204,6 +215,9 @@ class _Parser(argparse.ArgumentParser):
             flag = extra[0].split("=")[0]
             if not flag.startswith("-"):
                 raise InputError(f"unexpected argument {flag!r}; is a flag missing before it?")
+            peer = self._peers.get(flag.lstrip("-").replace("-", "_"))
+            if peer is not None:
+                raise InputError(f"{flag}: of {peer.program}, {peer.verdict} here: {peer.why}")
             options = [s for action in self._actions for s in action.option_strings]
             known = [s for s in options if s.replace("_", "-") == s] or options
             raise InputError(_unknown(flag.replace("_", "-"), known, "flag"))

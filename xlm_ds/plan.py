@@ -18,7 +18,6 @@ from typing import NamedTuple
 from xlm_ds import _core
 from xlm_ds.architectures import parameters_by_part, shape_from_config
 from xlm_ds.config import (
-    TRAIN_ANSWERED,
     DataConfig,
     ModelConfig,
     OptimizationConfig,
@@ -45,6 +44,7 @@ from xlm_ds.dictionary import Dictionary
 from xlm_ds.flags import parse
 from xlm_ds.geometry import batch_geometry, rows_that_fit
 from xlm_ds.log import EXIT_OK, InputError, run_stage
+from xlm_ds.peer_flags import TRAIN_FLAGS
 from xlm_ds.streams import choose, open_streams
 
 XLM_LANGUAGES = 15
@@ -552,7 +552,7 @@ def read_facts(config: PlanConfig) -> Facts:
 
 
 def main(argv: Sequence[str]) -> int:
-    config = parse(PlanConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
+    config = parse(PlanConfig, argv, peers=TRAIN_FLAGS, description=__doc__)
     per_node = config.gpus_per_node
     if config.gpu == "cpu":  # its cores are divided among those that there are
         per_node = min(config.gpus, per_node)

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xlm_ds.architectures import parameter_count, shape_from_config
 from xlm_ds.config import (
-    TRAIN_ANSWERED,
     DataConfig,
     FinetuneConfig,
     ModelConfig,
@@ -53,6 +52,7 @@ from xlm_ds.host_facts import (
 )
 from xlm_ds.launching import Host, check_launch, exported, read_hostfile
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage, sentence_of
+from xlm_ds.peer_flags import TRAIN_FLAGS
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ RING_BYTES = (1 << 20, 1 << 26)
 def main(argv: Sequence[str]) -> int:
     if list(argv) == [SERVE]:
         return serve()
-    config = parse(PreflightConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
+    config = parse(PreflightConfig, argv, peers=TRAIN_FLAGS, description=__doc__)
     hosts = read_hostfile(config.hostfile)
     toml = config_file(argv)
     words = [] if toml is None else ["--config", str(toml)]

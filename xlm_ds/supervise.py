@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 from xlm_ds import keeper
 from xlm_ds.config import (
-    TRAIN_ANSWERED,
     CommonRunConfig,
     FinetuneConfig,
     RunConfig,
@@ -49,7 +48,9 @@ from xlm_ds.log import (
     add_log_file,
     logger,
     run_stage,
+    silent,
 )
+from xlm_ds.peer_flags import TRAIN_FLAGS
 
 LAST = "checkpoint_last"  # checkpoint.LAST, whose room imports torch
 PREFLIGHT = (sys.executable, "-m", "xlm_ds.preflight")
@@ -337,8 +338,8 @@ def read_command(command: list[str]) -> Launch:
     if stage_of(command[first - 1]) == "finetune":
         run = parse(FinetuneConfig, words).run
     else:
-        silent = tuple(entry._replace(answer="") for entry in TRAIN_ANSWERED)  # the run says it
-        run = parse(TrainConfig, words, answered=silent, stage="train").run
+        with silent():  # the run says it
+            run = parse(TrainConfig, words, peers=TRAIN_FLAGS, stage="train").run
     if isinstance(run, RunConfig) and run.dry_run:
         raise InputError("--dry-run starts no run that could be supervised; leave supervise out")
     if shutil.which(command[0]) is None:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from xlm_ds.config import (
-    TRAIN_ANSWERED,
     RunConfig,
     TrainConfig,
 )
 from xlm_ds.flags import before_slow_imports, parse
 from xlm_ds.lifeline import Ending, StopSignal, end_by_signals, launcher
 from xlm_ds.log import EXIT_OK, logger, run_stage
+from xlm_ds.peer_flags import TRAIN_FLAGS
 
 LAUNCHER = launcher()  # by the time that torch is imported it may be gone, and an orphan train on
 
@@ -212,7 +212,7 @@ def dry_run(config: TrainConfig) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    config = parse(TrainConfig, argv, answered=TRAIN_ANSWERED, description=__doc__)
+    config = parse(TrainConfig, argv, peers=TRAIN_FLAGS, description=__doc__)
     if config.run.dry_run:
         return dry_run(config)
     return run_on_ranks(
