@@ -424,7 +424,9 @@ def test_models_of_transformers_are_read(tmp_path: Path, kind: str, pickled: boo
     more = {"langs": torch.ones_like(row)} if kind == "xlm" else {}
     with torch.no_grad():
         expected = model(input_ids=row, **more).logits[0, 1, place]
-        found = peers.our_logits(known.model)(torch.tensor([[2, 5, 6, 2]]), torch.tensor([1]))
+        found = peers.our_logits(lambda: known.model)(
+            torch.tensor([[2, 5, 6, 2]]), torch.tensor([1])
+        )
     assert found[0, 1, [2, 5, 6]].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 

@@ -10,6 +10,7 @@ latter with other names. The library is needed only to write and to compute: pip
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -289,15 +290,13 @@ def _library() -> Iterator[Any]:
 
 def _logits(folder: Path, rows: Sequence[int], argument: str | None) -> Logits:
     """`rows`: of our dictionary's, which they are there. `argument`: what it calls the languages."""
-    model: Any = None
+    load = functools.cache(_load)
     place = torch.tensor(rows)
 
     @torch.no_grad()
     def logits(ids: Tensor, languages: Tensor) -> Tensor:
-        nonlocal model
-        model = model or _load(folder)
         more = {} if argument is None else {argument: languages[:, None].expand_as(ids)}
-        found: Tensor = model(
+        found: Tensor = load(folder)(
             input_ids=place[ids], attention_mask=ids.ne(PAD).long(), **more
         ).logits
         return found[..., place]

@@ -7,7 +7,8 @@
 What a path is, its content says: a run's or a checkpoint's folder, one with config.json, or a file of torch.save.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,13 +106,16 @@ def open_ours(path: Path) -> Opened:
         languages=languages,
         companions={name: (folder / name).read_bytes() for name in there if name != "dict.txt"},
     )
-    model, _ = load_model(folder, len(dictionary))
-    return Opened("xlm_ds", network, our_logits(model))
+    return Opened("xlm_ds", network, our_logits(lambda: load_model(folder, len(dictionary))[0]))
 
 
-def our_logits(model: XlmEncoder) -> Logits:
+def our_logits(load: Callable[[], XlmEncoder]) -> Logits:
+    """Loads the network when it is first asked."""
+    load = functools.cache(load)
+
     @torch.no_grad()
     def logits(ids: Tensor, languages: Tensor) -> Tensor:
+        model = load()
         hidden = model.head(model.encode(ids, languages))
         return F.linear(hidden, model.token_embedding.weight, model.head.output_bias)
 
