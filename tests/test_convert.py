@@ -7,6 +7,7 @@ import importlib
 import json
 import lzma
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,12 @@ from torch import Tensor
 import xlm_ds
 from test_model import VARIANTS, perturbed_model
 from test_text_ids import made
-from xlm_ds import convert, exchange, peers, torch_model
+from xlm_ds import checkpoint, convert, exchange, init_from, peers, torch_model
 from xlm_ds.architectures import ModelShape
 from xlm_ds.dictionary import PAD, SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.exchange import Network
 from xlm_ds.log import InputError
+from xlm_ds.model import XlmEncoder
 from xlm_ds.text_ids import TextToIds
 from xlm_ds.xlm_pth import XLM_SPECIALS
 
@@ -33,7 +35,7 @@ transformers: Any = importlib.import_module("transformers")  # whose own types s
 DATA = Path(__file__).parent / "data"
 LANGUAGES = ("ar", "de", "en")
 MODELS = {
-    name: shape
+    name: dataclasses.replace(shape, dropout=0.3, attention_dropout=0.2, activation_dropout=0.1)
     for name, shape in {
         **VARIANTS,
         "xlm_one_language": dataclasses.replace(VARIANTS["xlm"], num_segment=1),
@@ -137,8 +139,11 @@ def test_a_trained_model_keeps_what_makes_ids_of_text(tmp_path: Path) -> None:
     row = tokenizer("The <mask> is here.")["input_ids"]
     assert (row[0], row[-1], row.count(4)) == (2, 2, 1)
     back = converted(there, tmp_path / "back", "--to=xlm_ds")
+    fairseq = converted(source, tmp_path / "fairseq", "--to=fairseq")
+    from_fairseq = converted(fairseq, tmp_path / "from_fairseq", "--to=xlm_ds")
     for name in companions:
         assert (back / name).read_bytes() == companions[name]
+        assert (from_fairseq / name).read_bytes() == companions[name]
     for model in (source, back):
         assert [c.piece for c in xlm_ds.load(model).fill("The <mask> is.", "en")[0]]
 
@@ -171,6 +176,35 @@ def fairseq_file(path: Path, **changes: Any) -> Path:
     rows = "".join(f"w{number} 1\n" for number in range(args["vocab_size"] - 5))
     (path.parent / "dict.txt").write_text(rows, encoding="utf-8")
     return path
+
+
+def write_fairseq_of(path: Path, name: str) -> Path:
+    """One of tests/data/exchange, as fairseq saves it."""
+    arrays = np.load(DATA / "exchange" / f"{name}.npz")
+    args = json.loads((DATA / "exchange" / f"{name}.json").read_text(encoding="utf-8"))
+    state = {
+        k.removeprefix("param."): torch.from_numpy(v) for k, v in arrays.items() if "param." in k
+    }
+    torch.save(
+        {"args": argparse.Namespace(monolingual_langs="ar, de,en,fr,hi", **args), "model": state},
+        path,
+    )
+    rows = "".join(f"w{number} 1\n" for number in range(args["vocab_size"] - 5))
+    (path.parent / "dict.txt").write_text(rows, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["normbefore", "nopos"])
+def test_scores_of_its_other_networks_are_fairseqs(tmp_path: Path, name: str) -> None:
+    arrays = np.load(DATA / "exchange" / f"{name}.npz")
+    ids, languages, expected = (
+        torch.from_numpy(arrays[key]) for key in ("src_tokens", "segment_labels", "logits")
+    )
+    source = write_fairseq_of(tmp_path / "x.pt", name)
+    out = converted(source, tmp_path / "ours", "--to=xlm_ds")
+    for model in (source, out):
+        found = peers.open_model(model).logits(ids, languages[:, 0])
+        assert largest(found, expected, ids) < 1e-5
 
 
 def golden_fairseq() -> tuple[Tensor, Tensor, Tensor]:
@@ -295,9 +329,9 @@ def xlm_file(path: Path, name: str, *, prefix: str = "") -> Path:
     return path
 
 
-def golden_xlm(name: str) -> tuple[Tensor, Tensor, Tensor]:
+def golden_xlm(name: str, folder: str = "xlm") -> tuple[Tensor, Tensor, Tensor]:
     """Ids that have a meaning here, as ours; the scores of our words."""
-    arrays = np.load(DATA / "xlm" / f"{name}.npz")
+    arrays = np.load(DATA / folder / f"{name}.npz")
     rows = [0, 2, 1, 3, 5, *range(14, 140)]
     ours = torch.full((140,), -1)
     ours[rows] = torch.arange(len(rows))
@@ -322,15 +356,29 @@ def test_scores_are_xlms(tmp_path: Path, name: str, prefix: str) -> None:
 
 
 def test_a_file_that_xlm_wrote(tmp_path: Path) -> None:
-    source = tmp_path / "one_relu.pth"
-    source.write_bytes(lzma.decompress((DATA / "xlm" / "one_relu.pth.xz").read_bytes()))
-    ids, languages, expected = golden_xlm("one_relu")
-    known = (ids >= 0).all(dim=1)
-    out = converted(source, tmp_path / "ours", "--to=xlm_ds", "--langs=en")
+    source = tmp_path / "nolang.pth"
+    source.write_bytes(lzma.decompress((DATA / "exchange" / "nolang.pth.xz").read_bytes()))
+    ids, languages, expected = golden_xlm("nolang", "exchange")
+    assert (ids >= 0).all()
+    out = converted(source, tmp_path / "ours", "--to=xlm_ds")
     for model in (source, out):
-        found = peers.open_model(model).logits(ids[known], languages[known])
-        assert largest(found, expected[known], ids[known]) < 1e-5
-    assert xlm_ds.load(out).languages == ("en",)
+        assert largest(peers.open_model(model).logits(ids, languages), expected, ids) < 1e-5
+    assert xlm_ds.load(out).languages == ("ar", "de", "en", "fr", "hi")
+
+
+def test_what_training_on_pairs_leaves_in_its_settings(tmp_path: Path) -> None:
+    """XLM's params.para_dataset has pairs of languages for keys; a word that is spelt as our mask is no word here."""
+    source = xlm_file(tmp_path / "x.pth", "one_relu")
+    content = torch.load(source, weights_only=False)
+    content["params"]["para_dataset"] = {("en", "fr"): {"train": ("a", "b")}, ("en", None): 1}
+    words = [*content["dico_id2word"].values()]
+    words[20] = "<mask>"
+    content["dico_id2word"] = dict(enumerate(words))
+    content["dico_counts"] = dict.fromkeys(words, 7)
+    torch.save(content, source)
+    network = peers.open_model(source).network
+    assert len(network.dictionary) == 130
+    assert network.dictionary.symbols.count("<mask>") == 1
 
 
 class Call:
@@ -367,6 +415,37 @@ def test_files_are_read_in_a_process_of_their_own(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(InputError, match="the process that read it ended with 1"):
         peers.open_model(source)
+
+
+def test_modules_where_the_command_is_given_are_not_run(tmp_path: Path) -> None:
+    """Python puts that folder first, where a stranger's model may lie with a numpy.py beside it."""
+    source = xlm_file(tmp_path / "x.pth", "one_relu")
+    for name in ("numpy", "json", "safetensors"):
+        (tmp_path / f"{name}.py").write_text("open('canary', 'w').close()\n", encoding="utf-8")
+    program = (
+        "from pathlib import Path; from xlm_ds.peers import open_model; open_model(Path('x.pth'))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(DATA.parent.parent)}
+    command = [sys.executable, "-P", "-c", program]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert source.exists()
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "ended"),
+    [("bytearray(5 << 30)", "MemoryError"), ("while True: pass", "-24"), ("pass", "")],
+)
+def test_the_process_is_bounded(program: str, ended: str) -> None:
+    """Also below a hard limit that is there already; -24 is SIGXCPU."""
+    begin = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30)); "
+        "from xlm_ds import torch_model; torch_model._CPU_SECONDS = 1; torch_model.limit(1 << 20)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{begin}\n{program}"], capture_output=True, text=True, timeout=60
+    )
+    assert ended in f"{done.returncode} {done.stderr}"
 
 
 # ----------------------------------------------------------------------------------- Hugging Face
@@ -433,7 +512,11 @@ def test_models_of_transformers_are_read(tmp_path: Path, kind: str, pickled: boo
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
-        ("bert", {"layer_norm_eps": 1e-12}, "no architecture has positions from row 2, norms with"),
+        (
+            "bert",
+            {"layer_norm_eps": 1e-12},
+            "no architecture here has norms with eps 1e-12 and a tran",
+        ),
         ("bert", {"hidden_act": "silu"}, "its activation is silu; there is gelu and relu"),
         ("xlm", {"causal": True}, "has a mask of what comes after"),
         ("xlm", {"n_langs": 3}, None),
@@ -449,6 +532,78 @@ def test_models_of_transformers_that_are_refused(
     with pytest.raises(InputError, match=expected):
         converted(tmp_path / "hf", tmp_path / "out", "--to=xlm_ds", "--langs=a,b")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"lang2id": ["ar"]}, "the ids of its languages are not 0, 1, 2"),
+        ({"lang2id": {"ar": 0, "de": 5}}, "the ids of its languages are not 0, 1, 2"),
+        ({"layer_norm_eps": None}, "is damaged, or of a kind that is not read here"),
+        ({"xlm_ds": 3}, "is damaged, or of a kind that is not read here"),
+        ({"quantization_config": {"bits": 4}}, "is quantized"),
+        ({"model_type": "gpt2"}, "is of type gpt2"),
+    ],
+)
+def test_configurations_that_are_wrong(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    hugging_face(tmp_path / "hf", "bert")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8"
+    )
+    with pytest.raises(InputError, match=expected) as caught:
+        converted(tmp_path / "hf", tmp_path / "out", "--to=xlm_ds", "--langs=ar,de")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_configuration_does_not_choose_what_is_run(tmp_path: Path) -> None:
+    """attn_implementation may name a repository, whose code transformers would download and run."""
+    hugging_face(tmp_path / "hf", "bert")
+    path = tmp_path / "hf" / "config.json"
+    change = {"attn_implementation": "evil/repo", "dtype": "float16"}
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8"
+    )
+    converted(tmp_path / "hf", tmp_path / "out", "--to=xlm_ds", "--langs=ar,de")
+
+
+def test_names_of_tensorflow_and_no_head(tmp_path: Path) -> None:
+    model = hugging_face(tmp_path / "hf", "bert")
+    state = model.state_dict()
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {
+        functools.reduce(lambda n, pair: n.replace(*pair), names.items(), k): v
+        for k, v in state.items()
+    }
+    torch.save(old, tmp_path / "hf" / "pytorch_model.bin")
+    converted(tmp_path / "hf", tmp_path / "out", "--to=xlm_ds", "--langs=ar,de")
+    bare = {k.removeprefix("bert."): v for k, v in state.items() if k.startswith("bert.")}
+    torch.save(bare | {"pooler.dense.bias": torch.ones(3)}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"has pooler.dense.bias|has no cls.predictions"):
+        converted(tmp_path / "hf", tmp_path / "out2", "--to=xlm_ds", "--langs=ar,de")
+    found = init_from.open_source(tmp_path / "hf", ("ar", "de"))  # of what there is
+    assert "layers.1.ffn.fc1.weight" in found.weights
+    assert "head.output_bias" not in found.weights
+
+
+def test_a_folder_that_transformers_saves_again(tmp_path: Path) -> None:
+    data = made(tmp_path, "--bpe-codes=300")
+    dictionary = Dictionary.load(data / "dict.txt")
+    shape = dataclasses.replace(MODELS["normalized"], vocab_size=len(dictionary))
+    companions = {name: (data / name).read_bytes() for name in ("codes", "prepare.json")}
+    whole = dataclasses.replace(network(shape), dictionary=dictionary, companions=companions)
+    convert.write_ours(whole, tmp_path / "ours")
+    hf = converted(tmp_path / "ours", tmp_path / "hf", "--to=hugging-face")
+    again = tmp_path / "again"
+    transformers.AutoModelForMaskedLM.from_pretrained(hf).save_pretrained(again)
+    transformers.AutoTokenizer.from_pretrained(hf).save_pretrained(again)
+    back = converted(again, tmp_path / "back", "--to=xlm_ds")
+    assert tensors(back) == tensors(tmp_path / "ours")
+    assert Dictionary.load(back / "dict.txt").symbols == dictionary.symbols
 
 
 @pytest.mark.parametrize(
@@ -505,15 +660,69 @@ def test_a_conversion_that_is_wrong_is_found(
     assert harmless == []
 
 
-def test_the_other_side_does_not_use_our_network() -> None:
-    assert (
-        "XlmEncoder("
-        not in Path(exchange.__file__)
-        .read_text(encoding="utf-8")
-        .split(
-            "# --------------------------------------------------------------------------------- the o"
-        )[1]
-    )
+def test_the_other_side_does_not_use_our_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fairseq_file(tmp_path / "x.pt")
+    opened = peers.open_model(source)
+    monkeypatch.setattr(XlmEncoder, "_encode", None)
+    ids, languages, expected = golden_fairseq()
+    assert largest(opened.logits(ids, languages), expected, ids) < 1e-5
+    with pytest.raises(TypeError):
+        converted(source, tmp_path / "ours", "--to=xlm_ds")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_one_of_ours_keeps_what_it_was_trained_with(
+    tmp_path: Path, ours: Callable[[ModelShape], Path]
+) -> None:
+    source = ours(MODELS["base"])
+    path = source / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["configuration"]["data"] |= {"mask_ratio": 0.3, "whole_word_masking": True, "seed": 5}
+    manifest["blocks"] = {"ar": 3}
+    manifest["manifest_sha256"] = checkpoint._manifest_sha256(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    out = converted(source, tmp_path / "out", "--to=xlm_ds")
+    found = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    for key in exchange.MADE_WITH:
+        assert found[key] == manifest[key]
+
+
+def test_rows_that_nothing_reads_are_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = network(MODELS["normalized"])
+    whole.weights["position_embedding.weight"][0] = 1.0
+    convert.write_ours(whole, tmp_path / "ours")
+    caplog.set_level("INFO", logger="xlm_ds")
+    converted(tmp_path / "ours", tmp_path / "hf", "--to=hugging-face")
+    assert "left out: rows of its position table that nothing reads" in caplog.text
+    assert "token_type_ids=, by config.lang2id; without, it takes all text as ar" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind"), [("--langs=ar,de,en", "ours"), ("--dict=d", "ours"), ("--dict=d", "xlm")]
+)
+def test_hints_that_decide_nothing_are_refused(
+    tmp_path: Path, ours: Callable[[ModelShape], Path], flag: str, kind: str
+) -> None:
+    source = ours(MODELS["base"]) if kind == "ours" else xlm_file(tmp_path / "x.pth", "one_relu")
+    with pytest.raises(
+        InputError, match=f"^{flag.split('=')[0]}: .* which has its own; leave it out"
+    ):
+        converted(source, tmp_path / "out", "--to=xlm_ds", flag)
+
+
+def test_a_run_without_a_best_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint_last").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"is a run without checkpoint_best so far; give .*_last"):
+        converted(tmp_path / "run", tmp_path / "out", "--to=fairseq")
+    with pytest.raises(InputError, match="no such file or folder"):
+        converted(tmp_path / "gone", tmp_path / "out", "--to=fairseq")
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(InputError, match="is weights alone; give the folder"):
+        converted(tmp_path / "x.safetensors", tmp_path / "out", "--to=fairseq")
 
 
 def test_what_is_there_stays(tmp_path: Path, ours: Callable[[ModelShape], Path]) -> None:
@@ -521,6 +730,13 @@ def test_what_is_there_stays(tmp_path: Path, ours: Callable[[ModelShape], Path])
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="out: is there already"):
         converted(source, tmp_path / "out", "--to=fairseq")
+    (tmp_path / "dangling").symlink_to("gone")
+    for name, expected in (
+        ("dangling", "is there already"),
+        ("a/b", "a is no folder; make it first"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            converted(source, tmp_path / name, "--to=fairseq")
     with pytest.raises(InputError, match="is no model"):
         converted(tmp_path, tmp_path / "new", "--to=fairseq")
     with pytest.raises(InputError, match="--to onnx is not supported; there is xlm_ds, fairseq"):

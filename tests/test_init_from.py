@@ -54,18 +54,50 @@ def test_a_word_is_found_by_its_symbol() -> None:
     words = ("new", source.dictionary.symbols[-1], "newer", source.dictionary.symbols[7])
     before, model, taken = begun(source, MODELS["base"], words, LANGUAGES)
     rows = [0, 1, 2, 3, 4, None, len(source.dictionary) - 1, None, 7]
-    for name in ("token_embedding.weight", "head.output_bias"):
+    bias = source.weights["head.output_bias"]
+    level = (bias[len(source.dictionary) - 1] + bias[7]) / 2  # what was before was 0
+    for name, anew in (("token_embedding.weight", 0.0), ("head.output_bias", level)):
         for row, place in enumerate(rows):
-            expected = (
-                before.get_parameter(name)[row] if place is None else source.weights[name][place]
-            )
-            assert torch.equal(model.get_parameter(name)[row], expected), (name, row)
+            expected = source.weights[name][place or 0]
+            if place is None:
+                expected = before.get_parameter(name)[row] + anew
+            assert torch.allclose(model.get_parameter(name)[row], expected), (name, row)
     counts = np.array([0, 0, 5, 0, 0, 1, 2, 0, 2], np.uint64)
     assert taken.report(counts)[:2] == [
         "begins with the weights of M",
-        "words: 7 of 9 are its words, 90.0% of the training text; 2 begin anew",
+        "words: 2 of 4 are its words, 80.0% of those in the training text; 2 begin anew",
     ]
     assert taken.words.tolist() == [place is not None for place in rows]
+
+
+@pytest.mark.parametrize("mark", ["\u2581", "\u0120"])
+def test_of_marked_pieces_a_word_is_the_one_that_begins_a_word(mark: str) -> None:
+    source = network(MODELS["base"])
+    symbols = list(source.dictionary.symbols)
+    symbols[7:9] = ["the", f"{mark}the"]
+    source = dataclasses.replace(source, dictionary=Dictionary(tuple(symbols), (1,) * len(symbols)))
+    _, model, taken = begun(source, MODELS["base"], ("the", symbols[9]), LANGUAGES)
+    table = source.weights["token_embedding.weight"]
+    assert torch.equal(model.get_parameter("token_embedding.weight")[5], table[8])
+    assert taken.words.tolist() == [True] * 6 + [False]
+    assert (
+        f"its pieces are marked {mark} where a word begins: x here is its {mark}x"
+        in taken.sentences
+    )
+
+
+def test_rows_of_languages_without_a_name_begin_anew(tmp_path: Path) -> None:
+    path = fairseq_file(tmp_path / "x.pt")
+    content = torch.load(path, weights_only=False)
+    del content["args"].monolingual_langs
+    torch.save(content, path)
+    source = open_source(path, ("en", "de"))
+    assert source.languages == ()
+    shape = dataclasses.replace(source.shape, num_segment=2)
+    before, model, taken = begun(source, shape, ("w3",), ("en", "de"))
+    name = "language_embedding.weight"
+    assert torch.equal(model.get_parameter(name), before.get_parameter(name))
+    assert "languages: none as they are there; en, de begin anew" in taken.sentences
 
 
 def test_a_language_is_found_by_its_name() -> None:
@@ -149,12 +181,14 @@ def test_a_run_begins_with_the_weights_of_another(
     theirs, ours = last_weights(tmp_path / "a"), last_weights(tmp_path / "b")
     assert set(theirs) == set(ours)
     assert largest_change(theirs, ours) < 1e-25
-    assert "words: 600 of 600 are its words, 100.0% of the training text" in caplog.text
+    assert "words: 595 of 595 are its words, 100.0% of those in the training text" in caplog.text
     caplog.clear()
     more = [f"--init-from={tmp_path / 'gone'}", *STILL, "--max-update=2"]
     train_here(tiny_data, tmp_path / "b", ranks, *more)  # goes on, whatever has become of it
-    assert "going on from" in caplog.text
+    assert "--init-from: decides nothing, as the run goes on from" in caplog.text
     assert "begins with the weights" not in caplog.text
+    toml = (tmp_path / "b" / "config.toml").read_text(encoding="utf-8")
+    assert f'init_from = "{tmp_path / "a"}"' in toml  # what it was begun with
 
 
 def test_a_converted_model_is_begun_from_and_not_gone_on_from(

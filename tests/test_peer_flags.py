@@ -53,7 +53,14 @@ def test_the_parser_does_as_the_table_says(
         caplog.clear()
         if entry.verdict == "ignored":
             assert not is_knob
+            first = next(e for e in known if name_of(e.flag) == name_of(entry.flag))
+            assert (first.why, first.takes_value) == (entry.why, entry.takes_value)
             argv = [*needed, flag, "x"] if entry.takes_value else [flag, *needed]
+            if not entry.takes_value:  # as XLM and transformers take it
+                for value in ("true", "False", "1"):
+                    with_value = parse(config_class, [flag, value, *needed], peers=known)
+                    assert with_value == parse(config_class, needed)
+                caplog.clear()
             expected = [f"{entry.flag.replace('_', '-')}: {entry.why}"] if entry.why else []
             assert parse(config_class, argv, peers=known) == parse(config_class, needed)
             assert [message.replace("_", "-", 1) for message in caplog.messages] == [
@@ -63,12 +70,15 @@ def test_the_parser_does_as_the_table_says(
             assert entry.verdict in ("same", "changed")
         else:
             assert entry.verdict in ("changed", "refused")
-            with pytest.raises(InputError) as caught:
-                parse(config_class, [*needed, flag, "x"], peers=known)
-            message = str(caught.value)
             first = next(e for e in known if name_of(e.flag) == name_of(entry.flag))
-            if first.verdict != "ignored":
-                assert message == f"{flag}: of {first.program}, {first.verdict} here: {first.why}"
+            value = "x"
+            if first.verdict == "ignored":  # DeepSpeed's --deepspeed, which takes no value
+                assert entry.verdict == "changed"
+                first, value = entry, "x.json"
+            with pytest.raises(InputError) as caught:
+                parse(config_class, [*needed, flag, value], peers=known)
+            message = str(caught.value)
+            assert message == f"{flag}: of {first.program}, {first.verdict} here: {first.why}"
     assert entry.why or entry.verdict in ("same", "ignored")
     assert "\n" not in entry.why
 
@@ -107,6 +117,29 @@ def test_every_argument_of_transformers_is_in_the_table() -> None:
         pytest.skip(f"the table is of {pinned[1]}")
     there = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     assert there <= {name_of(entry.flag) for entry in RUN_MLM}
+
+
+def test_all_of_a_commands_answers_come_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        parse(
+            TrainConfig,
+            ["OUT", "--emb_dim", "8", "--output_dir=x", "--n_heads=2"],
+            peers=TRAIN_FLAGS,
+        )
+    message = str(caught.value)
+    assert message.count(" here: ") == 3
+    assert "--output_dir: of run_mlm.py, changed here: --save-dir" in message
+    with pytest.raises(
+        InputError, match=r"^--deepspeed: of run_mlm.py, changed here: --deepspeed_c"
+    ):
+        parse(TrainConfig, ["OUT", "--deepspeed", "ds.json"], peers=TRAIN_FLAGS)
+    assert parse(TrainConfig, ["--deepspeed", "OUT"], peers=TRAIN_FLAGS).data.data == Path("OUT")
+
+
+def test_what_is_ignored_is_never_recommended() -> None:
+    for flag in ("--data_buffer_sise", "--num-worker"):
+        with pytest.raises(InputError, match="see --help for those there are"):
+            parse(TrainConfig, ["OUT", flag, "3"], peers=TRAIN_FLAGS)
 
 
 def test_no_flag_is_twice_in_a_table() -> None:

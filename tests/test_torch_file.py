@@ -173,6 +173,23 @@ def test_what_no_tensor_may_be(tmp_path: Path, value: object, expected: str) -> 
     assert str(caught.value).startswith(str(path))
 
 
+def test_work_is_in_proportion_to_the_file(tmp_path: Path) -> None:
+    """Keys that Python hashes to one number, bytes that are made again and again, files in one another's place."""
+    path = tmp_path / "x.pt"
+    with pytest.raises(InputError, match="something else than a dictionary of words and numbers"):
+        load_torch_file(written(path, {((1 << 61) - 1) * n: 0 for n in range(1, 9)}, {}))
+    assert load_torch_file(written(path, {("a", None, 1): 2}, {})) == {("a", None, 1): 2}
+    with pytest.raises(InputError, match="something else than a dictionary of words and numbers"):
+        load_torch_file(written(path, {("a", ("b",)): 2}, {}))
+    text = "x" * 1000
+    again = b"c_codecs\nencode\nq\1" + b"X\xe8\3\0\0" + text.encode() + b"q\2"
+    calls = b"".join(b"h\1h\2X\6\0\0\0latin1\x86R" for _ in range(9))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\2" + again + calls + b".")
+    with pytest.raises(InputError, match="more bytes than the file has"):
+        load_torch_file(path)
+
+
 def test_big_endian_files_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "x.pt", {}, {})
     with zipfile.ZipFile(path, "a") as archive:

@@ -399,7 +399,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         what = "has no manifest.json, so it is not a checkpoint" if folder.exists() else "not found"
-        raise InputError(f"{folder}: {what}; give a folder such as SAVE_DIR/checkpoint_last")
+        raise InputError(
+            f"{folder}: {what}; give a folder such as SAVE_DIR/checkpoint_last (xlm-ds convert makes one of a model of "
+            "fairseq, XLM or Hugging Face)"
+        )
     if not path.is_file():
         raise InputError(f"{path}: damaged: not a file")
     try:

@@ -782,11 +782,12 @@ class ConvertConfig:
     out: Path = knob("folder to write", positional=True)
     to: str = knob("whose model to write", choices=("xlm_ds", "fairseq", "hugging-face"))
     dict: Path | None = knob(
-        "dict.txt of the data that a model was trained on that has no dictionary, as fairseq's (default: beside it)",
+        "of fairseq's models, dict.txt of the data that they were trained on (default: beside the model)",
         default=None,
     )
     langs: tuple[str, ...] = knob(
-        "languages by their ids, as ar,de,en (default: those that the model names)", default=()
+        "languages by their ids, as ar,de,en, of a model that names none or names them otherwise",
+        default=(),
     )
 
 

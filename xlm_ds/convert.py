@@ -12,8 +12,10 @@ their own tensors.
 """
 
 import argparse
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,17 +46,19 @@ SHORT_ROW = 12  # tokens of the rows that languages and padding are compared on
 
 def convert(config: ConvertConfig) -> int:
     out = config.out
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out}: is there already; delete it, or give another folder")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: {out.parent} is no folder; make it first")
     source = open_model(config.source, Hints(config.dict, config.langs))
     logger.info(f"{config.source}: {source.kind}'s, {described(source.network)}")
     for remark in source.network.remarks:
         logger.info(f"{config.source}: {remark}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.converting")
-    shutil.rmtree(temporary, ignore_errors=True)
+    with naming(out):
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary = beside / out.name
     try:
-        with naming(temporary):
+        with naming(out):
             said = WRITERS[config.to](source.network, temporary)
         written = open_model(temporary)
         difference = largest_difference(source.network, source.logits, written.logits)
@@ -71,7 +75,7 @@ def convert(config: ConvertConfig) -> int:
             )
         temporary.rename(out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
     logger.info(f"{out}: written")
     return EXIT_OK
 
@@ -89,6 +93,7 @@ def described(network: Network) -> str:
 
 
 def write_ours(network: Network, folder: Path) -> list[str]:
+    """A checkpoint without moments; of one of ours with what it was trained with, else with what is known of that."""
     languages = network.languages
     dictionary = network.dictionary
     trained = TrainConfig(
@@ -101,17 +106,22 @@ def write_ours(network: Network, folder: Path) -> list[str]:
         optimization=OptimizationConfig(),
         run=RunConfig(),
     )
+    made_with = network.made_with or {
+        "configuration": to_dict(trained), "blocks": {}, "batch_samples": 0,
+    }  # fmt: skip
     description = {
-        "configuration": to_dict(trained),
+        **made_with,
         "languages": list(languages),
         "dictionary_sha256": dictionary.sha256,
-        "blocks": {},
-        "batch_samples": 0,
         "converted": True,
     }
     companions = {"dict.txt": dictionary.text.encode(), **network.companions}
     save_weights(folder, network.weights, description, companions)
-    return []
+    if "codes" in network.companions:
+        return []
+    return [
+        "texts must be tokenised and split already, as it has no codes; put codes (and prepare.json) beside it"
+    ]
 
 
 def model_config(shape: ModelShape) -> ModelConfig:
@@ -119,9 +129,9 @@ def model_config(shape: ModelShape) -> ModelConfig:
     name = architecture_of(shape)
     if name is None:
         raise InputError(
-            f"no architecture has positions from row {shape.first_position_row}, norms with eps "
-            f"{shape.layer_norm_eps:g} and {'a' if shape.head_transform else 'no'} transform before the output; begin "
-            "a run with its weights: train --init-from"
+            f"no architecture here has norms with eps {shape.layer_norm_eps:g} and "
+            f"{'a' if shape.head_transform else 'no'} transform before the output; begin a run with its weights: train "
+            "--init-from"
         )
     return ModelConfig(
         arch=name,
@@ -145,8 +155,8 @@ def write_fairseq(network: Network, folder: Path) -> list[str]:
     shape = network.shape
     if architecture_of(shape) != "xlm_base":
         raise InputError(
-            "fairseq's xlm_base has a transform before the output and norms with eps 1e-5, which XLM's network has "
-            "not; convert it with --to hugging-face, or train with --arch xlm_base"
+            "fairseq's xlm_base has a transform before the output and norms with eps 1e-5, and this network, as XLM's, "
+            "has not both; convert it with --to hugging-face, or train with --arch xlm_base"
         )
     state = state_of(network.weights, shape, FAIRSEQ)
     for part, size in (

@@ -24,9 +24,16 @@ from xlm_ds.dictionary import PAD, Dictionary
 from xlm_ds.log import InputError
 from xlm_ds.model import XlmEncoder
 
+MADE_WITH = ("configuration", "blocks", "batch_samples")
+# Of our special symbols, what XLM calls them: its mask is <special1> (xlm/model/__init__.py, params.mask_index).
+XLM_NAMES_OF_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<special1>")
+
 State: TypeAlias = Mapping[str, Tensor]
 Logits: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Scores (B, T, V) of ids (B, T) padded with PAD, in languages (B,): our ids and languages, whoever computes them."""
+"""Scores (B, T, V) of ids (B, T) padded with PAD, in languages (B,): our ids and languages, whoever computes them.
+
+In float64: in fp32 the rounding alone of 16 layers of 1,280 comes to 1.6e-4 where scores reach 44.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,9 @@ class Network:
     dictionary: Dictionary
     languages: tuple[str, ...]
     companions: Mapping[str, bytes] = field(default_factory=dict)  # codes, bpe_vocab, prepare.json
+    made_with: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a manifest of ours: its MADE_WITH
     remarks: tuple[str, ...] = ()  # what its source has and it has not, a sentence each
 
 
@@ -166,15 +176,20 @@ def correspondence(shape: ModelShape, names: Names) -> dict[str, tuple[str, ...]
     }
 
 
-def weights_from(state: State, shape: ModelShape, names: Names, where: str) -> dict[str, Tensor]:
+def weights_from(
+    state: State, shape: ModelShape, names: Names, where: str, *, parts: bool = False
+) -> dict[str, Tensor]:
     """Our parameters, fp32, of a peer's tensors; the rows of the dictionary stay in the peer's order.
 
-    Raises InputError if a tensor is not there, has another shape than `shape` gives it, or is not finite.
+    Raises InputError if a tensor is not there (unless `parts` are enough), has another shape than `shape` gives it, or
+    is not finite.
     """
     wanted = parameter_shapes(shape)
     weights = {}
     for ours, theirs in correspondence(shape, names).items():
         missing = [name for name in theirs if name not in state]
+        if missing and parts:
+            continue
         if missing:
             raise InputError(f"{where}: has no {missing[0]}, which its other tensors ask for")
         found = torch.cat([state[name].float() for name in theirs])
@@ -252,16 +267,21 @@ def network_from(
     languages: tuple[str, ...],
     where: str,
     remarks: Sequence[str] = (),
+    *,
+    parts: bool = False,
 ) -> Network:
     """A peer's network; `state` has the rows of `dictionary`. Raises InputError as weights_from and check_tied."""
     check_tied(state, names, where)
+    odd = next((s for s in dictionary.symbols if s.splitlines() != [s] or s != s.rstrip()), None)
+    if odd is not None:
+        raise InputError(f"{where}: {odd!r:.60} is a piece that no line of a dictionary can have")
     if 0 < shape.num_segment < len(languages):
         raise InputError(
             f"{where}: has {shape.num_segment} rows of languages for {len(languages)} languages; give --langs as many"
         )
     return Network(
         shape=shape,
-        weights=weights_from(state, shape, names, where),
+        weights=weights_from(state, shape, names, where, parts=parts),
         dictionary=dictionary,
         languages=languages,
         remarks=tuple(remarks),
@@ -280,15 +300,23 @@ class Hints(NamedTuple):
 
     dictionary: Path | None = None
     languages: Sequence[str] = ()  # by their ids; as many as it has
-    otherwise: Sequence[str] = ()  # its languages if it names none
+    otherwise: Sequence[str] | None = None  # its languages if it names none and has no rows of them
+    parts: bool = False  # what there is of it is enough, and what no network here has is left out
 
 
 NO_HINTS = Hints()
 
 
-def languages_of(own: Sequence[str], hints: Hints, where: str) -> tuple[str, ...]:
-    """By id: those of the hints, or the model's own. Raises InputError if there are none, or another number of them."""
-    given = hints.languages or ([] if own else hints.otherwise)
+def languages_of(
+    own: Sequence[str], hints: Hints, where: str, *, has_rows: bool
+) -> tuple[str, ...]:
+    """By id: those of the hints, or the model's own. Raises InputError if there are none, or another number of them.
+
+    `has_rows`: whether it has a row for each. Where `hints.otherwise` is given, such rows may be without a name.
+    """
+    given = hints.languages
+    if not own and not given and hints.otherwise is not None:
+        return () if has_rows else tuple(hints.otherwise)
     if not own and not given:
         raise InputError(
             f"{where}: does not say which languages it knows; give them with --langs, by their ids"
@@ -300,6 +328,18 @@ def languages_of(own: Sequence[str], hints: Hints, where: str) -> tuple[str, ...
     languages = tuple(given or own)
     check_languages(languages, "--langs")
     return languages
+
+
+def names_by_id(ids: Any, where: str) -> list[str]:
+    """Of {name: id}, or {id: name} as XLM has it, whose ids must be 0, 1, 2, …; [] where there is nothing."""
+    if not ids:
+        return []
+    pairs = (
+        [(str(name), int(number)) for name, number in ids.items()] if isinstance(ids, dict) else []
+    )
+    if sorted(number for _, number in pairs) != list(range(len(pairs))) or not pairs:
+        raise InputError(f"{where}: the ids of its languages are not 0, 1, 2, …: {ids!r:.100}")
+    return [name for name, _ in sorted(pairs, key=lambda pair: pair[1])]
 
 
 def matrix_of(state: State, name: str, where: str) -> Tensor:
@@ -349,7 +389,7 @@ def peers_logits(state: State, shape: ModelShape, names: Names) -> Logits:
 
     def part(name: str, layer: int | None = None) -> tuple[Tensor, Tensor]:
         name = name if layer is None else name.format(layer)
-        return state[f"{name}.weight"].float(), state[f"{name}.bias"].float()
+        return state[f"{name}.weight"].double(), state[f"{name}.bias"].double()
 
     def norm(hidden: Tensor, name: str, layer: int | None = None) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], *part(name, layer), eps=shape.layer_norm_eps)
@@ -359,13 +399,13 @@ def peers_logits(state: State, shape: ModelShape, names: Names) -> Logits:
     @torch.no_grad()
     def logits(ids: Tensor, languages: Tensor) -> Tensor:
         keep = ids != PAD
-        table = state[f"{names.tokens}.weight"].float()
+        table = state[f"{names.tokens}.weight"].double()
         hidden = table[ids]
         if shape.token_positions:
             rows = (keep.cumsum(dim=1) - 1 + names.first_position_row).clamp(min=0)
-            hidden = hidden + state[f"{names.positions}.weight"].float()[rows]
+            hidden = hidden + state[f"{names.positions}.weight"].double()[rows]
         if shape.num_segment:
-            hidden = hidden + state[f"{names.languages}.weight"].float()[languages][:, None]
+            hidden = hidden + state[f"{names.languages}.weight"].double()[languages][:, None]
         if shape.normalize_embeddings:
             hidden = norm(hidden, names.embedding_norm)
         hidden = hidden * keep[:, :, None]
@@ -383,6 +423,6 @@ def peers_logits(state: State, shape: ModelShape, names: Names) -> Logits:
             hidden = norm(hidden + F.linear(inner, *part(names.fc2, layer)), names.ffn_norm, layer)
         if shape.head_transform:
             hidden = norm(activation(F.linear(hidden, *part(names.transform))), names.head_norm)
-        return F.linear(hidden, table, state[names.output_bias].float())
+        return F.linear(hidden, table, state[names.output_bias].double())
 
     return logits

@@ -94,7 +94,7 @@ def parse(
         spellings = dict.fromkeys(("--" + name.replace("_", "-"), f"--{name}"))
         action: dict[str, Any] = {} if entry.takes_value else {"action": "store_true"}
         parser.add_argument(*spellings, dest=name, help=argparse.SUPPRESS, **action)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(_without_their_values(argv, ignored, peers)))
     toml = given.pop("config", None)
     for name, entry in ignored.items():
         if given.pop(name, None) is not None and entry.why:
@@ -104,7 +104,38 @@ def parse(
 
 
 def _name(entry: PeerFlag) -> str:
-    return entry.flag.lstrip("-").replace("-", "_")
+    return _key(entry.flag)
+
+
+def _key(flag: str) -> str:
+    return flag.split("=")[0].lstrip("-").replace("-", "_")
+
+
+_BOOLEANS = {"true", "false", "on", "off", "1", "0"}  # that XLM and transformers take after a flag
+
+
+def _without_their_values(
+    argv: Sequence[str], ignored: Mapping[str, PeerFlag], peers: Sequence[PeerFlag]
+) -> list[str]:
+    """`argv` without the value of an ignored flag that takes none here and may take true or false there.
+
+    Raises InputError for one that is given a file, which in another program it takes (transformers' --deepspeed).
+    """
+    kept: list[str] = []
+    for word in argv:
+        flag = kept[-1] if kept and kept[-1].startswith("--") else ""
+        before = ignored.get(_key(flag))
+        if before is None or before.takes_value:
+            kept.append(word)
+            continue
+        other = next(
+            (p for p in peers if _key(p.flag) == _key(flag) and p.verdict == "changed"), None
+        )
+        if other is not None and word.endswith(".json"):
+            raise InputError(f"{flag}: of {other.program}, {other.verdict} here: {other.why}")
+        if word.lower() not in _BOOLEANS:
+            kept.append(word)
+    return kept
 
 
 def config_file(argv: Sequence[str]) -> Path | None:
@@ -211,14 +242,20 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         # Intermixed: `merge OUT --overwrite A B` means the same as `merge OUT A B --overwrite`.
         parsed, extra = self.parse_known_intermixed_args(args, namespace)
+        foreign = dict.fromkeys(word.split("=")[0] for word in extra if _key(word) in self._peers)
+        told = {flag: self._peers[_key(flag)] for flag in foreign if flag.startswith("-")}
+        if told:  # all at once: whoever types one of another program types several
+            raise InputError(
+                "; ".join(
+                    f"{f}: of {p.program}, {p.verdict} here: {p.why}" for f, p in told.items()
+                )
+            )
         if extra:
             flag = extra[0].split("=")[0]
             if not flag.startswith("-"):
                 raise InputError(f"unexpected argument {flag!r}; is a flag missing before it?")
-            peer = self._peers.get(flag.lstrip("-").replace("-", "_"))
-            if peer is not None:
-                raise InputError(f"{flag}: of {peer.program}, {peer.verdict} here: {peer.why}")
-            options = [s for action in self._actions for s in action.option_strings]
+            shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
+            options = [s for action in shown for s in action.option_strings]
             known = [s for s in options if s.replace("_", "-") == s] or options
             raise InputError(_unknown(flag.replace("_", "-"), known, "flag"))
         return parsed
@@ -232,7 +269,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _unknown(name: str, known: Sequence[str], what: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}?" if near else "see --help for those there are"
     return f"unknown {what} {name}; {hint}"
 

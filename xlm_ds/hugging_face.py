@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xlm_ds.architectures import ModelShape
-from xlm_ds.dictionary import BOS, EOS, GOES_ON, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
+from xlm_ds.dictionary import EOS, GOES_ON, MASK, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
 from xlm_ds.exchange import (
     HF_BERT,
     NO_HINTS,
     XLM,
+    XLM_NAMES_OF_SPECIALS,
     Hints,
     Logits,
     Names,
@@ -39,6 +40,7 @@ from xlm_ds.exchange import (
     layers_in,
     left_over,
     matrix_of,
+    names_by_id,
     network_from,
     refuse_unknown,
     share_of,
@@ -57,8 +59,6 @@ OWN = "xlm_ds"  # of config.json: what else there is to know of a network of our
 WORD_END = "</w>"
 SAMPLE_WORDS = 1000  # of the texts that tokenizers are compared on
 
-# Of our special symbols, what they are called there.
-_XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<special1>")
 _BERT_SPECIALS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 _XLM_UNNEEDED = re.compile(r"<special[0-9]>")
 _ROBERTAS = ("roberta", "xlm-roberta", "camembert")
@@ -72,6 +72,11 @@ _ROBERTA_PARTS = {
     "lm_head.bias": "cls.predictions.bias",
 }
 # Of the sentence loss, and tables of 0, 1, 2, … that older versions have kept.
+_REPAIRS = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+}  # of TensorFlow
+_REPAIRED = re.compile("|".join(_REPAIRS).replace(".", r"\."))
 _UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids", "position_ids")
 
 
@@ -89,11 +94,13 @@ def open_hugging_face(folder: Path, hints: Hints = NO_HINTS) -> tuple[Network, L
     names = XLM if is_xlm else HF_BERT if kind == "bert" else HF_ROBERTA
     state = {_plain_name(name): value for name, value in _read_state(folder).items()}
     own = config.get(OWN)
-    by_name = config.get("lang2id") or {}
-    known = own["languages"] if own else sorted(by_name, key=lambda name: by_name[name])
-    known = languages_of(known, hints, where)
-
+    if config.get("quantization_config") is not None:
+        raise InputError(
+            f"{folder}: is quantized, which no network here is; give it as it was before"
+        )
     segments = state.pop(f"{names.languages}.weight", None)
+    known = own["languages"] if own else names_by_id(config.get("lang2id"), where)
+    known = languages_of(known, hints, where, has_rows=is_xlm and segments is not None)
     if own and segments is not None:
         segments = segments[: own["num_segment"]]
     elif not is_xlm and segments is not None:
@@ -103,20 +110,30 @@ def open_hugging_face(folder: Path, hints: Hints = NO_HINTS) -> tuple[Network, L
         state[f"{names.languages}.weight"] = segments
 
     table = matrix_of(state, f"{names.tokens}.weight", where)
-    found, rows = _vocabulary(folder, hints.dictionary, own is not None, kind, len(table))
+    if hints.dictionary is not None:
+        raise InputError(f"--dict: {folder} has its own vocabulary; leave it out")
+    found, rows = _vocabulary(folder, own is not None, kind, len(table))
     shape = (_xlm_shape if is_xlm else _bert_shape)(config, state, names, len(rows), where)
     unknown = left_over(state, shape, names)
-    refuse_unknown([name for name in unknown if not name.startswith(_UNUSED)], where)
+    if not hints.parts:
+        refuse_unknown([name for name in unknown if not name.startswith(_UNUSED)], where)
     remarks = [f"left out: {', '.join(unknown)}"] if unknown else []
     if len(rows) < len(table):
         remarks.append(f"left out: {len(table) - len(rows)} rows of its table that no word has")
+    if not (own or is_xlm):
+        begin = _BERT_SPECIALS[2] if kind == "bert" else SPECIAL_SYMBOLS[EOS]
+        remarks.append(
+            f"its texts begin with another word than here, where they begin with {begin}; a text is its first segment, "
+            "in every language"
+        )
     network = network_from(
-        with_rows(state, rows, names), shape, names, found, known, where, remarks
+        with_rows(state, rows, names), shape, names, found, known, where, remarks, parts=hints.parts
     )
-    if own:
-        there = [name for name in COMPANIONS if (folder / name).exists()]
-        companions = {name: (folder / name).read_bytes() for name in there}
-        network = dataclasses.replace(network, companions=companions)
+    there = [name for name in COMPANIONS if own and (folder / name).exists()]
+    companions = {name: (folder / name).read_bytes() for name in there}
+    if is_xlm and "codes" not in companions and (folder / "merges.txt").exists():
+        companions["codes"] = _codes(folder / "merges.txt")
+    network = dataclasses.replace(network, companions=companions)
     asks_languages = shape.num_segment > 0 and (is_xlm or own is not None)
     argument = ("langs" if is_xlm else "token_type_ids") if asks_languages else None
     return network, _logits(folder, rows, argument)
@@ -134,20 +151,27 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
     """From safetensors, or else from the pickle that older models have, by a reader that runs nothing in it."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
-    if (folder / names[0]).exists():
-        state: dict[str, Tensor] = {}
-        for name in names:
-            try:
+    state: dict[str, Tensor] = {}
+    for name in _weight_files(folder):
+        try:
+            if name.endswith(".bin"):
+                with opened_torch_model(folder / name) as saved:
+                    state |= load_file(saved.tensors)
+            else:
                 state |= load_file(folder / name)
-            except SafetensorError as error:
-                raise InputError(f"{folder / name}: is damaged: {error}") from error
-        return state
-    with opened_torch_model(folder / "pytorch_model.bin") as saved:
-        return load_file(saved.tensors)
+        except SafetensorError as error:
+            raise InputError(f"{folder / name}: is damaged: {error}") from error
+    return {_REPAIRED.sub(lambda found: _REPAIRS[found[0]], name): t for name, t in state.items()}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [name]
+        index = folder / f"{name}.index.json"
+        if index.exists():  # in parts
+            return sorted({str(part) for part in _read_json(index)["weight_map"].values()})
+    raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
 
 
 def _plain_name(name: str) -> str:
@@ -155,7 +179,17 @@ def _plain_name(name: str) -> str:
     for theirs, bert in _ROBERTA_PARTS.items():
         if name.startswith(theirs):
             return bert + name.removeprefix(theirs)
+    if name.startswith(
+        ("embeddings.word_", "embeddings.pos", "embeddings.tok", "embeddings.L", "encoder.layer.")
+    ):
+        return f"bert.{name}"  # of a network that was saved without a head
     return name.removeprefix(_XLM_PREFIX)
+
+
+def _codes(merges: Path) -> bytes:
+    """As fastBPE has them, whose third column nothing reads."""
+    pairs = (line.split() for line in merges.read_text(encoding="utf-8").splitlines())
+    return "".join(f"{pair[0]} {pair[1]} 1\n" for pair in pairs if len(pair) >= 2).encode()
 
 
 def _xlm_shape(
@@ -169,6 +203,7 @@ def _xlm_shape(
         attention_heads=whole_number_of(config, "n_heads", where),
         dropout=share_of(config, "dropout"),
         attention_dropout=share_of(config, "attention_dropout"),
+        activation_dropout=share_of(config.get(OWN) or {}, "activation_dropout"),
         activation_fn="gelu" if config.get("gelu_activation", True) else "relu",
         first_position_row=0,
         layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
@@ -188,6 +223,7 @@ def _bert_shape(
         attention_heads=whole_number_of(config, "num_attention_heads", where),
         dropout=share_of(config, "hidden_dropout_prob"),
         attention_dropout=share_of(config, "attention_probs_dropout_prob"),
+        activation_dropout=share_of(config.get(OWN) or {}, "activation_dropout"),
         activation_fn=activation_of(config.get("hidden_act", "gelu"), where),
         layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
     )
@@ -203,31 +239,31 @@ def _sizes(state: State, names: Names, vocab_size: int, layers: str, where: str)
         "layers": layers_in(state, layers),
         "embed_dim": positions.shape[1],
         "ffn_embed_dim": len(matrix_of(state, f"{names.fc1.format(0)}.weight", where)),
-        "activation_dropout": 0.0,
         "token_positions": True,
         "normalize_embeddings": True,
     }
 
 
 def _vocabulary(
-    folder: Path, given: Path | None, is_own: bool, kind: str, table_rows: int
+    folder: Path, is_own: bool, kind: str, table_rows: int
 ) -> tuple[Dictionary, Sequence[int]]:
     """The dictionary, and of each of its rows which it is of the peer's table."""
-    if given is not None or is_own:
-        found = Dictionary.load(given or folder / "dict.txt")
+    if is_own and (folder / "dict.txt").exists():
+        found = Dictionary.load(folder / "dict.txt")
         if len(found) != table_rows:
             raise InputError(
-                f"{given or folder / 'dict.txt'}: has {len(found)} rows with the special symbols, and the model has "
-                f"{table_rows}"
+                f"{folder / 'dict.txt'}: has {len(found)} rows with the special symbols, and the model has {table_rows}"
             )
         return found, range(table_rows)
     words = _words(folder)
-    specials = {"xlm": _XLM_SPECIALS, "bert": _BERT_SPECIALS}.get(kind, SPECIAL_SYMBOLS)
+    theirs = {"xlm": XLM_NAMES_OF_SPECIALS, "bert": _BERT_SPECIALS}
+    specials = SPECIAL_SYMBOLS if is_own else theirs.get(kind, SPECIAL_SYMBOLS)
+    marks_ends = kind == "xlm" or any(word.endswith(WORD_END) for word in words.values())
     place = {word: number for number, word in words.items() if number < table_rows}
     missing = [word for word in specials if word not in place]
     if missing:
         raise InputError(
-            f"{folder}: its vocabulary has no {missing[0]}; give a dict.txt with --dict"
+            f"{folder}: its vocabulary has no {missing[0]}, which a model of its kind needs"
         )
     symbols, rows = list(SPECIAL_SYMBOLS), [place[word] for word in specials]
     taken = {*specials, *SPECIAL_SYMBOLS}
@@ -235,7 +271,7 @@ def _vocabulary(
         word = words[number]
         is_special = word in taken or (kind == "xlm" and _XLM_UNNEEDED.fullmatch(word) is not None)
         if number < table_rows and not is_special:
-            symbols.append(_as_piece(word) if kind == "xlm" else word)
+            symbols.append(_as_piece(word) if marks_ends else word)
             rows.append(number)
     return Dictionary(tuple(symbols), (1,) * len(symbols)), rows
 
@@ -256,7 +292,7 @@ def _words(folder: Path) -> dict[int, str]:
         by_word = {word: number for number, word in enumerate(lines) if word}
     else:
         raise InputError(
-            f"{folder}: has neither vocab.json nor tokenizer.json nor vocab.txt; give a dict.txt with --dict"
+            f"{folder}: has neither vocab.json nor tokenizer.json nor vocab.txt; save it with its tokenizer"
         )
     return {number: word for word, number in by_word.items() if type(number) is int}
 
@@ -306,16 +342,20 @@ def _logits(folder: Path, rows: Sequence[int], argument: str | None) -> Logits:
 
 def _load(folder: Path) -> Any:
     with _library() as library:
-        if (folder / "pytorch_model.bin").exists():  # a pickle, which no library is to read
-            config = library.AutoConfig.from_pretrained(folder)
-            model = library.AutoModelForMaskedLM.from_config(config)
+        if _weight_files(folder)[0].endswith(".bin"):  # a pickle, which no library is to read
+            config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = library.AutoModelForMaskedLM.from_config(config, attn_implementation="eager")
             model.load_state_dict(_read_state(folder), strict=False)  # _read_state's are complete
             model.tie_weights()
         else:
             model = library.AutoModelForMaskedLM.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                attn_implementation="eager",  # config.json could name one to be downloaded, and run
+                dtype=torch.float32,
             )
-    return model.float().eval()
+    return model.double().eval()
 
 
 # ------------------------------------------------------------------------------------------ write
@@ -346,7 +386,11 @@ def write_hugging_face(network: Network, folder: Path) -> list[str]:
             model = library.BertForMaskedLM(config)
         config.lang2id = {language: number for number, language in enumerate(network.languages)}
         config.id2lang = {str(number): language for language, number in config.lang2id.items()}
-        known = {"languages": list(network.languages), "num_segment": shape.num_segment}
+        known = {
+            "languages": list(network.languages),
+            "num_segment": shape.num_segment,
+            "activation_dropout": shape.activation_dropout,
+        }
         setattr(config, OWN, known)
         lost = set(state) - set(model.state_dict())
         assert not lost, f"transformers {library.__version__} has no {lost}"
@@ -358,7 +402,27 @@ def write_hugging_face(network: Network, folder: Path) -> list[str]:
         network.dictionary.save(folder / "dict.txt")
         for name, content in network.companions.items():
             (folder / name).write_bytes(content)
-        return _write_tokenizer(network, folder, library)
+        said = [
+            _how_languages_are_told(network, is_xlm),
+            *_write_tokenizer(network, folder, library),
+        ]
+    if shape.token_positions and bool(unread_positions(network).any()):
+        said.append("left out: rows of its position table that nothing reads")
+    return said
+
+
+def _how_languages_are_told(network: Network, is_xlm: bool) -> str:
+    if network.shape.num_segment == 0:
+        return "it has no table of languages"
+    argument = "langs" if is_xlm else "token_type_ids"
+    without = "no language" if is_xlm else f"all text as {network.languages[0]}"
+    return f"it is told the language of each id by {argument}=, by config.lang2id; without, it takes {without}"
+
+
+def unread_positions(network: Network) -> Tensor:
+    """Rows of the position table before the first position."""
+    table = network.weights["position_embedding.weight"]
+    return table[: network.shape.first_position_row]
 
 
 def check_has_class(shape: ModelShape) -> None:
@@ -403,7 +467,7 @@ def _xlm_config(shape: ModelShape) -> dict[str, Any]:
         "use_lang_emb": rows > 0,
         "max_position_embeddings": shape.max_positions,
         "layer_norm_eps": shape.layer_norm_eps,
-        "bos_token_id": BOS,
+        "bos_token_id": EOS,  # which rows begin with
         "pad_token_id": PAD,
         "eos_token_id": EOS,
         "unk_index": UNK,
@@ -425,9 +489,12 @@ def _bert_config(shape: ModelShape) -> dict[str, Any]:
         "max_position_embeddings": shape.max_positions,
         "type_vocab_size": languages_there(shape),
         "layer_norm_eps": shape.layer_norm_eps,
-        "bos_token_id": BOS,
+        "bos_token_id": EOS,  # which rows begin with
         "pad_token_id": PAD,
         "eos_token_id": EOS,
+        "cls_token_id": EOS,
+        "sep_token_id": EOS,
+        "mask_token_id": MASK,
     }
 
 
@@ -437,7 +504,7 @@ def _bert_config(shape: ModelShape) -> dict[str, Any]:
 def _write_tokenizer(network: Network, folder: Path, library: Any) -> list[str]:
     """XLM's tokenizer where the model has codes, else one that looks pieces up; returns what there is to say."""
     if "codes" not in network.companions:
-        _lookup(network.dictionary, library).save_pretrained(folder)
+        _lookup(network, library).save_pretrained(folder)
         return [
             "its tokenizer takes text that is tokenised and split already: the model has no codes"
         ]
@@ -469,7 +536,12 @@ def sample_texts(network: Network) -> list[tuple[str, str]]:
     words = [s for s in network.dictionary.symbols if s.isalpha()][:SAMPLE_WORDS]
     texts = [" ".join(words[at : at + 7]) for at in range(0, len(words), 7)]
     return [
-        (f"{text[:1].upper()}{text[1:]}, “{number}” ({text[-3:]})!", language)
+        # What Moses treats by language: quotes, apostrophes, hyphens, abbreviations, numbers.
+        (
+            f"{text[:1].upper()}{text[1:]}, “{text[-3:]}” l'{text} {text[:2]}. No. {number}-{number}, 3.5% "
+            f"({text[:4]}'s)!",
+            language,
+        )
         for number, text in enumerate(texts)
         for language in [network.languages[number % len(network.languages)]]
     ]
@@ -503,17 +575,17 @@ def _as_word(piece: str) -> str:
     return piece.removesuffix(GOES_ON) if piece.endswith(GOES_ON) else piece + WORD_END
 
 
-def _lookup(dictionary: Dictionary, library: Any) -> Any:
+def _lookup(network: Network, library: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    bos, pad, eos, unk, mask = SPECIAL_SYMBOLS
-    by_word = {symbol: number for number, symbol in enumerate(dictionary.symbols)}
+    _, pad, eos, unk, mask = SPECIAL_SYMBOLS
+    by_word = {symbol: number for number, symbol in enumerate(network.dictionary.symbols)}
     tokenizer = Tokenizer(models.WordLevel(by_word, unk_token=unk))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{eos} $A {eos}", pair=f"{eos} $A {eos} $B {eos}", special_tokens=[(eos, EOS)]
     )
     return library.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, pad_token=pad, eos_token=eos, sep_token=eos, cls_token=eos,
-        unk_token=unk, mask_token=mask,
+        tokenizer_object=tokenizer, bos_token=eos, pad_token=pad, eos_token=eos, sep_token=eos, cls_token=eos,
+        unk_token=unk, mask_token=mask, model_max_length=network.shape.max_positions,
     )  # fmt: skip

@@ -32,16 +32,16 @@ class Taken:
 
     where: str
     words: NDArray[np.bool_]  # (V,): which rows of the run's dictionary are the model's
-    languages: tuple[str, ...]  # that the model knows too
     sentences: tuple[str, ...]
 
     def report(self, counts: NDArray[np.uint64]) -> list[str]:
         """`counts` (V,): of the run's training text."""
-        covered = counts[self.words].sum() / max(int(counts.sum()), 1)
+        known, used = self.words[len(SPECIAL_SYMBOLS) :], counts[len(SPECIAL_SYMBOLS) :]
+        covered = used[known].sum() / max(int(used.sum()), 1)
         return [
             f"begins with the weights of {self.where}",
-            f"words: {self.words.sum():,} of {len(self.words):,} are its words, {covered:.1%} of the training text; "
-            f"{(~self.words).sum():,} begin anew",
+            f"words: {known.sum():,} of {len(known):,} are its words, {covered:.1%} of those in the training text; "
+            f"{(~known).sum():,} begin anew",
             *self.sentences,
         ]
 
@@ -51,7 +51,12 @@ def open_source(path: Path, languages: Sequence[str]) -> Network:
 
     Raises InputError, OSError.
     """
-    return open_model(path, Hints(otherwise=languages)).network
+    try:
+        return open_model(path, Hints(otherwise=languages, parts=True)).network
+    except InputError as error:
+        more = "--dict" in str(error) or "--langs" in str(error)
+        how = " to xlm-ds convert, and begin with what it writes" if more else ""
+        raise InputError(f"--init-from {error}{how}") from error
 
 
 @torch.no_grad()
@@ -67,14 +72,9 @@ def take_weights(
 
     Raises InputError if no part fits: another width, or no word in common.
     """
-    _check_widths(shape, source.shape, where)
-    words = _rows_by_symbol(dictionary, source.dictionary)
-    if not (words[len(SPECIAL_SYMBOLS) :] >= 0).any():
-        raise InputError(
-            f"--init-from {where}: has no word of the run's dictionary ({source.dictionary.symbols[-1]!r} is one of "
-            f"its own, {dictionary.symbols[-1]!r} of the run's); prepare the text with its codes and vocabulary"
-        )
+    words = fitting_rows(shape, source, dictionary, where)
     known = [language for language in languages if language in source.languages]
+    before = model.head.output_bias.clone()
     copies: dict[str, Callable[[Tensor, Tensor], None]] = {
         **dict.fromkeys(_BY_WORD, lambda to, given: _copy_rows(to, given, words)),
         _LANGUAGES: lambda to, given: _copy_rows(
@@ -86,6 +86,8 @@ def take_weights(
     for name, parameter in parameters.items():
         if name in source.weights:
             copies.get(name, Tensor.copy_)(parameter, source.weights[name])
+    if "head.output_bias" in source.weights:
+        _level_bias(model.head.output_bias, before, words)
     anew = sorted({_part(name) for name in parameters if name not in source.weights})
     left_out = sorted({_part(name) for name in source.weights if name not in parameters})
     sentences = [
@@ -94,10 +96,40 @@ def take_weights(
         *_languages_said(shape, source.shape, languages, known),
         *([f"begins anew: {', '.join(anew)}"] if anew else []),
         *([f"left out: {', '.join(left_out)}"] if left_out else []),
+        *([_NORM_LOST] if "embedding_norm" in left_out else []),
+        *_marker_said(source.dictionary),
         *_differences(shape, source.shape),
         *source.remarks,
     ]
-    return Taken(where, words >= 0, tuple(known), tuple(sentences))
+    return Taken(where, words >= 0, tuple(sentences))
+
+
+_NORM_LOST = (
+    "its embeddings were normalised, and here they are not, which changes all that follows; --encoder-normalize-before "
+    "or --arch xlm keeps it"
+)
+
+
+def fitting_rows(
+    shape: ModelShape, source: Network, dictionary: Dictionary, where: str
+) -> NDArray[np.int64]:
+    """(V,): of each of the run's words the row of `source`, or -1. Raises InputError as take_weights."""
+    _check_widths(shape, source.shape, where)
+    words = _rows_by_symbol(dictionary, source.dictionary)
+    if not (words[len(SPECIAL_SYMBOLS) :] >= 0).any():
+        raise InputError(
+            f"--init-from {where}: has no word of the run's dictionary ({source.dictionary.symbols[-1]!r} is one of "
+            f"its own, {dictionary.symbols[-1]!r} of the run's); prepare the text with its codes and vocabulary"
+        )
+    return words
+
+
+def _level_bias(bias: Tensor, before: Tensor, words: NDArray[np.int64]) -> None:
+    """New words' biases are of the run's own start, and the others the model's: puts them on one level."""
+    known = torch.from_numpy(words >= 0)
+    known[: len(SPECIAL_SYMBOLS)] = False
+    new = torch.from_numpy(words < 0)
+    bias[new] += (bias[known] - before[known]).mean()
 
 
 def _check_widths(shape: ModelShape, source: ModelShape, where: str) -> None:
@@ -118,11 +150,31 @@ def _check_widths(shape: ModelShape, source: ModelShape, where: str) -> None:
 
 
 def _rows_by_symbol(dictionary: Dictionary, source: Dictionary) -> NDArray[np.int64]:
-    """(V,): of each of the run's words the model's row, or -1. A word that is there twice counts where it is first."""
+    """(V,): of each of the run's words the model's row, or -1. A word that is there twice counts where it is first.
+
+    Where the model's pieces are marked at the begin of a word, a word is the piece that has the mark.
+    """
     place: dict[str, int] = {}
     for number, symbol in enumerate(source.symbols):
         place.setdefault(symbol, number)
-    return np.array([place.get(symbol, -1) for symbol in dictionary.symbols], np.int64)
+    mark = word_mark(source)
+    special = len(SPECIAL_SYMBOLS)
+    rows = [place.get(mark + symbol, -1) for symbol in dictionary.symbols[special:]]
+    return np.array([*range(special), *rows], np.int64)
+
+
+def word_mark(dictionary: Dictionary) -> str:
+    """What its pieces begin with where a word begins, of SentencePiece or GPT-2's BPE; "" where nothing marks it."""
+    marks = ("\u2581", "\u0120")
+    pieces = dictionary.symbols[len(SPECIAL_SYMBOLS) :]
+    return next((mark for mark in marks if any(p.startswith(mark) for p in pieces)), "")
+
+
+def _marker_said(source: Dictionary) -> list[str]:
+    mark = word_mark(source)
+    return (
+        [f"its pieces are marked {mark} where a word begins: x here is its {mark}x"] if mark else []
+    )
 
 
 def _places(rows: int, names: Sequence[str], source: Sequence[str]) -> NDArray[np.int64]:

@@ -63,7 +63,7 @@ FAIRSEQ_PREPROCESS = _flags(
     --tgtdict --thresholdtgt --nwordstgt | refused | one dict.txt serves both sides; leave it out
     --dict-only | refused | a dictionary is built when text is binarized; prepare writes vocab_mlm without binarizing
     --alignfile --align-suffix | refused | word alignments are not used in masked language modelling
-    --seed --log-interval --log-format --no-progress-bar --cpu --fp16 --bf16 --user-dir --scoring --optimizer --lr-scheduler --criterion | refused | decides nothing when text is binarized; leave it out
+    --seed --log-interval --log-format --log-file --no-progress-bar --tensorboard-logdir --wandb-project --azureml-logging --cpu --tpu --fp16 --bf16 --amp --profile --user-dir --scoring --optimizer --lr-scheduler --criterion --empty-cache-freq --all-gather-list-size --model-parallel-size --reset-logging --suppress-crashes --quantization-config-path | refused | decides nothing when text is binarized; leave it out
     --bpe --tokenizer | refused | prepare tokenises and splits, and binarize --bpe-codes splits on the way
     """,
 )
@@ -133,7 +133,18 @@ FAIRSEQ_TRAIN = _flags(
     --distributed-world-size | ignored | the launcher decides the number of ranks
     --distributed-rank --distributed-backend --distributed-init-method --distributed-port --distributed-no-spawn --device-id --nprocs-per-node --fix-batches-to-gpus | refused | the launcher decides it: deepspeed --hostfile, torchrun or mpirun
     --heartbeat-timeout | changed | the run ends, everywhere, when a rank has not answered for so long; 600 by default
-    --user-dir | refused | there are no plug-ins
+    --user-dir --bpe --tokenizer --scoring | refused | there are no plug-ins; prepare tokenises and splits
+    --mask-prob --leave-unmasked-prob --random-token-prob --freq-weighted-replacement --mask-multiple-length --mask-stdev | changed | of its masked_lm task; --mask-ratio, and 80/10/10 as in its cross_lingual_lm
+    --mask-whole-words | changed | --whole-word-masking; the words are known by the marks of BPE
+    --encoder-layerdrop --encoder-layers-to-keep --quant-noise-pq --quant-noise-pq-block-size --quant-noise-scalar --untie-weights-roberta --layernorm-embedding --spectral-norm-classification-head | refused | no network here has it
+    --checkpoint-activations --offload-activations --min-params-to-wrap | refused | memory is what plan says; lower --max-tokens and raise --update-freq
+    --max-valid-steps --combine-valid-subsets --ignore-unused-valid-subsets --required-seq-len-multiple --skip-remainder-batch --grouped-shuffling --update-epoch-batch-itr --update-ordered-indices-seed | refused | all validation text is used, and no batch is dropped
+    --empty-cache-freq --all-gather-list-size --model-parallel-size --distributed-wrapper --distributed-num-procs --tpu-data-parallel --use-plasma-view --plasma-path --suppress-crashes --reset-logging --quantization-config-path | refused | nothing here does that; leave it out
+    --pipeline-model-parallel --pipeline-balance --pipeline-devices --pipeline-chunks --slowmo-algorithm --slowmo-momentum --slowmo-base-algorithm --localsgd-frequency --nprocs --use-bmuf --gradient-as-bucket-view --ddp-comm-hook --no-reshard-after-forward --fp32-reduce-scatter --use-sharded-state | refused | ranks share by DeepSpeed ZeRO: --deepspeed_config
+    --store-ema --ema-decay --ema-start-update --ema-seed-model --ema-update-freq --ema-fp32 | refused | no average of the weights is kept
+    --continue-once --write-checkpoints-asynchronously --save-async --load-checkpoint-on-all-dp-ranks --s3-upload-path | refused | checkpoints are written by all ranks, beside training, and resumed by the same command
+    --amp-batch-retries --amp-init-scale --amp-scale-window --on-cpu-convert-precision | refused | precision and loss scale are the DeepSpeed JSON's: --deepspeed_config
+    --local_rank | same | set by the launcher
     """,
 )
 
@@ -159,8 +170,9 @@ XLM_TRAIN = _flags(
     --gelu_activation | changed | --activation-fn gelu, which is the default; there relu is
     --use_lang_emb | changed | --num-segment 0 leaves the table out
     --share_inout_emb --encoder_only | refused | the output's matrix is always the token embedding, and there is no decoder
-    --sinusoidal_embeddings --use_memory --asm --asm_cutoffs --asm_div_value | refused | no network here has it
-    --word_pred | changed | --mask-ratio; exactly so many tokens are masked, never eos
+    --sinusoidal_embeddings --use_memory --asm --asm_cutoffs --asm_div_value --n_dec_layers --mem_implementation --mem_enc_positions --mem_dec_positions | refused | no network here has it
+    --env_seed | changed | --seed
+    --word_pred | changed | --mask-ratio; exactly so many tokens are masked, not about so many
     --sample_alpha --word_mask_keep_rand | refused | words are masked uniformly, 80 % shown as the mask, 10 % kept, 10 % random
     --word_shuffle --word_dropout --word_blank | refused | of a denoising autoencoder, which is not here
     --max_vocab | changed | binarize --max-vocab, our 5 special symbols included
@@ -242,6 +254,18 @@ RUN_MLM = _flags(
     --data_seed | refused | --seed decides the order too
     --use_cpu | refused | DS_ACCELERATOR=cpu leaves a GPU alone
     --deepspeed | changed | --deepspeed_config; learning rate, batch and clipping stay "auto" there
+    --overwrite_output_dir | refused | a run goes on; another one needs another --save-dir
+    --evaluation_strategy | changed | --validate-interval, --validate-interval-updates
+    --logging_dir | changed | --tensorboard-logdir
+    --include_inputs_for_metrics | refused | validation measures the loss on all validation text
+    --warmup_ratio | changed | --warmup-updates, a number of updates
+    --no_cuda --use_mps_device --use_ipex --tpu_num_cores | refused | DS_ACCELERATOR=cpu leaves a GPU alone
+    --per_gpu_train_batch_size --per_gpu_eval_batch_size --split_batches --dispatch_batches --group_by_length | changed | --max-tokens: tokens, not rows, per rank and micro-batch; rows have one length
+    --adafactor | refused | the optimizer is DeepSpeed's fused Adam
+    --half_precision_backend --fp16_backend --fp16_opt_level --torch_dtype | refused | precision is the DeepSpeed JSON's: --deepspeed_config
+    --use_auth_token --low_cpu_mem_usage --push_to_hub_model_id --push_to_hub_organization --push_to_hub_token | refused | nothing is downloaded or uploaded
+    --save_safetensors | refused | checkpoints are always safetensors
+    --sharded_ddp --past_index --mp_parameters --ray_scope --torchdynamo --jit_mode_eval | refused | nothing here does that; leave it out
     --fsdp --fsdp_config --accelerator_config --parallelism_config | refused | ranks share by DeepSpeed ZeRO: --deepspeed_config
     --dataloader_drop_last --dataloader_num_workers --dataloader_pin_memory --dataloader_persistent_workers --dataloader_prefetch_factor --dataloader_multiprocessing_context --dataloader_in_order | refused | batches are filled in C++ as they are needed; there are no loader processes, and no batch is dropped
     --remove_unused_columns --label_names --train_sampling_strategy --length_column_name | refused | data has no columns; samples are drawn by --sampling-alpha
@@ -262,7 +286,9 @@ PEERS = (
 # What the parser of a stage is told: where several programs have a flag, the first of them speaks.
 BINARIZE_FLAGS = FAIRSEQ_PREPROCESS
 TRAIN_FLAGS = (
-    PeerFlag("--deepspeed", "ignored", "", False, "DeepSpeed's examples"),
+    PeerFlag(
+        "--deepspeed", "ignored", "", False, "DeepSpeed"
+    ),  # its scripts have it beside --deepspeed_config
     *FAIRSEQ_TRAIN,
     *XLM_TRAIN,
     *RUN_MLM,
@@ -276,8 +302,8 @@ FILES = {
     train.LG.bin, .idx and shards train.LG1 | same, byte for byte, mmap (MMIDIDX) and lazy or cached (TNTIDX); `.json` and `.counts.npy` stand beside what we write
     train.LG-None.LG.bin | read as they are: nothing has to be renamed
     checkpoint_best.pt | `xlm-ds convert`, `train --init-from`; also with cfg or fused in_proj weights, as later and earlier versions have it. Not continued: no moments are read
-    model.pt, which `convert --to fairseq` writes | for fairseq's own loader; masked_lm_pooler is 0, as the loss does not depend on it
-    preprocess.log, train log | the same lines under DIR/preprocess.log, SAVE_DIR/train.log
+    model.pt, which `convert --to fairseq` writes | for fairseq's own loader (not tried in fairseq itself, which does not install), with `data` overridden by its folder, where dict.txt is; masked_lm_pooler is 0, as the loss does not depend on it
+    preprocess.log | its lines are in DESTDIR/preprocess.log too; the log of training is another: SAVE_DIR/train.log, metrics.jsonl
     """,
     "XLM": """
     codes, vocab | same: `prepare --codes --vocab`, `binarize --bpe-codes --srcdict`; words that are twice with `--on-duplicate skip`
@@ -286,12 +312,14 @@ FILES = {
     en-fr.en.train.pth (pairs) | `shards convert` makes both sides; name them train.en-fr.en and train.en-fr.fr
     checkpoint.pth, best-*.pth, mlm_*.pth | `xlm-ds convert`, `train --init-from`, with and without `module.` and language embeddings; not adaptive softmax or memory layers
     params.pkl | not read; what a model needs is in its .pth
+    preprocess.py VOCAB TEXT | `binarize --srcdict VOCAB --trainpref …`
     train.log | SAVE_DIR/train.log; `evaluate --xlm-masks` gives XLM's names of figures
     """,
     "Hugging Face": """
     config.json with model.safetensors or pytorch_model.bin | `xlm-ds convert`, `train --init-from`: xlm, bert, roberta, xlm-roberta, camembert. A pickle is read by the reader that runs nothing
-    vocab.json, merges.txt of XLM | the dictionary; merges are not taken as codes, so texts must be split as there
-    tokenizer.json, vocab.txt, sentencepiece.bpe.model | words of the dictionary only: text is not split by them here
+    vocab.json, merges.txt of XLM | the dictionary and the codes; texts must be tokenised (Moses) as there
+    tokenizer.json, vocab.txt | words of the dictionary only: text is not split by them here
+    sentencepiece.bpe.model | not read; save the tokenizer with its tokenizer.json
     datasets (Arrow) | write text files, one per language
     trainer_state.json, optimizer.pt, scheduler.pt, rng_state.pth | not read: a run begins with the weights alone
     what `convert --to hugging-face` writes | BertForMaskedLM (token types are the languages, in the order of config.json's lang2id) or XLMWithLMHeadModel, with tokenizer; loaded by `AutoModelForMaskedLM` and `AutoTokenizer`
@@ -348,15 +376,33 @@ What is written is read again, both models score the same rows (every position, 
 difference is said; above 1e-4 nothing is kept. Hugging Face's side is computed by transformers (`pip install
 'xlm_ds[hf]'`); fairseq and XLM do not install any more, and their side is computed step by step from their own tensors,
 which the tests compare with what fairseq and XLM themselves computed. From xlm_ds and back, weights are the same bit for
-bit. Pickles are read in a process of their own by a reader that can call nothing.
+bit, but for rows of positions that nothing reads, which Hugging Face has no place for. Pickles are read in a process of their own
+by a reader that can call nothing; it writes the tensors to TMPDIR for as long as it takes. A run of many ranks reads the
+model on each of them: convert a pickle first.
+
+A finetuned classifier is not converted. A text is tokenised and split already where the model came without codes (fairseq's
+and XLM's .pth do): put `codes`, and `prepare.json` if there is one, beside the converted model. `--langs` names the languages
+of a model that does not, by their ids; BERT and XLM-RoBERTa know none, so that all that are named have the row of its first
+segment. Rows begin with eos here, and with another word in those two. A folder that is converted to xlm_ds and on to
+Hugging Face has a tokenizer that looks pieces up, instead of its own.
+
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained("hf"), AutoTokenizer.from_pretrained("hf")
+    batch = tokenizer(["Where is the <mask>?"], return_tensors="pt")
+    languages = torch.full_like(batch.input_ids, model.config.lang2id["en"])
+    model(**batch, token_type_ids=languages)        # BertForMaskedLM; langs=languages of XLMWithLMHeadModel
+
+Without these ids BertForMaskedLM takes every text for the first language, and XLMWithLMHeadModel adds no language at all; so do
+pipelines. XLMWithLMHeadModel has a feed-forward part of four times the width.
 
 Hugging Face has no class for xlm_base without a norm on the embeddings: train with `--encoder-normalize-before` for
 BertForMaskedLM, or `--arch xlm` for XLMWithLMHeadModel. Its XLMTokenizer takes every text for English when it is called
 as usual (transformers 5.23.0 does not hand the language on); `convert` says how many texts get the ids they have here.
 
 `--init-from` finds words by their symbols, languages by their names and positions by their numbers, in any dictionary;
-what is new begins anew, what does not fit is left out, and both are said with counts. Width, feed-forward width and
-heads must be the model's.
+what is new begins anew, what does not fit is left out, and both are said with counts. Where pieces are marked at the begin of a
+word (SentencePiece, GPT-2's BPE), a word here is the piece with the mark. Rows of languages that the model does not name
+begin anew. Width, feed-forward width and heads must be the model's. A run that is resumed keeps what it was begun with.
 """
 
 

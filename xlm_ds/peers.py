@@ -7,8 +7,9 @@
 What a path is, its content says: a run's or a checkpoint's folder, one with config.json, or a file of torch.save.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from xlm_ds.architectures import FIRST_POSITION_ROW, ModelShape
 from xlm_ds.checkpoint import (
     BEST,
+    LAST,
     check_files,
     checkpoint_folder,
     load_tensors,
@@ -30,8 +32,10 @@ from xlm_ds.dictionary import SPECIAL_SYMBOLS, Dictionary
 from xlm_ds.evaluate import load_model, shape_of
 from xlm_ds.exchange import (
     FAIRSEQ,
+    MADE_WITH,
     NO_HINTS,
     XLM,
+    XLM_NAMES_OF_SPECIALS,
     Hints,
     Logits,
     Network,
@@ -41,6 +45,7 @@ from xlm_ds.exchange import (
     layers_in,
     left_over,
     matrix_of,
+    names_by_id,
     network_from,
     peers_logits,
     refuse_unknown,
@@ -64,10 +69,37 @@ class Opened(NamedTuple):
 
 def open_model(path: Path, hints: Hints = NO_HINTS) -> Opened:
     """Raises InputError, OSError."""
+    try:
+        return _open(path, hints)
+    except InputError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # What strangers have written can be wrong in more ways than can be foreseen.
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(
+            f"{path}: is damaged, or of a kind that is not read here ({what:.200})"
+        ) from error
+
+
+def _open(path: Path, hints: Hints) -> Opened:
     if (path / "manifest.json").exists() or (path / BEST).exists():
+        _refuse_hints(path, "a model of ours", hints.dictionary, hints.languages)
         return open_ours(path)
+    if (path / LAST).exists():
+        raise InputError(f"{path}: is a run without {BEST} so far; give {path / LAST}")
     if (path / "config.json").exists():
         return Opened("Hugging Face", *open_hugging_face(path, hints))
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder (nothing is downloaded)")
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path}: is weights alone; give the folder that it is in")
     if path.is_dir():
         files = sorted([*path.glob("*.pt"), *path.glob("*.pth")])
         if len(files) != 1:
@@ -79,6 +111,7 @@ def open_model(path: Path, hints: Hints = NO_HINTS) -> Opened:
     with opened_torch_model(path) as saved:
         state = load_file(saved.tensors)
         if "params" in saved.settings:
+            _refuse_hints(path, "a model of XLM", hints.dictionary)
             return open_xlm(path, saved, state, hints)
         if {"args", "cfg"} & set(saved.settings):
             return open_fairseq(path, saved, state, hints)
@@ -86,6 +119,14 @@ def open_model(path: Path, hints: Hints = NO_HINTS) -> Opened:
         f"{path}: has neither params (XLM) nor args or cfg (fairseq) beside its weights; of Hugging Face give the "
         "folder with config.json"
     )
+
+
+def _refuse_hints(
+    path: Path, what: str, dictionary: Path | None, languages: Sequence[str] = ()
+) -> None:
+    if dictionary is not None or languages:
+        flag = "--dict" if dictionary is not None else "--langs"
+        raise InputError(f"{flag}: {path} is {what}, which has its own; leave it out")
 
 
 # ------------------------------------------------------------------------------------------- ours
@@ -105,6 +146,7 @@ def open_ours(path: Path) -> Opened:
         dictionary=dictionary,
         languages=languages,
         companions={name: (folder / name).read_bytes() for name in there if name != "dict.txt"},
+        made_with={key: manifest[key] for key in MADE_WITH},
     )
     return Opened("xlm_ds", network, our_logits(lambda: load_model(folder, len(dictionary))[0]))
 
@@ -115,7 +157,7 @@ def our_logits(load: Callable[[], XlmEncoder]) -> Logits:
 
     @torch.no_grad()
     def logits(ids: Tensor, languages: Tensor) -> Tensor:
-        model = load()
+        model = load().double()
         hidden = model.head(model.encode(ids, languages))
         return F.linear(hidden, model.token_embedding.weight, model.head.output_bias)
 
@@ -160,17 +202,24 @@ def open_fairseq(path: Path, saved: SavedModel, state: State, hints: Hints) -> O
     )
     unknown = left_over(state, shape, FAIRSEQ)
     unused = [name for name in unknown if name.startswith(_UNUSED)]
-    refuse_unknown(sorted(set(unknown) - set(unused)), where)
-    own = given.get("monolingual_langs")
+    if not hints.parts:
+        refuse_unknown(sorted(set(unknown) - set(unused)), where)
+    own = given.get("monolingual_langs") or ()
+    known = [name.strip() for name in (own.split(",") if isinstance(own, str) else own)]
     network = network_from(
         state,
         shape,
         FAIRSEQ,
         _dictionary_beside(path, hints.dictionary, len(table)),
-        languages_of(own.split(",") if isinstance(own, str) else own or (), hints, where),
+        languages_of(known, hints, where, has_rows=segments is not None),
         where,
-        [f"left out, as the loss does not depend on it: {', '.join(unused)}"] if unused else (),
+        [f"left out: {', '.join(unknown)}"] if unknown else (),
+        parts=hints.parts,
     )
+    if hints.dictionary is None:  # what convert --to fairseq has put beside it
+        there = [name for name in COMPANIONS if (path.parent / name).exists()]
+        companions = {name: (path.parent / name).read_bytes() for name in there}
+        network = dataclasses.replace(network, companions=companions)
     return Opened("fairseq", network, peers_logits(state, shape, FAIRSEQ))
 
 
@@ -212,9 +261,6 @@ def _dictionary_beside(path: Path, given: Path | None, rows: int) -> Dictionary:
 
 # -------------------------------------------------------------------------------------------- XLM
 
-# Of our special symbols, what XLM calls them: its mask is <special1> (xlm/model/__init__.py, params.mask_index).
-_XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<special1>")
-
 
 def open_xlm(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opened:
     where = str(path)
@@ -233,7 +279,7 @@ def open_xlm(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opene
             "XLM's special words"
         )
     words = [word for word in saved.words[len(XLM_SPECIALS) :] if word not in SPECIAL_SYMBOLS]
-    rows = [place[word] for word in (*_XLM_SPECIALS, *words)]
+    rows = [place[word] for word in (*XLM_NAMES_OF_SPECIALS, *words)]
     counts = [1] * len(SPECIAL_SYMBOLS) + [saved.counts[place[word]] for word in words]
     segments = state.get(f"{XLM.languages}.weight")
     shape = ModelShape(
@@ -255,17 +301,20 @@ def open_xlm(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opene
         head_transform=False,
         initialisation="xlm",
     )
-    refuse_unknown(left_over(state, shape, XLM), where)
+    unknown = left_over(state, shape, XLM)
+    if not hints.parts:
+        refuse_unknown(unknown, where)
     by_id = params.get("id2lang")
-    own = [str(by_id[key]) for key in sorted(by_id, key=int)] if isinstance(by_id, dict) else []
+    by_name = {name: number for number, name in by_id.items()} if isinstance(by_id, dict) else None
     state = with_rows(state, rows, XLM)
     network = network_from(
         state,
         shape,
         XLM,
         Dictionary((*SPECIAL_SYMBOLS, *words), tuple(counts)),
-        languages_of(own, hints, where),
+        languages_of(names_by_id(by_name, where), hints, where, has_rows=segments is not None),
         where,
-        [f"left out: {len(place) - len(rows)} rows of special words that mean nothing here"],
+        [f"left out: {', '.join([f'{len(place) - len(rows)} rows of special words', *unknown])}"],
+        parts=hints.parts,
     )
     return Opened("XLM", network, peers_logits(state, shape, XLM))

@@ -40,7 +40,7 @@ from xlm_ds.engine import Engine, Ranks
 from xlm_ds.evaluate import shape_of, sum_over_split
 from xlm_ds.flags import to_dict, to_toml
 from xlm_ds.geometry import Geometry, batch_geometry, divided, rows_that_fit
-from xlm_ds.init_from import open_source, take_weights
+from xlm_ds.init_from import fitting_rows, open_source, take_weights
 from xlm_ds.lifeline import LOGS
 from xlm_ds.log import InputError, logger
 from xlm_ds.metrics import (
@@ -115,7 +115,9 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         check_same_data(dataclasses.replace(config, data=data), corpus, geometry, *saved)
         check_same_network(config, corpus, *saved)
     elif config.run.init_from is not None:
-        begin_from(build_model(network_shape(config, corpus), seed=0), config, corpus)
+        source = open_source(config.run.init_from, corpus.languages)
+        where = str(config.run.init_from)
+        fitting_rows(network_shape(config, corpus), source, corpus.dictionary, where)
     if config.run.retrieve_data is not None:
         find_aligned(config.run.retrieve_data, corpus.languages)
 
@@ -148,6 +150,8 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
     corpus = open_corpus(data)
     data = dataclasses.replace(data, monolingual_langs=corpus.languages)
     config = dataclasses.replace(config, data=data)
+    if saved is not None:
+        config = with_origin(config, *saved)
     aligned = read_aligned_texts(config, corpus)
     engine, progress = build_engine(config, corpus, geometry, ranks, saved)
     run = Run(
@@ -178,6 +182,14 @@ def begin_run(config: TrainConfig, ranks: Ranks, hosts: Sequence[str]) -> tuple[
     )
     describe(run, progress)
     return run, progress
+
+
+def with_origin(config: TrainConfig, folder: Path, manifest: Mapping[str, Any]) -> TrainConfig:
+    """With the --init-from that the run was begun with, which now decides nothing."""
+    before = checkpoint.read_configuration(folder, manifest).run.init_from
+    if config.run.init_from is not None:
+        logger.info(f"--init-from: decides nothing, as the run goes on from {folder}")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=before))
 
 
 def run_geometry(config: TrainConfig, saved: Saved | None, world_size: int) -> Geometry:

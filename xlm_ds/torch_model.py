@@ -14,6 +14,7 @@ nothing but safetensors and JSON.
 import contextlib
 import json
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from xlm_ds.log import EXIT_BAD_INPUT, EXIT_OK, InputError, run_stage
@@ -31,7 +33,8 @@ from xlm_ds.torch_file import PickledObject, PickledTensor, load_torch_file
 
 # Besides what the file maps and its tensors take: a dictionary of 200,000 words is a few 100 MB as Python's objects.
 _MEMORY_BYTES = 4 << 30
-_MAX_VALUES = 10_000_000
+_CPU_SECONDS, _BYTES_PER_CPU_SECOND = 60, 10 << 20
+_MOST_TEXT, _DEEPEST = 1 << 20, 100
 _SETTINGS = ("args", "cfg", "params")
 _WORDS = ("dico_id2word", "dico_counts")
 _STAGE = "torch_model"
@@ -53,11 +56,16 @@ def opened_torch_model(path: Path) -> Iterator[SavedModel]:
     path.stat()
     with tempfile.TemporaryDirectory(prefix="xlm_ds-") as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "xlm_ds.torch_model", str(path), name]
+        # -P: or modules of the folder that the command is given in would be imported, be it where the model lies.
+        command = [sys.executable, "-P", "-m", "xlm_ds.torch_model", str(path), name]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         last_words = done.stderr.strip().rpartition("\n")[2]
         if done.returncode == EXIT_BAD_INPUT:
             raise InputError(last_words.removeprefix(f"{_STAGE}: error: "))
+        if done.returncode == -signal.SIGXCPU:
+            raise InputError(
+                f"{path}: not read: it takes more time than a file of its size explains; is it damaged?"
+            )
         if done.returncode != EXIT_OK:
             raise InputError(
                 f"{path}: not read: the process that read it ended with {done.returncode} ({last_words:.200})"
@@ -90,10 +98,16 @@ def extract(path: Path, folder: Path) -> None:
         for name, value in state.items()
         if isinstance(value, PickledTensor)
     }
-    save_file(tensors, folder / "model.safetensors")
-    plain = _Plain(path)
+    try:
+        save_file(tensors, folder / "model.safetensors")
+    except SafetensorError as error:  # a full disk, above all
+        raise InputError(
+            f"{path}: its tensors cannot be written to {folder}: {error}; set TMPDIR to a folder with room for them"
+        ) from error
+    plain = _Plain(path, _MOST_TEXT + 2 * path.stat().st_size)
     settings = {key: plain(content[key]) for key in _SETTINGS if key in content}
     words, counts = _dictionary(content, path)
+    plain.count("".join(words))
     (folder / "content.json").write_text(
         json.dumps({"settings": settings, "words": words, "counts": counts}), encoding="utf-8"
     )
@@ -121,14 +135,17 @@ def _dictionary(content: dict[Any, Any], path: Path) -> tuple[list[str], list[in
 class _Plain:
     """Settings as JSON has them. What is none, such as a tensor, becomes null."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most: int) -> None:
         self._path = path
-        self._values = 0
+        self._most = most  # characters and values: a file can name the same one often
+
+    def count(self, text: str = "", depth: int = 0) -> None:
+        self._most -= 1 + len(text)
+        if self._most < 0 or depth > _DEEPEST:
+            raise InputError(f"{self._path}: its settings are too many, or nested too deep")
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
-        self._values += 1
-        if self._values > _MAX_VALUES or depth > 100:
-            raise InputError(f"{self._path}: its settings are too many, or nested too deep")
+        self.count(value if isinstance(value, str) else "", depth)
         if isinstance(value, PickledObject):
             value = value.attributes
         if isinstance(value, dict):
@@ -138,11 +155,22 @@ class _Plain:
         return value if value is None or isinstance(value, bool | int | float | str) else None
 
 
+def limit(file_bytes: int) -> None:
+    """Bounds memory, processor time and core files of this process by the size of the file that it reads."""
+    bounds = {
+        resource.RLIMIT_AS: _MEMORY_BYTES + 4 * file_bytes,
+        resource.RLIMIT_CPU: _CPU_SECONDS + file_bytes // _BYTES_PER_CPU_SECOND,
+        resource.RLIMIT_CORE: 0,
+    }
+    for what, wanted in bounds.items():
+        _, hard = resource.getrlimit(what)
+        bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(what, (bound, hard if what == resource.RLIMIT_CPU else bound))
+
+
 def main(argv: Sequence[str]) -> int:
     path, folder = map(Path, argv)
-    memory = _MEMORY_BYTES + 4 * path.stat().st_size
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit(path.stat().st_size)
     extract(path, folder)
     return EXIT_OK
 
