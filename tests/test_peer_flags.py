@@ -136,6 +136,18 @@ def test_all_of_a_commands_answers_come_at_once() -> None:
     assert parse(TrainConfig, ["--deepspeed", "OUT"], peers=TRAIN_FLAGS).data.data == Path("OUT")
 
 
+def test_a_value_of_another_program_is_told_what_takes_its_place() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"adam,lr=0.1 is not supported.*\(.*XLM's is changed here: adam, its numbers",
+    ):
+        parse(TrainConfig, ["OUT", "--optimizer", "adam,lr=0.1"], peers=TRAIN_FLAGS)
+    with pytest.raises(
+        InputError, match=r"polynomial_decay is not supported.*linear for polynomial_decay"
+    ):
+        parse(TrainConfig, ["OUT", "--lr-scheduler", "polynomial_decay"], peers=TRAIN_FLAGS)
+
+
 def test_what_is_ignored_is_never_recommended() -> None:
     for flag in ("--data_buffer_sise", "--num-worker"):
         with pytest.raises(InputError, match="see --help for those there are"):

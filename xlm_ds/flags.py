@@ -99,8 +99,20 @@ def parse(
     for name, entry in ignored.items():
         if given.pop(name, None) is not None and entry.why:
             logger.info(f"{entry.flag}: {entry.why}")
-    flags = {name: _from_text(text, knobs[name]) for name, text in given.items()}
-    return _build(config_class, {**(_read_toml(knobs, toml) if toml else {}), **flags})
+    from_file = _read_toml(knobs, toml) if toml else {}
+    try:
+        flags = {name: _from_text(text, knobs[name]) for name, text in given.items()}
+        return _build(config_class, {**from_file, **flags})
+    except InputError as error:
+        raise InputError(f"{error}{_what_peers_mean(str(error), peers)}") from error
+
+
+def _what_peers_mean(error: str, peers: Sequence[PeerFlag]) -> str:
+    """Of a value that is refused, where other programs take others."""
+    flag = error.split(" ")[0].rstrip(":")
+    meant = (p for p in peers if flag.startswith("--") and _key(p.flag) == _key(flag))
+    said = [f"{p.program}'s is changed here: {p.why}" for p in meant if p.verdict == "changed"]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _name(entry: PeerFlag) -> str:

@@ -150,7 +150,7 @@ FAIRSEQ_TRAIN = _flags(
 
 # -------------------------------------------------------------------------------------------- XLM
 
-_XLM = "XLM's train.py"
+_XLM = "XLM"
 XLM_TRAIN = _flags(
     _XLM,
     """
@@ -280,7 +280,7 @@ RUN_MLM = _flags(
 PEERS = (
     Peer(_PREPROCESS, "binarize", FAIRSEQ_PREPROCESS),
     Peer(_TRAIN, "train", FAIRSEQ_TRAIN),
-    Peer(_XLM, "train", XLM_TRAIN),
+    Peer("XLM's train.py", "train", XLM_TRAIN),
     Peer(_RUN_MLM, "train", RUN_MLM),
 )
 # What the parser of a stage is told: where several programs have a flag, the first of them speaks.
