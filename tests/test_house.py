@@ -32,7 +32,7 @@ FLOORS = [
         "costs",
     },
     {"dataset", "streams"},
-    {"order", "host_facts"},
+    {"order", "host_facts", "run_folder"},
     {"batches"},
     {"corpus", "digests", "xlm_masks"},
     {"cross_entropy_kernel", "linear_cross_entropy"},

@@ -1,59 +1,328 @@
-"""The curves are drawn from the run's own lines, also those of a run that was resumed."""
+"""The page says what the run's files say, reads well wide and narrow, light and dark, and needs no network."""
 
+import html.parser
 import json
+import shutil
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from xlm_ds import report
 from xlm_ds.log import InputError
+from xlm_ds.run_folder import read_metrics, read_run
+
+SECONDS = {"data": 1.0, "forward_backward": 7.0, "optimizer": 1.0, "checkpoint": 0.5, "other": 0.5}
 
 
-def write_run(folder: Path, records: list[dict[str, object]]) -> Path:
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+def train(update: int, **more: Any) -> dict[str, Any]:
+    """A line of training; ten seconds each."""
+    return {
+        "kind": "train", "update": update, "loss": 9.0 - update / 100, "lr": 1e-3, "gradient_norm": 1.5,
+        "loss_per_language": {"ar": 9.5 - update / 100, "de-en": 8.5 - update / 100}, "tokens_per_second": 4e3,
+        "loss_at_mask": 9.0, "below_unigram": 50.0, "seconds": SECONDS,
+    } | more  # fmt: skip
+
+
+def valid(update: int, loss: float) -> dict[str, Any]:
+    return {
+        "kind": "valid", "update": update, "loss": loss, "perplexity": 2**loss, "below_unigram": 12.34,
+        "loss_per_language": {"ar": loss + 0.25, "de-en": loss - 0.25},
+    }  # fmt: skip
+
+
+RECORDS = [
+    *(train(update) for update in (10, 20, 30)),
+    valid(10, 8.9), valid(20, 8.1), valid(30, 8.4),
+    {"kind": "retrieve", "update": 30, "cosine": {"de-en": 10.25, "en-de": 11.5},
+     "margin": {"de-en": 20.5, "en-de": 21.25}},
+]  # fmt: skip
+LOG = """2026-11-23 10:00:00 | INFO | xlm_ds | vm, process 1, cpu, of 1 ranks
+2026-11-23 10:01:00 | WARNING | xlm_ds | the <gradient> is not finite
+2026-11-23 10:02:00 | INFO | xlm_ds | going on from run/checkpoint_1_10: update 10, 80 samples
+2026-11-23 10:02:00 | INFO | xlm_ds | going on from run/checkpoint_1_10: update 10, 80 samples
+no line of a log
+"""
+
+
+def write_run(folder: Path, records: list[dict[str, Any]] | None = None, **settings: Any) -> Path:
+    """A run's folder with all that a page can tell, beside its data."""
+    data = folder.parent / f"{folder.name}-data"
+    for path in (folder / "checkpoint_last", data):
+        path.mkdir(parents=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records or RECORDS)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    values = {
+        "data": str(data), "monolingual_langs": ["ar", "de", "en"], "sampling_alpha": 0.5, "tlm_share": 0.25,
+        "lr": 0.001,
+    } | settings  # fmt: skip
+    toml = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    (folder / "config.toml").write_text(f"[all]\n{toml}", encoding="utf-8")
+    manifest = {"blocks": {"ar": 400, "de": 100, "de-en": 50}, "progress": {"samples": 1000}}
+    (folder / "checkpoint_last" / "manifest.json").write_text(
+        json.dumps(manifest), encoding="utf-8"
+    )
+    for name, tokens in (("ar", 4000), ("de-en.de", 300), ("de-en.en", 200)):
+        record = {"tokens": tokens, "unknown": tokens // 100}
+        (data / f"train.{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "train.log").write_text(LOG, encoding="utf-8")
+    (folder / "ended.json").write_text('{"exit_code": 0, "what": "done"}', encoding="utf-8")
+    scores = [{
+        "language": "ar", "masked_tokens": 1234, "loss": 7.125, "perplexity": 139.6, "accuracy": 12.345,
+        "unigram_perplexity": 800.5, "below_unigram": 80.25,
+    }]  # fmt: skip
+    (folder / "checkpoint_best-test.json").write_text(
+        json.dumps({"scores": scores}), encoding="utf-8"
+    )
     return folder
 
 
-def record(kind: str, update: int, loss: float) -> dict[str, object]:
-    return {"kind": kind, "update": update, "loss_per_language": {"ar": loss}, "lr": 1e-3}
+class Tables(html.parser.HTMLParser):
+    """The cells of each table, by its title and in rows; and what the page would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.loads: list[str] = []
+        self._title = ""
+        self._in_cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.loads += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag == "script":
+            self.loads.append("script")
+        if tag == "table":
+            self._title = given["data-title"] or ""
+            self.tables[self._title] = []
+        elif tag == "tr":
+            self.tables[self._title].append([])
+        elif tag in ("td", "th"):
+            self._in_cell = True
+            self.tables[self._title][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.tables[self._title][-1][-1] += data
 
 
-def test_a_png_is_drawn(tmp_path: Path) -> None:
-    write_run(tmp_path, [record("train", 1, 9.0), record("train", 2, 8.0), record("valid", 2, 8.5)])
-    assert report.main([str(tmp_path)]) == 0
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def tables_of(*runs: Path) -> dict[str, list[list[str]]]:
+    return Tables(report.page([read_run(run) for run in runs])).tables
 
 
-def test_the_unigram_level_is_drawn(tmp_path: Path) -> None:
-    """Half the level's perplexity is one bit below it."""
-    run = write_run(
-        tmp_path,
-        [{**record("train", u, 9.0), "loss_at_mask": 9.0, "below_unigram": 50.0} for u in (1, 2)],
-    )
-    report.draw_curves(report.read_metrics(run), tmp_path / "curves.png")
-    assert report.unigram_levels(report.read_metrics(run)) == [(1, 10.0), (2, 10.0)]
+# ----------------------------------------------------------------------------------------- numbers
+
+
+def test_the_numbers_are_the_files(tmp_path: Path) -> None:
+    tables = tables_of(write_run(tmp_path / "run"))
+    assert tables["Validation"][1:] == [
+        ["ar", "8.650", f"{2**8.65:.1f}", "8.350", "20"],
+        ["de-en", "8.150", f"{2**8.15:.1f}", "7.850", "20"],
+    ]
+    assert tables["Retrieval"][1:] == [["de-en", "10.2", "20.5"], ["en-de", "11.5", "21.2"]]
+    assert tables["Evaluation: checkpoint_best-test.json"][1] == [
+        *("ar", "1,234", "7.125", "139.6", "12.35", "800.5", "80.2"),
+    ]
+    drawn = {"ar": 50.0, "de": 25.0, "de-en": 25.0}  # roots of 400 and 100 share what pairs leave
+    assert tables["Data"][1:] == [
+        ["ar", "400", "4,000", "1.00", "72.7", f"{drawn['ar']:.1f}", "1.25"],
+        ["de", "100", "not known", "not known", "18.2", f"{drawn['de']:.1f}", "2.50"],
+        ["de-en", "50", "500", "1.00", "9.1", f"{drawn['de-en']:.1f}", "5.00"],
+    ]
+    assert tables["Events"] == [
+        ["2026-11-23 10:01:00", "the <gradient> is not finite"],
+        ["2026-11-23 10:02:00", "going on from run/checkpoint_1_10: update 10, 80 samples"],
+    ]
+    assert ["lr", "0.001"] in tables["Configuration"]
+
+
+def test_what_is_drawn_is_what_was_measured(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    lines = {
+        (line.label, line.style): list(line.points)
+        for line in report.loss_lines(run, report._update)
+    }
+    assert lines["ar", "-"] == [(10, 9.4), (20, 9.3), (30, 9.2)]
+    assert lines["unigram level", ":"] == [(10, 10), (20, 10), (30, 10)]  # half its perplexity
+    hours = [run.hours_at(update) for update in (10, 20, 30)]
+    assert hours == pytest.approx([10 / 3600, 20 / 3600, 30 / 3600])
+    assert "3 lines" not in report.state_of(run)
+    assert report.state_of(run).startswith("update 30, 0.01 hours of computing; done")
+    titles = [chart.title for chart in report.charts_of(run)]
+    assert titles == [
+        "Loss over updates", "Loss over hours", "Retrieval, margin", "Learning rate", "Norm of the gradient",
+        "Tokens per second", "Where the time goes",
+    ]  # fmt: skip
+
+
+def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    other = write_run(tmp_path / "other", [*RECORDS[:3], valid(30, 7.5)], lr=0.002, seed=1)
+    tables = tables_of(one, other)
+    rows = {row[0]: row[1:] for row in tables["Different in their configurations"][1:]}
+    assert rows["lr"] == ["0.001", "0.002"]
+    assert rows["seed"] == ["not given", "1"]
+    assert "tlm_share" not in rows
+    assert tables["Last validation"][1:] == [
+        ["update", "30", "30"],
+        ["validation loss, bits", "8.400", "7.500"],
+    ]
+
+
+def test_a_finetuning_has_accuracies(tmp_path: Path) -> None:
+    record = valid(10, 1.0) | {
+        "accuracy": 50.0,
+        "accuracy_per_language": {"ar": 40.0, "de-en": 60.5},
+    }
+    run = write_run(tmp_path / "run", [train(10), record])
+    tested = {
+        "languages": {"hi": {"examples": 204, "accuracy": 31.25, "labels": [], "predicted": []}}
+    }
+    (run / "test.json").write_text(json.dumps(tested), encoding="utf-8")
+    tables = tables_of(run)
+    assert tables["Validation"][1][-1] == "40.0"
+    assert tables["Classification: test.json"][1] == ["hi", "204", "31.2"]
+    assert "Accuracy in validation" in [chart.title for chart in report.charts_of(read_run(run))]
+
+
+def test_a_run_that_has_hardly_begun(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert "going on, or ended without a word" in report.page([read_run(tmp_path)])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train(1)) + "\n", encoding="utf-8")
+    assert "Loss over updates" in report.page([read_run(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------------- files
 
 
 def test_the_later_line_of_a_resumed_update_counts(tmp_path: Path) -> None:
-    write_run(tmp_path, [record("train", 1, 9.0), record("train", 2, 5.0), record("train", 2, 8.0)])
-    losses = [r["loss_per_language"]["ar"] for r in report.read_metrics(tmp_path)]
-    assert losses == [9.0, 8.0]
+    run = write_run(tmp_path / "run", [train(1), train(2, loss=5.0), train(2, loss=8.0)])
+    assert [record["loss"] for record in read_metrics(run)] == [8.99, 8.0]
 
 
 def test_half_a_line_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What a loss of power leaves in the middle of a file that goes on."""
-    write_run(tmp_path, [record("train", 1, 9.0)])
-    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"kind": "tr\n' + json.dumps(record("train", 3, 7.0)) + "\n")
+    run = write_run(tmp_path / "run", [train(1)])
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "tr\n' + json.dumps(train(3)) + "\n")
     with caplog.at_level("INFO", logger="xlm_ds"):
-        assert [r["update"] for r in report.read_metrics(tmp_path)] == [1, 3]
+        assert [r["update"] for r in read_metrics(run)] == [1, 3]
     assert "line 2: left out" in caplog.text
 
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not found"):
-        report.read_metrics(tmp_path)
-    write_run(tmp_path, [record("train", 1, 9.0)])
-    with pytest.raises(InputError, match=r"ends in \.png"):
-        report.main([str(tmp_path), "--output", str(tmp_path / "x.xyz")])
+        report.main([str(tmp_path)])
+    with pytest.raises(InputError, match="RUNS is missing"):
+        report.main([])
+    run = write_run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"ends in \.html, \.png"):
+        report.main([str(run), "--output", str(tmp_path / "x.xyz")])
+    with pytest.raises(InputError, match="a picture is of one run"):
+        report.main([str(run), str(run), "--output", str(tmp_path / "x.png")])
+    (run / "ended.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"ended\.json: damaged: not an object"):
+        report.main([str(run)])
+    assert not (run / "report.html").exists()
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert report.main([str(run), "--output", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_is_written_again_until_the_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    ended = (run / "ended.json").read_text(encoding="utf-8")
+    (run / "ended.json").unlink()
+    pages: list[str] = []
+
+    def wait(seconds: float) -> None:
+        assert seconds == report.WATCH_SECONDS
+        pages.append((run / "report.html").read_text(encoding="utf-8"))
+        with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(valid(40 + len(pages), 7.0)) + "\n")
+        if len(pages) == 2:
+            (run / "ended.json").write_text(ended, encoding="utf-8")
+
+    monkeypatch.setattr(time, "sleep", wait)
+    assert report.main([str(run), "--watch"]) == 0
+    pages.append((run / "report.html").read_text(encoding="utf-8"))
+    assert ["update 30," in pages[0], "update 41," in pages[1], "update 42," in pages[2]] == [
+        True
+    ] * 3
+    assert all('http-equiv="refresh"' in page for page in pages)
+
+
+# ----------------------------------------------------------------------------------------- browser
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    page = report.page([read_run(write_run(tmp_path / "run"))])
+    loads = Tables(page).loads
+    assert [target for target in loads if not target.startswith(("#", "data:"))] == []
+    assert "@import" not in page
+    assert "url(http" not in page
+
+
+MEASURE = """<script>
+addEventListener("load", () => {
+  const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = rgb => rgb.reduce((sum, v, i) => sum + linear(v / 255) * [.2126, .7152, .0722][i], 0);
+  const contrast = (a, b) => {
+    const [most, least] = [light(a), light(b)].sort((p, q) => q - p);
+    return (most + .05) / (least + .05);
+  };
+  const page = rgb(getComputedStyle(document.body).backgroundColor);
+  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, summary")].filter(e => e.innerText.trim());
+  const least = Math.min(...texts.map(e => contrast(rgb(getComputedStyle(e).color), page)));
+  const labels = [...document.querySelectorAll("svg text")];
+  const drawn = labels.map(e => e.getBoundingClientRect().height).filter(height => height > 0);
+  const found = { width: document.documentElement.scrollWidth, inner: innerWidth, least, page,
+    smallest: Math.min(...drawn), charts: document.querySelectorAll("svg").length };
+  document.title = JSON.stringify(found);
+});
+</script></head>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
+    page = report.page([read_run(write_run(tmp_path / name)) for name in ("one", "other")])
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</head>", MEASURE), encoding="utf-8")
+    # A frame, as a window of chromium is not narrower than 500.
+    frame = f'<iframe src="page.html" style="width: {width}px; height: 3000px; border: 0"></iframe>'
+    (tmp_path / "frame.html").write_text(
+        f'{frame}<script>addEventListener("load", () => document.title = frames[0].document.title)</script>',
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [
+            "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+            "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1500,3000",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=3000", "--dump-dom",
+            str(tmp_path / "frame.html"),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    title = done.stdout.partition("<title>")[2].partition("</title>")[0]
+    found = json.loads(title.replace("&quot;", '"'))
+    assert found["inner"] == width
+    assert found["width"] <= width  # nothing to scroll sideways but tables
+    assert found["least"] >= 4.5  # WCAG 2.1, AA
+    assert (sum(found["page"]) < 200) == dark
+    assert found["smallest"] >= 8  # CSS pixels
+    assert found["charts"] == 16

@@ -23,8 +23,9 @@ from xlm_ds.batches import Rows
 from xlm_ds.deepspeed_config import CONFIG_DIRECTORY
 from xlm_ds.engine import Ranks
 from xlm_ds.log import InputError
-from xlm_ds.report import draw_curves, read_metrics
+from xlm_ds.report import page
 from xlm_ds.retrieve import read_all_aligned, retrieval
+from xlm_ds.run_folder import read_run
 from xlm_ds.text_ids import TextToIds
 
 
@@ -255,8 +256,7 @@ def test_a_run_measures_what_its_checkpoint_gives_and_changes_nothing_else(
         for kind in ("cosine", "margin"):
             names = ("-".join(pair), "-".join(reversed(pair)))
             assert [records[-1][kind][name] for name in names] == pytest.approx(expected[kind])
-    read_metrics(tmp_path / "measured")
-    draw_curves(read_metrics(tmp_path / "measured"), tmp_path / "curves.png")
+    assert "Retrieval, margin" in page([read_run(tmp_path / "measured")])
 
 
 def test_a_measurement_missed_by_a_stop_is_made_up_for(

@@ -836,10 +836,14 @@ class RetrieveConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig:
-    """The curves of a run."""
+    """A run as one page, or several compared."""
 
-    run: Path = knob("a run's folder (its --save-dir)", positional=True)
-    output: Path | None = knob("PNG to write (default: RUN/curves.png)", default=None)
+    runs: tuple[Path, ...] = knob("folders of runs (their --save-dir)", positional=True)
+    output: Path | None = knob(
+        "file to write: .html, or of one run .png, .pdf or .svg of its loss alone (default: report.html in the first)",
+        default=None,
+    )
+    watch: bool = knob("write it again every 30 seconds until all runs have ended", default=False)
 
 
 # --------------------------------------------------------------------------------------- prove

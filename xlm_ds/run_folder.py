@@ -1,0 +1,144 @@
+"""What a run's folder tells: its figures by update, its configuration, its data and what has happened to it.
+
+    run = read_run(Path("checkpoints/mlm"))
+    run.of("valid")[-1]["loss_per_language"]["de"]          # bits
+    run.hours_at(1000)                                      # of computing, stops left out
+
+All of it is read from files that the run has written for itself; nothing of it is needed to be there but metrics.jsonl.
+"""
+
+import itertools
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xlm_ds.log import InputError, logger
+
+Record = dict[str, Any]
+_LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) \| (\w+) \| xlm_ds \| (.*)")
+_TOLD = re.compile(r"going on from |stopped by |done: |validation is another ")  # of INFO's lines
+
+
+class Event(NamedTuple):
+    """Something that has happened to a run, as its log tells it."""
+
+    time: str
+    level: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A run that has begun; `records` by kind and update, each update once."""
+
+    folder: Path
+    records: tuple[Record, ...]
+    configuration: Mapping[str, Any]  # of config.toml, its sections opened; {} if it is not there
+    manifest: Mapping[str, Any]  # of the last checkpoint; {} if there is none
+    ended: Mapping[str, Any]  # of ended.json; {} while the run goes on
+    events: tuple[Event, ...]
+    tested: Mapping[
+        str, Mapping[str, Any]
+    ]  # by file: what evaluate or finetune has written of a split
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def of(self, kind: str) -> list[Record]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    def hours_at(self, update: int) -> float:
+        """Hours of computing up to an update that is a line of training, or the next such line."""
+        hours = self._hours()
+        return next(
+            (total for there, total in hours if there >= update), hours[-1][1] if hours else 0.0
+        )
+
+    def _hours(self) -> list[tuple[int, float]]:
+        lines = [r for r in self.of("train") if "seconds" in r]
+        totals = itertools.accumulate(sum(r["seconds"].values()) / 3600 for r in lines)
+        return list(zip((r["update"] for r in lines), totals, strict=True))
+
+    def streams(self) -> list[str]:
+        """Languages and pairs that figures are of, in the order of the run's first line."""
+        names = [name for r in self.records for name in r.get("loss_per_language", ())]
+        return list(dict.fromkeys(names))
+
+    def unigram_level(self, record: Record) -> float | None:
+        """Bits a token that shows the mask; None of a record that does not compare with it."""
+        if "loss_at_mask" not in record or "below_unigram" not in record:
+            return None
+        level: float = record["loss_at_mask"] - math.log2(1 - record["below_unigram"] / 100)
+        return level
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Raises InputError if it is not a run's folder."""
+    last = folder / "checkpoint_last" / "manifest.json"
+    return RunFolder(
+        folder=folder,
+        records=tuple(read_metrics(folder)),
+        configuration=_configuration(folder / "config.toml"),
+        manifest=_object(last) if last.exists() else {},
+        ended=_object(folder / "ended.json") if (folder / "ended.json").exists() else {},
+        events=tuple(_events(folder / "train.log")),
+        tested={path.name: _object(path) for path in _tests(folder)},
+    )
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """The lines of metrics.jsonl. A run that was resumed wrote some updates twice: the later line counts."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: not found; give the --save-dir of a run")
+    latest: dict[tuple[str, int], Record] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            latest[record["kind"], record["update"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            # A loss of power leaves half a line; the figures before and after it are good.
+            logger.info(f"{path}, line {number}: left out, not a line of metrics: {error}")
+    return sorted(latest.values(), key=lambda record: record["update"])
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from error
+    return {key: value for section in content.values() for key, value in section.items()}
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged: not an object")
+    return content
+
+
+def _events(log: Path) -> list[Event]:
+    """Begins, ends, resumptions, warnings and errors, the earliest first; the same line again counts once."""
+    if not log.exists():
+        return []
+    found = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = _LOG_LINE.fullmatch(line)
+        if match and (match[2] != "INFO" or _TOLD.match(match[3])):
+            found.append(Event(match[1], match[2].lower(), match[3]))
+    return list(dict.fromkeys(found))
+
+
+def _tests(folder: Path) -> Sequence[Path]:
+    return sorted([*folder.glob("checkpoint*-*.json"), *folder.glob("test.json")])
