@@ -93,9 +93,9 @@ DEMO_LANGS := ar,de,en,fr,hi
 DEMO_TEXT := tests/data/demo
 STAGE := $(BIN)/python -m xlm_ds
 
-demo: $(DEMO)/table.txt $(DEMO)/curves.png
+demo: $(DEMO)/table.txt $(DEMO)/report.html
 	@cat $(DEMO)/table.txt
-	@echo "curves: $(DEMO)/curves.png   model: $(DEMO)/run/checkpoint_best"
+	@echo "report: $(DEMO)/report.html   model: $(DEMO)/run/checkpoint_best"
 
 $(DEMO)/text/vocab_mlm: | setup
 	$(STAGE).prepare --langs $(DEMO_LANGS) --trainpref $(DEMO_TEXT)/train --validpref $(DEMO_TEXT)/valid \
@@ -115,7 +115,7 @@ $(DEMO)/table.txt: $(DEMO)/trained
 	$(STAGE).evaluate $(DEMO)/run/checkpoint_best $(DEMO)/bin --split test --output $(DEMO)/scores.json > $@.tmp
 	mv $@.tmp $@
 
-$(DEMO)/curves.png: $(DEMO)/trained
+$(DEMO)/report.html: $(DEMO)/trained
 	$(STAGE).report $(DEMO)/run --output $@
 
 clean:
