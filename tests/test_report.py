@@ -224,6 +224,8 @@ def test_bad_input(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(InputError, match=r"ends in \.html, \.png"):
         report.main([str(run), "--output", str(tmp_path / "x.xyz")])
+    with pytest.raises(InputError, match="not a file in a folder that is there"):
+        report.main([str(run), "--output", str(tmp_path / "none" / "x.html")])
     with pytest.raises(InputError, match="a picture is of one run"):
         report.main([str(run), str(run), "--output", str(tmp_path / "x.png")])
     (run / "ended.json").write_text("[]", encoding="utf-8")

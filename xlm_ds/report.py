@@ -506,6 +506,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(
             f"--output {output}: expected a name that ends in .html, {', '.join(PICTURES)}"
         )
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: not a file in a folder that is there")
     goes_on = write(config, output)
     logger.info(f"wrote {output}")
     while config.watch and goes_on:
