@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_convert import LANGUAGES, MODELS, fairseq_file, hugging_face, network, xlm_file
+from models_of_peers import LANGUAGES, MODELS, fairseq_file, hugging_face, network, xlm_file
 from test_train import last_weights, train_here
 from xlm_ds import convert
 from xlm_ds.architectures import ModelShape

@@ -35,7 +35,7 @@ from torch import Tensor
 from xlm_ds import __version__
 from xlm_ds.config import TrainConfig
 from xlm_ds.engine import MOMENTS, Engine, Ranks
-from xlm_ds.files import file_sha256, naming, sync_file
+from xlm_ds.files import file_sha256, load_json_object, naming, sync_file
 from xlm_ds.flags import from_dict
 from xlm_ds.log import InputError, logger, sentence_of
 from xlm_ds.schedule import PlateauState
@@ -405,12 +405,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise InputError(f"{path}: damaged: not a file")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged: {error}") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: damaged: not an object")
+    manifest = load_json_object(path)
     found = manifest.get("format")
     if type(found) is int and found > FORMAT:
         raise LaterFormat(f"{path}: checkpoint format {found}; this version reads {FORMAT}")

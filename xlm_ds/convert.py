@@ -191,18 +191,11 @@ def write_fairseq(network: Network, folder: Path) -> list[str]:
         },
         folder / "model.pt",
     )
-    network.dictionary.save(folder / "dict.txt")
-    for name, content in network.companions.items():
-        (folder / name).write_bytes(content)
+    network.save_text_files(folder)
     return ["its masked_lm_pooler, which the loss does not depend on and no network here has, is 0"]
 
 
-def write_hugging_faces(network: Network, folder: Path) -> list[str]:
-    folder.mkdir()
-    return write_hugging_face(network, folder)
-
-
-WRITERS = {"xlm_ds": write_ours, "fairseq": write_fairseq, "hugging-face": write_hugging_faces}
+WRITERS = {"xlm_ds": write_ours, "fairseq": write_fairseq, "hugging-face": write_hugging_face}
 
 
 # ---------------------------------------------------------------------------------------- compare

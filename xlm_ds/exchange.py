@@ -45,10 +45,14 @@ class Network:
     dictionary: Dictionary
     languages: tuple[str, ...]
     companions: Mapping[str, bytes] = field(default_factory=dict)  # codes, bpe_vocab, prepare.json
-    made_with: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of a manifest of ours: its MADE_WITH
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # of our manifests: MADE_WITH
     remarks: tuple[str, ...] = ()  # what its source has and it has not, a sentence each
+
+    def save_text_files(self, folder: Path) -> None:
+        """Writes dict.txt and the companions."""
+        self.dictionary.save(folder / "dict.txt")
+        for name, content in self.companions.items():
+            (folder / name).write_bytes(content)
 
 
 class Names(NamedTuple):
@@ -331,15 +335,13 @@ def languages_of(
 
 
 def names_by_id(ids: Any, where: str) -> list[str]:
-    """Of {name: id}, or {id: name} as XLM has it, whose ids must be 0, 1, 2, …; [] where there is nothing."""
-    if not ids:
-        return []
-    pairs = (
-        [(str(name), int(number)) for name, number in ids.items()] if isinstance(ids, dict) else []
+    """Of {name: id}, whose ids must be 0, 1, 2, …; [] where there is nothing."""
+    by_id = (
+        {int(number): str(name) for name, number in ids.items()} if isinstance(ids, dict) else {}
     )
-    if sorted(number for _, number in pairs) != list(range(len(pairs))) or not pairs:
+    if ids and (not by_id or set(by_id) != set(range(len(ids)))):
         raise InputError(f"{where}: the ids of its languages are not 0, 1, 2, …: {ids!r:.100}")
-    return [name for name, _ in sorted(pairs, key=lambda pair: pair[1])]
+    return [by_id[number] for number in range(len(by_id))]
 
 
 def matrix_of(state: State, name: str, where: str) -> Tensor:
@@ -348,8 +350,19 @@ def matrix_of(state: State, name: str, where: str) -> Tensor:
     return state[name]
 
 
-def layers_in(state: State, prefix: str) -> int:
-    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+def sizes_of(state: State, names: Names, where: str) -> dict[str, Any]:
+    """What of a ModelShape the shapes of the peer's tensors say, but for its positions."""
+    table = matrix_of(state, f"{names.tokens}.weight", where)
+    segments = state.get(f"{names.languages}.weight")
+    prefix, _, _ = names.query.partition("{}")
+    layers = {name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)}
+    return {
+        "vocab_size": len(table),
+        "embed_dim": table.shape[1],
+        "num_segment": 0 if segments is None else len(segments),
+        "layers": len(layers),
+        "ffn_embed_dim": len(matrix_of(state, f"{names.fc1.format(0)}.weight", where)),
+    }
 
 
 def whole_number_of(settings: Mapping[str, Any], name: str, where: str) -> int:

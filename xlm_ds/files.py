@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,17 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Raises InputError for anything else; OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged: not an object")
+    return content
 
 
 def make_folder(path: Path) -> None:

@@ -37,19 +37,20 @@ from xlm_ds.exchange import (
     State,
     activation_of,
     languages_of,
-    layers_in,
     left_over,
     matrix_of,
     names_by_id,
     network_from,
     refuse_unknown,
     share_of,
+    sizes_of,
     state_of,
     whole_number_of,
     with_rows,
 )
+from xlm_ds.files import load_json_object
 from xlm_ds.log import InputError
-from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.pair_record import load_companions
 from xlm_ds.text_ids import TextToIds
 from xlm_ds.tokenisation import Tokenisation
 from xlm_ds.torch_model import opened_torch_model
@@ -71,12 +72,10 @@ _ROBERTA_PARTS = {
     "lm_head.decoder.": "cls.predictions.decoder.",
     "lm_head.bias": "cls.predictions.bias",
 }
-# Of the sentence loss, and tables of 0, 1, 2, … that older versions have kept.
-_REPAIRS = {
-    "LayerNorm.gamma": "LayerNorm.weight",
-    "LayerNorm.beta": "LayerNorm.bias",
-}  # of TensorFlow
+# Of models that came from TensorFlow.
+_REPAIRS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _REPAIRED = re.compile("|".join(_REPAIRS).replace(".", r"\."))
+# Of the sentence loss, and tables of 0, 1, 2, … that older versions have kept.
 _UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids", "position_ids")
 
 
@@ -86,7 +85,7 @@ _UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_id
 def open_hugging_face(folder: Path, hints: Hints = NO_HINTS) -> tuple[Network, Logits]:
     """Raises InputError, OSError."""
     where = str(folder)
-    config = _read_json(folder / "config.json")
+    config = load_json_object(folder / "config.json")
     kind = config.get("model_type")
     if kind not in ("xlm", "bert", *_ROBERTAS):
         raise InputError(f"{folder}: is of type {kind}; there is xlm, bert, {', '.join(_ROBERTAS)}")
@@ -110,10 +109,9 @@ def open_hugging_face(folder: Path, hints: Hints = NO_HINTS) -> tuple[Network, L
         state[f"{names.languages}.weight"] = segments
 
     table = matrix_of(state, f"{names.tokens}.weight", where)
-    if hints.dictionary is not None:
-        raise InputError(f"--dict: {folder} has its own vocabulary; leave it out")
     found, rows = _vocabulary(folder, own is not None, kind, len(table))
-    shape = (_xlm_shape if is_xlm else _bert_shape)(config, state, names, len(rows), where)
+    state = with_rows(state, rows, names)
+    shape = (_xlm_shape if is_xlm else _bert_shape)(config, state, names, where)
     unknown = left_over(state, shape, names)
     if not hints.parts:
         refuse_unknown([name for name in unknown if not name.startswith(_UNUSED)], where)
@@ -126,27 +124,14 @@ def open_hugging_face(folder: Path, hints: Hints = NO_HINTS) -> tuple[Network, L
             f"its texts begin with another word than here, where they begin with {begin}; a text is its first segment, "
             "in every language"
         )
-    network = network_from(
-        with_rows(state, rows, names), shape, names, found, known, where, remarks, parts=hints.parts
-    )
-    there = [name for name in COMPANIONS if own and (folder / name).exists()]
-    companions = {name: (folder / name).read_bytes() for name in there}
+    network = network_from(state, shape, names, found, known, where, remarks, parts=hints.parts)
+    companions = load_companions(folder) if own else {}
     if is_xlm and "codes" not in companions and (folder / "merges.txt").exists():
         companions["codes"] = _codes(folder / "merges.txt")
     network = dataclasses.replace(network, companions=companions)
     asks_languages = shape.num_segment > 0 and (is_xlm or own is not None)
     argument = ("langs" if is_xlm else "token_type_ids") if asks_languages else None
     return network, _logits(folder, rows, argument)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a JSON object")
-    return content
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
@@ -170,7 +155,7 @@ def _weight_files(folder: Path) -> list[str]:
             return [name]
         index = folder / f"{name}.index.json"
         if index.exists():  # in parts
-            return sorted({str(part) for part in _read_json(index)["weight_map"].values()})
+            return sorted({str(part) for part in load_json_object(index)["weight_map"].values()})
     raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -192,14 +177,12 @@ def _codes(merges: Path) -> bytes:
     return "".join(f"{pair[0]} {pair[1]} 1\n" for pair in pairs if len(pair) >= 2).encode()
 
 
-def _xlm_shape(
-    config: Mapping[str, Any], state: State, names: Names, vocab_size: int, where: str
-) -> ModelShape:
+def _xlm_shape(config: Mapping[str, Any], state: State, names: Names, where: str) -> ModelShape:
     for flag, what in (("asm", "an adaptive softmax"), ("causal", "a mask of what comes after")):
         if config.get(flag):
             raise InputError(f"{where}: has {what} ({flag}), which no network here has")
     return ModelShape(
-        **_sizes(state, names, vocab_size, "attentions.", where),
+        **_sizes(state, names, where),
         attention_heads=whole_number_of(config, "n_heads", where),
         dropout=share_of(config, "dropout"),
         attention_dropout=share_of(config, "attention_dropout"),
@@ -212,14 +195,12 @@ def _xlm_shape(
     )
 
 
-def _bert_shape(
-    config: Mapping[str, Any], state: State, names: Names, vocab_size: int, where: str
-) -> ModelShape:
+def _bert_shape(config: Mapping[str, Any], state: State, names: Names, where: str) -> ModelShape:
     kind = config.get("position_embedding_type", "absolute")
     if kind != "absolute" or config.get("is_decoder"):
         raise InputError(f"{where}: has {kind} positions, or is a decoder; no network here does so")
     return ModelShape(
-        **_sizes(state, names, vocab_size, "bert.encoder.layer.", where),
+        **_sizes(state, names, where),
         attention_heads=whole_number_of(config, "num_attention_heads", where),
         dropout=share_of(config, "hidden_dropout_prob"),
         attention_dropout=share_of(config, "attention_probs_dropout_prob"),
@@ -229,16 +210,11 @@ def _bert_shape(
     )
 
 
-def _sizes(state: State, names: Names, vocab_size: int, layers: str, where: str) -> dict[str, Any]:
-    segments = state.get(f"{names.languages}.weight")
+def _sizes(state: State, names: Names, where: str) -> dict[str, Any]:
     positions = matrix_of(state, f"{names.positions}.weight", where)
     return {
-        "vocab_size": vocab_size,
+        **sizes_of(state, names, where),
         "max_positions": len(positions) - names.first_position_row,
-        "num_segment": 0 if segments is None else len(segments),
-        "layers": layers_in(state, layers),
-        "embed_dim": positions.shape[1],
-        "ffn_embed_dim": len(matrix_of(state, f"{names.fc1.format(0)}.weight", where)),
         "token_positions": True,
         "normalize_embeddings": True,
     }
@@ -279,9 +255,9 @@ def _vocabulary(
 def _words(folder: Path) -> dict[int, str]:
     """By id: of vocab.json, tokenizer.json or vocab.txt."""
     if (folder / "vocab.json").exists():
-        by_word = _read_json(folder / "vocab.json")
+        by_word = load_json_object(folder / "vocab.json")
     elif (folder / "tokenizer.json").exists():
-        content = _read_json(folder / "tokenizer.json")
+        content = load_json_object(folder / "tokenizer.json")
         by_word = content.get("model", {}).get("vocab", {})
         if isinstance(by_word, list):  # of Unigram: pairs of a piece and its score
             by_word = {piece[0]: number for number, piece in enumerate(by_word)}
@@ -344,7 +320,9 @@ def _load(folder: Path) -> Any:
     with _library() as library:
         if _weight_files(folder)[0].endswith(".bin"):  # a pickle, which no library is to read
             config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
-            model = library.AutoModelForMaskedLM.from_config(config, attn_implementation="eager")
+            model = library.AutoModelForMaskedLM.from_config(
+                config, attn_implementation="eager", dtype=torch.float32
+            )
             model.load_state_dict(_read_state(folder), strict=False)  # _read_state's are complete
             model.tie_weights()
         else:
@@ -362,11 +340,12 @@ def _load(folder: Path) -> Any:
 
 
 def write_hugging_face(network: Network, folder: Path) -> list[str]:
-    """Writes config.json, model.safetensors, the tokenizer's files and ours; returns what there is to say of them.
+    """Makes `folder` with config.json, model.safetensors, the tokenizer's files and ours; returns what there is to say.
 
     Raises InputError for a network that the library has no class for.
     """
     check_has_class(network.shape)
+    folder.mkdir()
     shape, weights = network.shape, network.weights
     is_xlm = not shape.head_transform
     names = XLM if is_xlm else HF_BERT
@@ -399,9 +378,7 @@ def write_hugging_face(network: Network, folder: Path) -> list[str]:
         model.save_pretrained(folder)
         for path in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone
             path.chmod(folder.stat().st_mode & 0o666)
-        network.dictionary.save(folder / "dict.txt")
-        for name, content in network.companions.items():
-            (folder / name).write_bytes(content)
+        network.save_text_files(folder)
         said = [
             _how_languages_are_told(network, is_xlm),
             *_write_tokenizer(network, folder, library),

@@ -48,6 +48,12 @@ class Counts(NamedTuple):
     literal_specials: int
 
 
+def load_companions(folder: Path) -> dict[str, bytes]:
+    """Those of COMPANIONS that are in `folder`, by their names. Raises OSError."""
+    paths = (folder / name for name in COMPANIONS)
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+
 def describe(
     split: str,
     language: str,

@@ -42,7 +42,6 @@ from xlm_ds.exchange import (
     State,
     activation_of,
     languages_of,
-    layers_in,
     left_over,
     matrix_of,
     names_by_id,
@@ -50,13 +49,14 @@ from xlm_ds.exchange import (
     peers_logits,
     refuse_unknown,
     share_of,
+    sizes_of,
     whole_number_of,
     with_rows,
 )
 from xlm_ds.hugging_face import open_hugging_face
 from xlm_ds.log import InputError
 from xlm_ds.model import XlmEncoder
-from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.pair_record import COMPANIONS, load_companions
 from xlm_ds.torch_model import SavedModel, opened_torch_model
 from xlm_ds.xlm_pth import XLM_SPECIALS
 
@@ -69,8 +69,13 @@ class Opened(NamedTuple):
 
 def open_model(path: Path, hints: Hints = NO_HINTS) -> Opened:
     """Raises InputError, OSError."""
+    if (path / "manifest.json").exists() or (path / BEST).exists():
+        _refuse_hints(path, "a model of ours", hints.dictionary, hints.languages)
+        return open_ours(path)
+    if (path / LAST).exists():
+        raise InputError(f"{path}: is a run without {BEST} so far; give {path / LAST}")
     try:
-        return _open(path, hints)
+        return _open_peers(path, hints)
     except InputError:
         raise
     except (
@@ -88,13 +93,9 @@ def open_model(path: Path, hints: Hints = NO_HINTS) -> Opened:
         ) from error
 
 
-def _open(path: Path, hints: Hints) -> Opened:
-    if (path / "manifest.json").exists() or (path / BEST).exists():
-        _refuse_hints(path, "a model of ours", hints.dictionary, hints.languages)
-        return open_ours(path)
-    if (path / LAST).exists():
-        raise InputError(f"{path}: is a run without {BEST} so far; give {path / LAST}")
+def _open_peers(path: Path, hints: Hints) -> Opened:
     if (path / "config.json").exists():
+        _refuse_hints(path, "a model of Hugging Face", hints.dictionary)
         return Opened("Hugging Face", *open_hugging_face(path, hints))
     if not path.exists():
         raise InputError(f"{path}: no such file or folder (nothing is downloaded)")
@@ -175,23 +176,18 @@ def open_fairseq(path: Path, saved: SavedModel, state: State, hints: Hints) -> O
     where = str(path)
     state = _with_separate_projections(state)
     given = _fairseq_settings(saved.settings)
-    table = matrix_of(state, f"{FAIRSEQ.tokens}.weight", where)
+    sizes = sizes_of(state, FAIRSEQ, where)
     positions = state.get(f"{FAIRSEQ.positions}.weight")
-    segments = state.get(f"{FAIRSEQ.languages}.weight")
     if positions is None and not given.get("no_token_positional_embeddings"):
         raise InputError(
             f"{path}: has no {FAIRSEQ.positions}.weight: its positions are computed, not learnt, and no network here "
             "has such"
         )
     shape = ModelShape(
-        vocab_size=len(table),
+        **sizes,
         max_positions=whole_number_of(given, "tokens_per_sample", where)
         if positions is None
         else len(positions) - FIRST_POSITION_ROW,
-        num_segment=0 if segments is None else len(segments),
-        layers=layers_in(state, "encoder.sentence_encoder.layers."),
-        embed_dim=table.shape[1],
-        ffn_embed_dim=len(matrix_of(state, f"{FAIRSEQ.fc1.format(0)}.weight", where)),
         attention_heads=whole_number_of(given, "encoder_attention_heads", where),
         dropout=share_of(given, "dropout"),
         attention_dropout=share_of(given, "attention_dropout"),
@@ -210,16 +206,14 @@ def open_fairseq(path: Path, saved: SavedModel, state: State, hints: Hints) -> O
         state,
         shape,
         FAIRSEQ,
-        _dictionary_beside(path, hints.dictionary, len(table)),
-        languages_of(known, hints, where, has_rows=segments is not None),
+        _dictionary_beside(path, hints.dictionary, shape.vocab_size),
+        languages_of(known, hints, where, has_rows=shape.num_segment > 0),
         where,
         [f"left out: {', '.join(unknown)}"] if unknown else (),
         parts=hints.parts,
     )
     if hints.dictionary is None:  # what convert --to fairseq has put beside it
-        there = [name for name in COMPANIONS if (path.parent / name).exists()]
-        companions = {name: (path.parent / name).read_bytes() for name in there}
-        network = dataclasses.replace(network, companions=companions)
+        network = dataclasses.replace(network, companions=load_companions(path.parent))
     return Opened("fairseq", network, peers_logits(state, shape, FAIRSEQ))
 
 
@@ -281,14 +275,10 @@ def open_xlm(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opene
     words = [word for word in saved.words[len(XLM_SPECIALS) :] if word not in SPECIAL_SYMBOLS]
     rows = [place[word] for word in (*XLM_NAMES_OF_SPECIALS, *words)]
     counts = [1] * len(SPECIAL_SYMBOLS) + [saved.counts[place[word]] for word in words]
-    segments = state.get(f"{XLM.languages}.weight")
+    state = with_rows(state, rows, XLM)
     shape = ModelShape(
-        vocab_size=len(rows),
+        **sizes_of(state, XLM, where),
         max_positions=len(matrix_of(state, f"{XLM.positions}.weight", where)),
-        num_segment=0 if segments is None else len(segments),
-        layers=layers_in(state, "attentions."),
-        embed_dim=table.shape[1],
-        ffn_embed_dim=len(matrix_of(state, f"{XLM.fc1.format(0)}.weight", where)),
         attention_heads=whole_number_of(params, "n_heads", where),
         dropout=share_of(params, "dropout"),
         attention_dropout=share_of(params, "attention_dropout"),
@@ -306,13 +296,12 @@ def open_xlm(path: Path, saved: SavedModel, state: State, hints: Hints) -> Opene
         refuse_unknown(unknown, where)
     by_id = params.get("id2lang")
     by_name = {name: number for number, name in by_id.items()} if isinstance(by_id, dict) else None
-    state = with_rows(state, rows, XLM)
     network = network_from(
         state,
         shape,
         XLM,
         Dictionary((*SPECIAL_SYMBOLS, *words), tuple(counts)),
-        languages_of(names_by_id(by_name, where), hints, where, has_rows=segments is not None),
+        languages_of(names_by_id(by_name, where), hints, where, has_rows=shape.num_segment > 0),
         where,
         [f"left out: {', '.join([f'{len(place) - len(rows)} rows of special words', *unknown])}"],
         parts=hints.parts,

@@ -9,7 +9,6 @@ python -m xlm_ds.report run --output curves.png            # the loss alone
 import dataclasses
 import io
 import itertools
-import json
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ import numpy as np
 
 from xlm_ds import __version__
 from xlm_ds.config import ReportConfig
-from xlm_ds.files import replacing
+from xlm_ds.files import load_json_object, replacing
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.order import mixed_weights
@@ -449,7 +448,7 @@ def _tokens_of(data: Path, names: Iterable[str]) -> tuple[int, int]:
         path = data / f"train.{name}.json"
         if not path.exists():
             return 0, 0
-        records.append(json.loads(path.read_text(encoding="utf-8")))
+        records.append(load_json_object(path))
     return sum(r["tokens"] for r in records), sum(r["unknown"] for r in records)
 
 

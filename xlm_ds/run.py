@@ -54,7 +54,7 @@ from xlm_ds.metrics import (
     loss_figures,
 )
 from xlm_ds.model import XlmEncoder, build_model, init_output_bias, unigram_log_probabilities
-from xlm_ds.pair_record import COMPANIONS
+from xlm_ds.pair_record import load_companions
 from xlm_ds.pretrained import longest_row
 from xlm_ds.retrieve import (
     AlignedRows,
@@ -114,10 +114,8 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         checkpoint.check_can_go_on(*saved)
         check_same_data(dataclasses.replace(config, data=data), corpus, geometry, *saved)
         check_same_network(config, corpus, *saved)
-    elif config.run.init_from is not None:
-        source = open_source(config.run.init_from, corpus.languages)
-        where = str(config.run.init_from)
-        fitting_rows(network_shape(config, corpus), source, corpus.dictionary, where)
+    else:
+        check_source(config, corpus)
     if config.run.retrieve_data is not None:
         find_aligned(config.run.retrieve_data, corpus.languages)
 
@@ -275,6 +273,14 @@ def build_engine(
     return engine, with_comparable_best(config, progress, saved, ranks)
 
 
+def check_source(config: TrainConfig, corpus: Corpus) -> None:
+    """Raises InputError or OSError if --init-from is given and its model does not fit."""
+    path = config.run.init_from
+    if path is not None:
+        source = open_source(path, corpus.languages)
+        fitting_rows(network_shape(config, corpus), source, corpus.dictionary, str(path))
+
+
 def begin_from(model: XlmEncoder, config: TrainConfig, corpus: Corpus) -> list[str]:
     """Puts the weights of --init-from into `model`; returns what there is to say. Raises InputError, OSError."""
     path = config.run.init_from
@@ -355,9 +361,7 @@ def read_companions(dictionary: Dictionary, folder: Path, ranks: Ranks) -> dict[
 
     def read() -> None:
         companions["dict.txt"] = dictionary.text.encode()
-        for path in (folder / name for name in COMPANIONS):
-            if path.exists():
-                companions[path.name] = path.read_bytes()
+        companions.update(load_companions(folder))
 
     ranks.on_first(read)
     return companions

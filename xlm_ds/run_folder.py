@@ -12,11 +12,14 @@ import json
 import math
 import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xlm_ds.files import load_json_object
 from xlm_ds.log import InputError, logger
 
 Record = dict[str, Any]
@@ -55,15 +58,15 @@ class RunFolder:
 
     def hours_at(self, update: int) -> float:
         """Hours of computing up to an update that is a line of training, or the next such line."""
-        hours = self._hours()
-        return next(
-            (total for there, total in hours if there >= update), hours[-1][1] if hours else 0.0
-        )
+        updates, hours = self._hours
+        return hours[min(bisect_left(updates, update), len(hours) - 1)] if hours else 0.0
 
-    def _hours(self) -> list[tuple[int, float]]:
+    @cached_property
+    def _hours(self) -> tuple[list[int], list[float]]:
+        """Updates that have a line of training, and the hours until them."""
         lines = [r for r in self.of("train") if "seconds" in r]
-        totals = itertools.accumulate(sum(r["seconds"].values()) / 3600 for r in lines)
-        return list(zip((r["update"] for r in lines), totals, strict=True))
+        hours = itertools.accumulate(sum(r["seconds"].values()) / 3600 for r in lines)
+        return [r["update"] for r in lines], list(hours)
 
     def streams(self) -> list[str]:
         """Languages and pairs that figures are of, in the order of the run's first line."""
@@ -85,10 +88,10 @@ def read_run(folder: Path) -> RunFolder:
         folder=folder,
         records=tuple(read_metrics(folder)),
         configuration=_configuration(folder / "config.toml"),
-        manifest=_object(last) if last.exists() else {},
-        ended=_object(folder / "ended.json") if (folder / "ended.json").exists() else {},
+        manifest=load_json_object(last) if last.exists() else {},
+        ended=load_json_object(folder / "ended.json") if (folder / "ended.json").exists() else {},
         events=tuple(_events(folder / "train.log")),
-        tested={path.name: _object(path) for path in _tests(folder)},
+        tested={path.name: load_json_object(path) for path in _tests(folder)},
     )
 
 
@@ -116,16 +119,6 @@ def _configuration(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
     return {key: value for section in content.values() for key, value in section.items()}
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged: not an object")
-    return content
 
 
 def _events(log: Path) -> list[Event]:

@@ -38,7 +38,6 @@ from xlm_ds.checkpoint import BEST, LAST, Progress
 from xlm_ds.corpus import micro_batch, open_corpus, update_targets, with_sample_numbers
 from xlm_ds.devices import this_cpu, this_gpu
 from xlm_ds.engine import Ranks, collectives_timed
-from xlm_ds.init_from import fitting_rows, open_source
 from xlm_ds.preflight import check_hosts
 from xlm_ds.process import asked_to_stop, join, run_on_ranks, stopped
 from xlm_ds.run import (
@@ -47,9 +46,9 @@ from xlm_ds.run import (
     batch_at_start,
     begin_run,
     check,
+    check_source,
     is_turn,
     logged,
-    network_shape,
     retrieved,
     run_geometry,
     save,
@@ -199,10 +198,8 @@ def dry_run(config: TrainConfig) -> int:
     saved = (found, checkpoint.read_manifest(found)) if found else None
     geometry = run_geometry(config, saved, world)
     corpus = open_corpus(with_sample_numbers(config.data, batch_at_start(saved, geometry)))
-    if saved is None and config.run.init_from is not None:
-        source = open_source(config.run.init_from, corpus.languages)
-        shape = network_shape(config, corpus)
-        fitting_rows(shape, source, corpus.dictionary, str(config.run.init_from))
+    if saved is None:
+        check_source(config, corpus)
     facts = plan.Facts(len(corpus.dictionary), len(corpus.languages), corpus.order.epoch_samples)
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         properties = torch.cuda.get_device_properties(0)
