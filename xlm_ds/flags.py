@@ -89,7 +89,7 @@ def parse(
     knobs = {k.name: k for k in _knobs(config_class)}
     for item in knobs.values():
         _add_flag(parser, item)
-    ignored = {_name(entry): entry for entry in reversed(peers) if entry.verdict == "ignored"}
+    ignored = {_key(entry.flag): entry for entry in reversed(peers) if entry.verdict == "ignored"}
     for name, entry in ignored.items():
         spellings = dict.fromkeys(("--" + name.replace("_", "-"), f"--{name}"))
         action: dict[str, Any] = {} if entry.takes_value else {"action": "store_true"}
@@ -115,11 +115,8 @@ def _what_peers_mean(error: str, peers: Sequence[PeerFlag]) -> str:
     return f" ({'; '.join(said)})" if said else ""
 
 
-def _name(entry: PeerFlag) -> str:
-    return _key(entry.flag)
-
-
 def _key(flag: str) -> str:
+    """A flag's name, however it is spelt, and without a value behind =."""
     return flag.split("=")[0].lstrip("-").replace("-", "_")
 
 
@@ -244,7 +241,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, peers: Sequence[PeerFlag] = (), **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
-        self._peers = {_name(entry): entry for entry in reversed(peers)}
+        self._peers = {_key(entry.flag): entry for entry in reversed(peers)}
 
     def print_help(self, file: Any = None) -> None:
         """Ends well also where nobody reads it; argparse of Python 3.11.2 lets the broken pipe through."""
