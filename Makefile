@@ -91,6 +91,8 @@ bench: setup
 DEMO := demo
 DEMO_LANGS := ar,de,en,fr,hi
 DEMO_TEXT := tests/data/demo
+DEMO_CONFIG := docs/demo.toml
+DEMO_PORT := 29500  # as deepspeed
 STAGE := $(BIN)/python -m xlm_ds
 
 demo: $(DEMO)/table.txt $(DEMO)/report.html
@@ -107,8 +109,8 @@ $(DEMO)/bin/test.hi.idx: $(DEMO)/text/vocab_mlm
 
 # A stamp: checkpoint_best is there long before the run has ended.
 $(DEMO)/trained: $(DEMO)/bin/test.hi.idx
-	$(BIN)/deepspeed --module xlm_ds.train $(DEMO)/bin --monolingual-langs $(DEMO_LANGS) --save-dir $(DEMO)/run \
-	  --config docs/demo.toml
+	$(BIN)/deepspeed --master_port $(DEMO_PORT) --module xlm_ds.train $(DEMO)/bin --monolingual-langs $(DEMO_LANGS) --save-dir $(DEMO)/run \
+	  --config $(DEMO_CONFIG)
 	touch $@
 
 $(DEMO)/table.txt: $(DEMO)/trained

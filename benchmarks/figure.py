@@ -1,4 +1,4 @@
-"""The ratios of the three benchmarks as one picture, from what they wrote; and its caption, for the README.
+"""The ratios of the three benchmarks as one picture, from what they wrote; and its caption, for benchmarks/README.md.
 
 python benchmarks/figure.py [--results benchmarks/results] [--output docs/images/ratios.svg]
 """

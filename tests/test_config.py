@@ -55,7 +55,7 @@ def test_answered_flags_say_what_happens_instead(caplog: pytest.LogCaptureFixtur
         (["OUT", "--lr-shrink", "2"], "must be in (0, 1)"),
         (["OUT", "--seed", "99999999999999999999"], "must be in [0, 18446744073709551615]"),
         (["OUT", "--adam-betas", "0.9"], "must be 2 values"),
-        (["OUT", "--save-dir", ""], "--save-dir : not a path"),
+        (["OUT", "--save-dir", ""], "--save-dir: an empty path would be the current folder"),
         (["OUT", "--save-dir", "r\udcff"], r"--save-dir 'r\udcff': is not UTF-8; type it"),
         (["OUT", "--mlm-steps", "en,\udcff"], r"--mlm-steps 'en,\udcff': is not UTF-8"),
         (["OUT\udce9"], r"DATA 'OUT\udce9': is not UTF-8"),

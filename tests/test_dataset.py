@@ -332,7 +332,7 @@ def as_npy(counts: np.ndarray) -> bytes:
         ("train.ar.json", b"\xff", "not the record"),
         ("train.ar.json", b"[" * 100_000, "not the record"),
         ("train.ar.json", record_with(tokens=7), r"says 7 tokens, but the \.bin beside it has 8"),
-        ("train.ar.json", record_with(tokens="8"), "tokens is '8'; binarize again"),
+        ("train.ar.json", record_with(tokens="8"), "tokens is '8'; delete it and binarize again"),
         (
             "train.ar.counts.npy",
             as_npy(np.ones(19, np.uint64)),

@@ -280,7 +280,7 @@ def test_threads_that_cannot_be_had_are_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, *flags, "--workers=4096"]
     result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "no more threads or processes; give fewer --workers" in result.stderr
+    assert "no more threads or processes; raise ulimit -u, or give fewer --workers" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

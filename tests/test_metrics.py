@@ -149,6 +149,10 @@ def test_languages_weigh_in_the_level_as_they_do_in_the_loss() -> None:
     figures = loss_figures(sums, ["a", "b"], levels)
     assert figures["below_unigram"] == pytest.approx(100 * (1 - math.exp(-0.1)))
     assert figures["perplexity"] == pytest.approx(math.exp(2.4))
+    below = {"a": figures["below_unigram"], "b": figures["below_unigram"]}
+    assert figures["below_unigram_per_language"] == pytest.approx(below)
+    at_mask = {"a": 1.9 / math.log(2), "b": 3.9 / math.log(2)}
+    assert figures["loss_at_mask_per_language"] == pytest.approx(at_mask)
 
 
 def watched(nats_below: float, caplog: pytest.LogCaptureFixture, *, updates: range) -> list[str]:

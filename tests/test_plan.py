@@ -471,7 +471,7 @@ TOO_BIG = ("--gpu=l40s", "--gpus=8", *BIG)
     [
         (("--gpu=rtx4090", "--max-tokens=262144"), "--max-tokens 65536 fits, with --update-freq 4"),
         (TOO_BIG, "zero2_bf16.json with --max-tokens"),
-        (("--gpu=h100", *BIG), "4 GPUs (--gpus) with --deepspeed-config"),
+        (("--gpu=h100", *BIG), "4 GPUs with --deepspeed-config"),
         (("--gpu=t4", shipped("zero1_fp16"), *BIG), "lower --tokens-per-sample"),
         (("--gpu=t4",), "zero1_fp16.json"),
     ],

@@ -22,7 +22,8 @@ def train(update: int, **more: Any) -> dict[str, Any]:
     return {
         "kind": "train", "update": update, "loss": 9.0 - update / 100, "lr": 1e-3, "gradient_norm": 1.5,
         "loss_per_language": {"ar": 9.5 - update / 100, "de-en": 8.5 - update / 100}, "tokens_per_second": 4e3,
-        "loss_at_mask": 9.0, "below_unigram": 50.0, "seconds": SECONDS,
+        "loss_at_mask_per_language": {"ar": 9.0, "de-en": 8.0}, "below_unigram": 50.0, "seconds": SECONDS,
+        "below_unigram_per_language": {"ar": 50.0, "de-en": -100.0},
     } | more  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def valid(update: int, loss: float) -> dict[str, Any]:
     return {
         "kind": "valid", "update": update, "loss": loss, "perplexity": 2**loss, "below_unigram": 12.34,
         "loss_per_language": {"ar": loss + 0.25, "de-en": loss - 0.25},
+        "loss_at_mask_per_language": {"ar": loss + 1}, "below_unigram_per_language": {"ar": 12.5},
     }  # fmt: skip
 
 
@@ -122,8 +124,8 @@ def tables_of(*runs: Path) -> dict[str, list[list[str]]]:
 def test_the_numbers_are_the_files(tmp_path: Path) -> None:
     tables = tables_of(write_run(tmp_path / "run"))
     assert tables["Validation"][1:] == [
-        ["ar", "8.650", f"{2**8.65:.1f}", "8.350", "20"],
-        ["de-en", "8.150", f"{2**8.15:.1f}", "7.850", "20"],
+        ["ar", "8.650", f"{2**8.65:.1f}", "8.350", "20", "9.400", "12.5"],
+        ["de-en", "8.150", f"{2**8.15:.1f}", "7.850", "20", "", ""],
     ]
     assert tables["Retrieval"][1:] == [["de-en", "10.2", "20.5"], ["en-de", "11.5", "21.2"]]
     assert tables["Evaluation: checkpoint_best-test.json"][1] == [
@@ -144,18 +146,18 @@ def test_the_numbers_are_the_files(tmp_path: Path) -> None:
 
 def test_what_is_drawn_is_what_was_measured(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
-    lines = {
-        (line.label, line.style): list(line.points)
-        for line in report.loss_lines(run, report._update)
-    }
-    assert lines["ar", "-"] == [(10, 9.4), (20, 9.3), (30, 9.2)]
-    assert lines["unigram level", ":"] == [(10, 10), (20, 10), (30, 10)]  # half its perplexity
+    ar, ar_valid, ar_level, pair, _, pair_level = report.loss_lines(run, report._update)
+    assert (ar.label, ar.points) == ("ar", [(10, 9), (20, 9), (30, 9)])
+    assert (ar_valid.style, ar_valid.points) == ("o", [(10, 9.9), (20, 9.1), (30, 9.4)])
+    assert ar_level.points == [(10, 10), (20, 10), (30, 10)]  # at half its perplexity
+    assert (pair.label, pair_level.points) == ("de-en", [(10, 7), (20, 7), (30, 7)])  # at twice it
+    assert ar.colour == ar_valid.colour == ar_level.colour != pair.colour
     hours = [run.hours_at(update) for update in (10, 20, 30)]
     assert hours == pytest.approx([10 / 3600, 20 / 3600, 30 / 3600])
     assert report.state_of(run).startswith("update 30, 0.01 hours of computing; done")
     titles = [chart.title for chart in report.charts_of(run)]
     assert titles == [
-        "Loss over updates", "Loss over hours", "Retrieval, margin", "Learning rate", "Norm of the gradient",
+        "Loss at <mask> (dots: validation, dotted: unigram level) over updates", "The same over hours", "Retrieval, margin", "Learning rate", "Norm of the gradient",
         "Tokens per second", "Where the time goes",
     ]  # fmt: skip
 
@@ -179,7 +181,13 @@ def test_a_finetuning_has_accuracies(tmp_path: Path) -> None:
         "accuracy": 50.0,
         "accuracy_per_language": {"ar": 40.0, "de-en": 60.5},
     }
-    run = write_run(tmp_path / "run", [train(10), record])
+    records = [train(10), record]
+    for each in records:
+        for key in ("loss_at_mask_per_language", "below_unigram_per_language"):
+            del each[key]
+    run = write_run(tmp_path / "run", records)
+    drawn = report.charts_of(read_run(run))
+    assert drawn[0].title == "Loss (dots: validation) over updates"
     tested = {
         "languages": {"hi": {"examples": 204, "accuracy": 31.25, "labels": [], "predicted": []}}
     }
@@ -194,7 +202,7 @@ def test_a_run_that_has_hardly_begun(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     assert "going on, or ended without a word" in report.page([read_run(tmp_path)])
     (tmp_path / "metrics.jsonl").write_text(json.dumps(train(1)) + "\n", encoding="utf-8")
-    assert "Loss over updates" in report.page([read_run(tmp_path)])
+    assert "unigram level) over updates" in report.page([read_run(tmp_path)])
 
 
 # ------------------------------------------------------------------------------------------- files

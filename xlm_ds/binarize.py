@@ -176,6 +176,11 @@ def texts_for(config: BinarizeConfig, ranks: int) -> list[Text]:
     if ranks > 1 and any(text.is_standard_input for text in texts):
         raise InputError(f"- is standard input, which {ranks} ranks cannot share; give a file")
     if config.srcdict is None and not config.langs:
+        if config.target_lang is not None:
+            raise InputError(
+                "parallel text without --srcdict would have a dictionary of its own; give --srcdict, that of the "
+                "languages"
+            )
         raise InputError(
             "--source-lang without --srcdict would give every language its own ids; give --srcdict, or --langs "
             "with all languages to build one dictionary from their training text"

@@ -267,9 +267,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # a full disk, above all
-        raise OSError(
-            f"cannot write {path}: {error}; what was saved before is whole, and the same command goes on from it"
-        ) from error
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -596,6 +594,8 @@ def _candidates(save_dir: Path, restore_file: str) -> list[Path]:
     earlier = [
         path for before, path in reversed(_folders(save_dir)) if before < update or update == 0
     ]
+    if lost and not earlier:
+        find_checkpoint(save_dir, restore_file)  # says so
     return [found, *sorted(earlier, key=lambda path: os.path.realpath(path) != previous)]
 
 

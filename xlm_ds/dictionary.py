@@ -51,7 +51,7 @@ class Dictionary:
                 if on_duplicate == "error":
                     raise InputError(
                         f"{path}, line {number}: {symbol!r} is in the dictionary already; delete the row, add "
-                        f"{OVERWRITE} at its end, or pass --on-duplicate skip"
+                        f"{OVERWRITE} at its end, or binarize with --on-duplicate skip"
                     )
                 skipped.append(number)
                 continue

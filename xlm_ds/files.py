@@ -20,7 +20,7 @@ from xlm_ds.log import InputError, logger
 CHUNK_CHARACTERS = 1 << 17  # of text read at a time
 _UNPACKED_BY = {  # by what compressed files begin with
     b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
+    **{b"BZh%d1AY&" % level: "bunzip2" for level in range(1, 10)},
     b"\xfd7zXZ\0": "unxz",
     b"7z\xbc\xaf": "7z x",
     b"PK\x03\x04": "unzip",
@@ -102,7 +102,7 @@ def load_counts(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     if len(content) != whole or not content.startswith(expected):
         raise InputError(
             f"{path}: is not numpy's file of {size} numbers of 64 bits, one for each symbol of the dictionary; "
-            "binarize again"
+            "delete it, and it is counted anew, or binarize again"
         )
     return np.frombuffer(content, np.uint64, offset=len(expected))
 

@@ -99,7 +99,7 @@ def parse(
     for name, entry in ignored.items():
         if given.pop(name, None) is not None and entry.why:
             logger.info(f"{entry.flag}: {entry.why}")
-    from_file = _read_toml(knobs, toml) if toml else {}
+    from_file = _converted(knobs, load_toml(toml), where=f"{toml}: ") if toml else {}
     try:
         flags = {name: _from_text(text, knobs[name]) for name, text in given.items()}
         return _build(config_class, {**from_file, **flags})
@@ -322,6 +322,8 @@ def _shown(value: Any) -> str:
 
 def _from_text(text: str | list[str], item: _Knob) -> Any:
     _check_utf8(text, item)
+    if item.kind is Path and isinstance(text, str):
+        return _path(text, item.shown)
     try:
         if isinstance(text, list):  # a positional that is given several times
             return tuple(typing.get_args(item.kind)[0](part) for part in text)
@@ -331,12 +333,18 @@ def _from_text(text: str | list[str], item: _Knob) -> Any:
             parts = [part.strip() for part in text.strip("()[] ").split(",")]
             element = typing.get_args(item.kind)[0]
             return tuple(element(part) for part in parts if part)
-        if item.kind is Path and not text:
-            raise ValueError("an empty path would be the current folder")
         return Steps.parse(text) if item.kind is Steps else item.kind(text)
     except ValueError as error:
         wrong = str(error) if item.kind is Steps else f"not {_kind_name(item.kind)}"
         raise InputError(f"{item.shown} {text}: {wrong}") from error
+
+
+def _path(text: str, where: str) -> Path:
+    if not text:
+        raise InputError(
+            f"{where}: an empty path would be the current folder; give . if that is meant"
+        )
+    return Path(text)
 
 
 def _check_utf8(text: str | list[str], item: _Knob) -> None:
@@ -355,7 +363,7 @@ def _from_plain(value: Any, kind: Any, where: str) -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_from_plain(v, typing.get_args(kind)[0], where) for v in value)
     if kind is Path and isinstance(value, str):
-        return Path(value)
+        return _path(value, where)
     if kind is float and type(value) is int:
         return float(value)
     if kind is Steps and type(value) in (int, float):
@@ -383,12 +391,12 @@ def _kind_name(kind: Any) -> str:
     return names.get(kind, "numbers as a,b" if numbers else "a list as a,b,c")
 
 
-def _read_toml(knobs: Mapping[str, _Knob], path: Path) -> dict[str, Any]:
+def load_toml(path: Path) -> dict[str, Any]:
+    """Raises InputError for anything else; OSError."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
-    return _converted(knobs, content, where=f"{path}: ")
 
 
 def _converted(

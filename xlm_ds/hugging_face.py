@@ -375,7 +375,10 @@ def write_hugging_face(network: Network, folder: Path) -> list[str]:
         assert not lost, f"transformers {library.__version__} has no {lost}"
         model.load_state_dict(state, strict=False)  # without the copies, which it ties
         model.tie_weights()
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # a full disk, above all
+            raise OSError(f"cannot write {folder}: {error}") from error
         for path in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone
             path.chmod(folder.stat().st_mode & 0o666)
         network.save_text_files(folder)

@@ -190,7 +190,7 @@ def sentence_of(error: Exception) -> str:
     """OSError's own text begins with [Errno n]; the core's says what could not be done to which file."""
     if isinstance(error, OSError) and error.strerror is not None:
         if error.errno == errno.EAGAIN and error.strerror == os.strerror(errno.EAGAIN):
-            return "the system gives no more threads or processes; give fewer --workers"
+            return "the system gives no more threads or processes; raise ulimit -u, or give fewer --workers"
         where = f"{error.filename}: " if error.filename is not None else ""
         return where + (error.strerror.lower() if where else error.strerror)
     return str(error)

@@ -132,6 +132,13 @@ def loss_figures(sums: Tensor, streams: Sequence[str], levels: Tensor) -> dict[s
     if at_mask.sum() > 0:
         figures["loss_at_mask"] = float(nats_at_mask.sum() / at_mask.sum()) * BITS_PER_NAT
         figures["below_unigram"] = below_unigram(sums, levels)
+        there = [(name, i) for i, name in enumerate(streams) if at_mask[i] > 0]
+        figures["loss_at_mask_per_language"] = {
+            name: float(nats_at_mask[i] / at_mask[i]) * BITS_PER_NAT for name, i in there
+        }
+        figures["below_unigram_per_language"] = {
+            name: below_unigram(sums[:, i, None], levels[i, None]) for name, i in there
+        }
     return {**figures, "loss_per_language": per_language}
 
 
@@ -474,9 +481,14 @@ def _profiler(path: Path, updates: int) -> torch.profiler.profile:
     return profiler
 
 
+_NOT_IN_TEXT = ("loss_at_mask_per_language",)  # a line has two of such lists already
+
+
 def _text(line: Mapping[str, Any]) -> str:
     parts = []
     for key, value in line.items():
+        if key in _NOT_IN_TEXT:
+            continue
         if isinstance(value, Mapping):
             inner = ", ".join(f"{name} {_number(number)}" for name, number in value.items())
             parts.append(f"{key} {inner}")

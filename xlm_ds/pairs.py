@@ -72,7 +72,7 @@ def find_source(prefix: Path, dictionary_path: Path | None) -> Source:
     for name, value in (("lines", pair.lines), ("tokens", pair.tokens)):
         if record is not None and record[name] != value:
             raise InputError(
-                f"{beside(prefix, 'json')}: says {name} {record[name]}, but it is {value}; binarize again"
+                f"{beside(prefix, 'json')}: says {name} {record[name]}, but it is {value}; delete it and binarize again"
             )
     path, dictionary = dictionary_of(prefix, record, dictionary_path)
     return Source(prefix, dictionary, path, record)

@@ -364,6 +364,23 @@ Written by `python -m xlm_ds.peer_flags` from the tables that the parser answers
 
 Underscores and hyphens in a flag's name are the same.
 
+## What a run does differently
+
+Commands of fairseq's example work with the program's name changed (`fairseq-preprocess` to `xlm-ds binarize`, `fairseq-train` to
+`xlm-ds train`). What comes of them is not the same in everything:
+
+| | fairseq's example | here |
+|---|---|---|
+| languages | one per batch, drawn uniformly | mixed within a batch, drawn with p ∝ n^0.7 as in the XLM paper (`--sampling-alpha 0` for uniform) |
+| masks | the same in every epoch | new in every pass; validation's are fixed |
+| gradient | mean of micro-batches' means | mean over all masked tokens of the batch |
+| output bias | zeros | log of the unigram distribution (`--init-output-bias zeros` for theirs) |
+| validation | a random language per batch, the tail dropped | every language in full, each with its own perplexity |
+| `--stop-min-lr 1e-9` | never reached: torch skips changes below 1e-8 | reached |
+| last batch | dropped if not a multiple of 8 | nothing is dropped |
+| resuming | loses the schedule's counters | exact, also with another number of ranks or ZeRO stage; `xlm-ds prove RUN_A RUN_B` shows it |
+| evaluation | "in progress" | `xlm-ds evaluate`: perplexity and accuracy beside the unigram level |
+
 ## Models
 
     xlm-ds convert checkpoint_best.pt OUT --to xlm_ds --dict data/dict.txt     # fairseq's

@@ -310,14 +310,14 @@ def _mends(job: Job, optimization: OptimizationConfig) -> Iterator[str]:
             yield f"--deepspeed-config {path} fits"
         elif rows := largest_rows(other):
             yield f"--deepspeed-config {path} with --max-tokens {rows * job.tokens} fits"
-    if job.device.has_bf16:
+    if job.device.has_bf16 and not job.device.is_cpu:  # whose ranks would share its memory
         other, path = with_settings(divided(job, 1, geometry.accumulation), "zero3_bf16")
         for doublings in range(1, 11):
             ranks = job.ranks * 2**doublings
             more = other.geometry._replace(world_size=ranks)
             if fits(dataclasses.replace(other, geometry=more)):
                 tokens = f"--max-tokens {job.tokens}"
-                yield f"{ranks} GPUs (--gpus) with --deepspeed-config {path} and {tokens} fit"
+                yield f"{ranks} GPUs with --deepspeed-config {path} and {tokens} fit"
                 break
     yield "lower --tokens-per-sample, --encoder-layers or --encoder-embed-dim, or take a device with more memory"
 
@@ -525,10 +525,12 @@ def _scale_table(title: str, optimization: OptimizationConfig, jobs: Sequence[Jo
 
 
 def read_facts(config: PlanConfig) -> Facts:
-    """From the data where they are given, else from flags."""
+    """From the data where they are there, else from flags."""
     folder = config.data.data
     if folder is not None and not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give what binarize wrote, or --vocab-size")
+        if config.vocab_size is None:
+            raise InputError(f"{folder}: no such folder; give what binarize wrote, or --vocab-size")
+        folder = None
     choice = choose(config.data.monolingual_langs, config.data.mlm_steps, folder)
     if folder is None:
         if config.vocab_size is None:

@@ -12,14 +12,13 @@ that is a fault of ours, and a script must be able to tell the two.
 """
 
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from xlm_ds.config import ProveConfig, TrainConfig
-from xlm_ds.flags import before_slow_imports, parse
+from xlm_ds.flags import before_slow_imports, load_toml, parse
 from xlm_ds.log import EXIT_DIFFERENT, EXIT_OK, InputError, run_stage, sentence_of
 
 if __name__ == "__main__":
@@ -209,7 +208,7 @@ def rebuild(run: Path, line: Line) -> Rebuilt:
     Raises InputError, or OSError, if those are not there, or no longer what they were at that update.
     """
     path = run / "config.toml"
-    if "model" in tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}):
+    if "model" in load_toml(path).get("data", {}):
         raise InputError(f"{run} is a fine-tuning, whose texts are not made again")
     config = parse(TrainConfig, ["--config", str(path)])
     corpus = open_corpus(config.data)

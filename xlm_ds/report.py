@@ -159,11 +159,10 @@ def state_of(run: RunFolder) -> str:
 
 def charts_of(run: RunFolder) -> list[Chart]:
     train = run.of("train")
+    by_update, by_hour = loss_lines(run, _update), loss_lines(run, _hour)
     charts = [
-        *drawn("Loss over updates", loss_lines(run, _update), "bits", "update", perplexity=True),
-        *drawn(
-            "Loss over hours", loss_lines(run, _hour), "bits", "hours of computing", perplexity=True
-        ),
+        *drawn(f"{what_is_drawn(run)} over updates", by_update, "bits", "update", perplexity=True),
+        *drawn("The same over hours", by_hour, "bits", "hours of computing", perplexity=True),
         *drawn("Accuracy in validation", per_name(run, "accuracy_per_language"), "%", "update"),
         *drawn("Retrieval, margin", per_name(run, "margin", kind="retrieve"), "%", "update"),
     ]
@@ -185,22 +184,36 @@ def _hour(run: RunFolder, record: Record) -> float:
     return run.hours_at(record["update"])
 
 
+AT_MASK = "loss_at_mask_per_language"
+
+
+def loss_key(run: RunFolder) -> str:
+    """Where `<mask>` is shown, as the unigram level is; of a fine-tuning, which has no masks, the loss."""
+    return AT_MASK if any(AT_MASK in r for r in run.records) else "loss_per_language"
+
+
+def what_is_drawn(run: RunFolder) -> str:
+    if loss_key(run) == AT_MASK:
+        return "Loss at <mask> (dots: validation, dotted: unigram level)"
+    return "Loss (dots: validation)"
+
+
 def loss_lines(run: RunFolder, x: Callable[[RunFolder, Record], float]) -> list[Line]:
-    """Training as lines, validation as dots, and the unigram level where the run compares with it."""
-    colours = colours_of(run.streams())
-    lines = []
-    for name, colour in colours.items():
+    """Of each language training as a line, validation as dots, and dotted its own unigram level."""
+    key = loss_key(run)
+    lines: list[Line] = []
+    for name, colour in colours_of(run.streams()).items():
         for kind, style in (("train", "-"), ("valid", "o")):
-            points = [
-                (x(run, r), r["loss_per_language"][name])
-                for r in run.of(kind)
-                if name in r.get("loss_per_language", ())
-            ]
+            points = [(x(run, r), r[key][name]) for r in run.of(kind) if name in r.get(key, ())]
             lines.append(Line(name if kind == "train" else "", points, colour, style))
-    levels = [
-        (x(run, r), level) for r in run.of("train") if (level := run.unigram_level(r)) is not None
-    ]
-    return [*lines, Line("unigram level", levels, _INK, ":")]
+        levels = [
+            (x(run, r), level)
+            for r in run.of("train")
+            if (level := run.unigram_level(r, name)) is not None
+        ]
+        if levels and colour != OTHERS:
+            lines.append(Line("", levels, colour, ":"))
+    return lines
 
 
 def per_name(run: RunFolder, key: str, kind: str = "valid") -> list[Line]:
@@ -339,11 +352,16 @@ def validation_table(run: RunFolder) -> list[Table]:
         row = [name, f"{bits:.3f}", f"{2**bits:.1f}", f"{best:.3f}", f"{update:,}"]
         if "accuracy_per_language" in last:
             row.append(f"{last['accuracy_per_language'][name]:.1f}")
+        if AT_MASK in last:
+            at_mask, below = last[AT_MASK].get(name), last["below_unigram_per_language"].get(name)
+            row += [f"{at_mask:.3f}", f"{below:.1f}"] if at_mask is not None else ["", ""]
         rows.append(row)
     head = ["", "bits", "perplexity", "best bits", "at update"]
     note = f"update {last['update']:,}; of all: {last['loss']:.3f} bits"
     if "accuracy_per_language" in last:
         head.append("accuracy %")
+    if AT_MASK in last:
+        head += ["bits at <mask>", "below unigram level, %"]
     if "below_unigram" in last:
         note += f", {last['below_unigram']:.1f} % of perplexity below the unigram level"
     return [Table("Validation", head, rows, note)]
@@ -471,10 +489,10 @@ def picture(run: RunFolder, output: Path) -> None:
     for line in loss_lines(run, _update):
         if line.points:
             x_y = zip(*line.points, strict=True)
-            colour = "gray" if line.colour == _INK else line.colour
-            axes.plot(*x_y, line.style, color=colour, label=line.label or None, markersize=4)
+            axes.plot(*x_y, line.style, color=line.colour, label=line.label or None, markersize=4)
+    axes.set_title(what_is_drawn(run))
     axes.set_xlabel("update")
-    axes.set_ylabel("bits (dots: validation)")
+    axes.set_ylabel("bits")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(ncols=2)
     figure.savefig(output, dpi=120)

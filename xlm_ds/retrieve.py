@@ -145,7 +145,9 @@ def find_aligned(
             first, second = (Path(f"{begin}{'-'.join(pair)}.{language}") for language in pair)
             if first.exists() != second.exists():
                 missing, there = sorted((first, second), key=Path.exists)
-                raise InputError(f"{missing}: is not there, but {there} is")
+                raise InputError(
+                    f"{missing}: is not there, but {there} is; a pair needs both sides"
+                )
             if first.exists():
                 found.append((pair, (first, second)))
                 break
@@ -239,7 +241,9 @@ def pairs_of(config: RetrieveConfig) -> list[Pair]:
     ]
     for pair in pairs:
         if pair.files[0] == pair.files[1] and pair.languages[0] == pair.languages[1]:
-            raise InputError(f"{pair.files[0]}: is given for its own translation")
+            raise InputError(
+                f"{pair.files[0]}: is given for its own translation; give the file of the other language"
+            )
     return pairs
 
 

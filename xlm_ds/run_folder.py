@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import tomllib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlm_ds.files import load_json_object
+from xlm_ds.flags import load_toml
 from xlm_ds.log import InputError, logger
 
 Record = dict[str, Any]
@@ -73,11 +73,12 @@ class RunFolder:
         names = [name for r in self.records for name in r.get("loss_per_language", ())]
         return list(dict.fromkeys(names))
 
-    def unigram_level(self, record: Record) -> float | None:
-        """Bits a token that shows the mask; None of a record that does not compare with it."""
-        if "loss_at_mask" not in record or "below_unigram" not in record:
+    def unigram_level(self, record: Record, name: str) -> float | None:
+        """Of a language or pair: bits a token that shows the mask; None of a record that does not compare with it."""
+        below = record.get("below_unigram_per_language", {}).get(name)
+        if below is None:
             return None
-        level: float = record["loss_at_mask"] - math.log2(1 - record["below_unigram"] / 100)
+        level: float = record["loss_at_mask_per_language"][name] - math.log2(1 - below / 100)
         return level
 
 
@@ -114,11 +115,7 @@ def read_metrics(run: Path) -> list[Record]:
 def _configuration(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from error
-    return {key: value for section in content.values() for key, value in section.items()}
+    return {key: value for section in load_toml(path).values() for key, value in section.items()}
 
 
 def _events(log: Path) -> list[Event]:

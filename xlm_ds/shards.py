@@ -241,7 +241,7 @@ def verify_pair(prefix: Path, dictionary_path: Path | None) -> str:
     if changed is not None:
         raise InputError(
             f"{changed}; only the checksum shows it, and not where, as every id is in the dictionary and every line "
-            "ends with </s>: copy it again, or binarize again"
+            "ends with </s>: copy it again, or delete it and binarize again"
         )
     _check_counts(beside(prefix, "counts.npy"), counts.by_id)
     found = f"{counts.lines} lines, {counts.tokens} tokens"
@@ -268,7 +268,7 @@ def find_unchanged(path: Path, dictionary_path: Path | None) -> Source:
     """A pair to be written anew, where new checksums would hide damage. Raises InputError; OSError."""
     source = find_source(without_suffix(path), dictionary_path)
     if changed := _changed(source.prefix, source.record):
-        raise InputError(f"{changed}: verify it, and copy it again or binarize again")
+        raise InputError(f"{changed}: verify it, and copy it again or delete it and binarize again")
     return source
 
 
@@ -281,7 +281,7 @@ def _check_counts(path: Path, expected: NDArray[np.uint64]) -> None:
         at = int(wrong[0])
         raise InputError(
             f"{path}: says that id {at} occurs {int(counts[at])} times, but in the .bin it occurs {int(expected[at])} "
-            "times; one of the two was changed after they were written: binarize again"
+            "times; one of the two was changed after they were written: delete both and binarize again"
         )
 
 
@@ -290,7 +290,7 @@ def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCou
     shard, shards = place_of(record)
     named = f"{record['split']}.{record['language']}{shard or ''}"
     if named != ".".join(split_and_language(prefix)):
-        raise InputError(f"{path}: was written for {named}; binarize again, or rename the files")
+        raise InputError(f"{path}: was written for {named}; delete it and binarize again, or rename the files")
     expected = {
         "blank": counts.blank_lines,
         # Which of them a literal <unk> is, the ids do not tell.
@@ -304,7 +304,7 @@ def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCou
         tolerance = 1e-9 if is_float else 0  # another order of a sum gives other last digits
         if not math.isclose(found[name], value, rel_tol=tolerance, abs_tol=tolerance):
             raise InputError(
-                f"{path}: says {name} {found[name]}, but it is {value}; binarize again"
+                f"{path}: says {name} {found[name]}, but it is {value}; delete it and binarize again"
             )
     if shard == 0 and shards > 1:
         _check_shards(prefix, record)

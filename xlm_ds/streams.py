@@ -219,7 +219,8 @@ def _check_pair_is_there(folder: Path, split: str, names: tuple[str, ...]) -> No
     others = f"of pairs there is {', '.join(there)}" if there else "nor of any other pair"
     raise InputError(
         f"{folder}: there is no {split} text of the pair {first}-{second} ({stored}.{first}.idx), {others}; "
-        f"binarize it (--source-lang {first} --target-lang {second}), or give another --mlm-steps"
+        f"binarize it (--source-lang {first} --target-lang {second}), give another --mlm-steps, or name it in "
+        "--monolingual-langs if it is one language"
     )
 
 

@@ -150,7 +150,7 @@ def rows_of_texts(
         parts = [to_ids(text, language) for text in texts]
         if any(len(part) == 0 for part in parts):
             which = "the text" if len(parts) == 1 else "a text"
-            raise InputError(f"{where(number)}: {which} has no word")
+            raise InputError(f"{where(number)}: {which} has no word; take it out")
         row, was_cut = joined_row(parts, longest)
         rows.append(row)
         cut += was_cut

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from xlm_ds import _core
 from xlm_ds.config import BinarizeConfig, check_languages
+from xlm_ds.files import compressed_text
 from xlm_ds.log import InputError
 
 BLOCK_BYTES = 1 << 16
@@ -155,6 +156,9 @@ def _input(pref: str, split: str, language: str) -> Input:
             f"{path}: {what}, although --{split}pref and language {language} ask for it"
             + (hint if Path(sides).exists() else "")
         )
+    with path.open("rb") as file:
+        if compressed := compressed_text(path, file.read(8)):
+            raise InputError(compressed)
     status = path.stat()
     return Input(path, status.st_size, status.st_mtime_ns)
 

@@ -66,11 +66,11 @@ Dtype checked_dtype(std::uint64_t code, const std::filesystem::path& path) {
     refuse(path, "dtype code " + std::to_string(code) + " is floating point, so the .bin holds no token ids; binarize the text");
   }
   refuse(path, "dtype code " + std::to_string(code) + " is not one of the integer types token ids are stored in; the file "
-               "is damaged or another program's, binarize again");
+               "is damaged or another program's, delete it and binarize again");
 }
 
 void check_header(std::size_t found, std::size_t needed, const std::filesystem::path& path) {
-  if (found < needed) refuse(path, "only " + std::to_string(found) + " bytes: the header is truncated; binarize again");
+  if (found < needed) refuse(path, "only " + std::to_string(found) + " bytes: the header is truncated; delete it and binarize again");
 }
 
 void check_version(std::uint64_t version, const std::filesystem::path& path) {
@@ -81,8 +81,8 @@ void check_size(std::uint64_t found, std::uint64_t expected, std::uint64_t seque
   if (found == expected) return;
   refuse(path, "the header says " + std::to_string(sequences) + " sequences, which take " + std::to_string(expected) +
                    " bytes, but the file has " + std::to_string(found) +
-                   (found < expected ? " (truncated); binarize again"
-                                     : " (damaged, or a layout other than fairseq's and Megatron-LM's); binarize again"));
+                   (found < expected ? " (truncated); delete it and binarize again"
+                                     : " (damaged, or a layout other than fairseq's and Megatron-LM's); delete it and binarize again"));
 }
 
 void check_count(std::uint64_t sequences, const std::filesystem::path& path) {
@@ -254,7 +254,7 @@ void verify_dimensions(const Index& index, std::span<const std::byte> bytes, con
   if (total != index.tokens) {
     refuse(path, "says " + std::to_string(total) + " tokens after its last sequence, expected " + std::to_string(index.tokens) +
                      " from the lengths, at byte " + std::to_string(index.pointers_offset + 8 * index.sequences) +
-                     "; the file is damaged, binarize again");
+                     "; the file is damaged, delete it and binarize again");
   }
 }
 
@@ -308,13 +308,13 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
     const std::uint64_t first = pointer_at(index, index_bytes, 0);
     if (first != 0) {
       refuse(index_path, "the first sequence starts at token " + start_text(index, first) +
-                             ", expected 0; the file is damaged, binarize again");
+                             ", expected 0; the file is damaged, delete it and binarize again");
     }
     const std::uint64_t last = index.sequences - 1;
     const std::uint64_t start = sequence_start(index, index_bytes, last);
     const std::uint64_t length = sequence_length(index, index_bytes, last);
     if (start > kMaxSequences || length > kMaxSequences) {
-      refuse(index_path, "the last sequence's place is impossible; the file is damaged, binarize again");
+      refuse(index_path, "the last sequence's place is impossible; the file is damaged, delete it and binarize again");
     }
     index.tokens = start + length;
   }
@@ -322,7 +322,7 @@ Index read_index(std::span<const std::byte> index_bytes, std::uint64_t data_byte
   if (data_bytes != expected_bytes) {
     refuse(index_path, "lists " + std::to_string(index.tokens) + " tokens of " + std::string(dtype_name(index.dtype)) + ", " +
                            std::to_string(expected_bytes) + " bytes, but the .bin beside it has " + std::to_string(data_bytes) +
-                           " (truncated, or of another run); binarize again");
+                           " (truncated, or of another run); delete it and binarize again");
   }
   return index;
 }
@@ -349,7 +349,7 @@ void verify_dimension(const Index& index, std::span<const std::byte> index_bytes
   if (dimensions_before == i) return;
   refuse(index_path, "the items before item " + std::to_string(i) + " have " + std::to_string(dimensions_before) +
                          " dimensions together, expected one each, at byte " + std::to_string(offset) +
-                         "; the file is damaged or not of text, binarize again");
+                         "; the file is damaged or not of text, delete it and binarize again");
 }
 
 void verify_index(const Index& index, std::span<const std::byte> index_bytes, const std::filesystem::path& index_path) {
@@ -360,14 +360,14 @@ void verify_index(const Index& index, std::span<const std::byte> index_bytes, co
       refuse(index_path, "sequence " + std::to_string(i) + " starts at token " + start_text(index, pointer) +
                              ", expected " + std::to_string(expected) +
                              " from the lengths before it, at byte " + std::to_string(index.pointers_offset + 8 * i) +
-                             "; the file is damaged, binarize again");
+                             "; the file is damaged, delete it and binarize again");
     }
     const std::uint64_t length = sequence_length(index, index_bytes, i);
     if (length > index.tokens - expected) {  // also a negative one, which the next start might agree with
       refuse(index_path, "sequence " + std::to_string(i) + " has a length of " +
                              std::to_string(static_cast<std::int64_t>(length)) + ", but only " + std::to_string(index.tokens - expected) + " tokens are left in the .bin, at byte " +
                              std::to_string(index.sizes_offset + (index.kind == IndexKind::lazy ? 8 : 4) * i) +
-                             "; the file is damaged, binarize again");
+                             "; the file is damaged, delete it and binarize again");
     }
     expected += length;
   }

@@ -20,7 +20,7 @@ constexpr std::size_t kLengthsPerWrite = std::size_t{1} << 16;
 constexpr std::size_t kUsualLength = std::size_t{1} << 12;  // of a line; shorter ones are counted in an array
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& what) {
-  throw InputError(path.string() + ": " + what + "; the file is damaged, or not binarized text: binarize again");
+  throw InputError(path.string() + ": " + what + "; the file is damaged, or not binarized text: delete it and binarize again");
 }
 
 [[noreturn]] void refuse_line(const Pair& pair, std::uint64_t number) {
@@ -177,7 +177,7 @@ void Pair::read_ids(std::uint64_t first, std::uint64_t vocab_size, std::span<std
   const std::uint64_t token = first + static_cast<std::uint64_t>(bad - ids.begin());
   throw InputError(data_path_.string() + ": id " + std::to_string(*bad) + " at byte " + std::to_string(token * width) +
                    " (token " + std::to_string(token) + "), but the dictionary ends at " + std::to_string(vocab_size - 1) +
-                   "; it was made with another dictionary, or is damaged: binarize again");
+                   "; it was made with another dictionary, or is damaged: delete it and binarize again");
 }
 
 std::vector<std::uint64_t> Pair::count_ids(std::uint64_t vocab_size, Progress& progress) const {

@@ -116,7 +116,7 @@ TokenDataset::Range TokenDataset::range_of(std::uint64_t block) const {
   const std::uint64_t length = sequence_length(index_, index_file_.bytes(), block);
   if (length > index_.tokens || first > index_.tokens - length) {
     throw InputError(index_path_of(prefix_).string() + ": sequence " + std::to_string(block) +
-                     " lies outside the .bin; the file is damaged, binarize again");
+                     " lies outside the .bin; the file is damaged, delete it and binarize again");
   }
   return {first, std::min<std::size_t>(block_size_, length)};
 }
@@ -155,7 +155,7 @@ void TokenDataset::fill_ids(std::uint64_t first, std::int64_t vocab_size,
     throw InputError(data_path_of(prefix_).string() + ": has the id " +
                      std::to_string(static_cast<std::int64_t>(greatest)) +
                      ", but the dictionary ends at " + std::to_string(vocab_size - 1) +
-                     "; it was made with another dictionary, or is damaged: binarize again");
+                     "; it was made with another dictionary, or is damaged: delete it and binarize again");
   }
 }
 
