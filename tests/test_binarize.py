@@ -1,5 +1,6 @@
 """The bytes are fairseq's, for any number of threads; what is wrong is named and leaves nothing behind."""
 
+import gzip
 import json
 import random
 import signal
@@ -320,6 +321,21 @@ def test_a_byte_order_mark_is_said_and_kept_as_by_fairseq(
         f"{text / 'train.en'}"
     ]
     assert pair_bytes(tmp_path / "out", "train.en")[0] == np.array([3, 6, 2], "<u2").tobytes()
+
+
+def test_compressed_text_is_called_so(text: Path, tmp_path: Path) -> None:
+    (text / "train.fr").write_bytes(gzip.compress((text / "train.fr").read_bytes()))
+    with pytest.raises(InputError, match=r"train\.fr: is compressed; unpack it first \(gunzip\)"):
+        run_stage(text, tmp_path / "out", "--langs=en,fr", f"--srcdict={text / 'vocab'}")
+    (text / "train.fr").write_bytes(b"BZh is a word\n")  # and bzip2's first three letters
+    run_stage(text, tmp_path / "out", "--langs=en,fr", f"--srcdict={text / 'vocab'}")
+
+
+def test_parallel_text_needs_the_dictionary_of_its_languages(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"parallel text without --srcdict .*; give --srcdict, that"
+    ):
+        run_stage(text, tmp_path / "out", "--source-lang=en", "--target-lang=fr")
 
 
 def test_text_that_is_not_utf8_leaves_no_pair(text: Path, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_steps_in_toml(tmp_path: Path, value: str, expected: Steps) -> None:
         ("lrr = 1", "did you mean lr?"),
         ("lr = 'x'", "not a number"),
         ("lr = [", "not a TOML file"),
+        ("save-dir = ''", "save_dir: an empty path would be the current folder"),
         ("mask-ratio = '0.1@0,0.2@0.5'", "@0.5 is not where a value can start"),
         ("mask-ratio = true", "not a number, or numbers as X@0,X@UPDATE"),
     ],

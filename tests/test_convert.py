@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +233,22 @@ def test_a_run_without_a_best_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
     with pytest.raises(InputError, match="is weights alone; give the folder"):
         converted(tmp_path / "x.safetensors", tmp_path / "out", "--to=fairseq")
+
+
+@pytest.mark.parametrize("to", ["fairseq", "hugging-face", "xlm_ds"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(
+    tmp_path: Path, ours: Callable[[ModelShape], Path], to: str
+) -> None:
+    """A file may have no more bytes than this, which says the system as it says that there is no room."""
+    source = ours(MODELS[next(name for name in FOR_FAIRSEQ if name in FOR_HUGGING_FACE)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*File too large"):
+            converted(source, tmp_path / "out", f"--to={to}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
 def test_what_is_there_stays(tmp_path: Path, ours: Callable[[ModelShape], Path]) -> None:

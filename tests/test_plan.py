@@ -474,6 +474,7 @@ TOO_BIG = ("--gpu=l40s", "--gpus=8", *BIG)
         (("--gpu=h100", *BIG), "4 GPUs with --deepspeed-config"),
         (("--gpu=t4", shipped("zero1_fp16"), *BIG), "lower --tokens-per-sample"),
         (("--gpu=t4",), "zero1_fp16.json"),
+        (("--gpu=cpu", *BIG, "--encoder-layers=4800"), "; lower --tokens-per-sample"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_what_mends_it(flags: tuple[str, ...], mend: str) -> None:
@@ -515,6 +516,16 @@ def test_what_mends_it_does(flags: tuple[str, ...]) -> None:
 def test_bad_input(flags: tuple[str, ...], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         plan.main([*flags])
+
+
+def test_a_vocabulary_stands_for_data_that_are_not_there_yet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As in a TOML that names where they will be."""
+    assert plan.main(["nowhere", *RECIPE]) == 0
+    given = capsys.readouterr().out
+    assert plan.main([*RECIPE]) == 0
+    assert capsys.readouterr().out == given
 
 
 def test_data_give_vocabulary_languages_and_epochs(

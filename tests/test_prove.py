@@ -197,6 +197,8 @@ def test_data_that_are_gone_or_others_are_said(
     assert samples == start + changed
     shutil.rmtree(data)
     assert proved(whole, other)[1].startswith(f"{start}{data}: no such folder")
+    (other / "config.toml").write_text("lr = [", encoding="utf-8")
+    assert proved(whole, other)[1].startswith(f"{start}gone/config.toml: not a TOML file: ")
     (other / "config.toml").unlink()
     assert proved(whole, other)[1] == f"{start}gone/config.toml: no such file or directory"
 

@@ -157,7 +157,8 @@ def test_what_is_drawn_is_what_was_measured(tmp_path: Path) -> None:
     assert report.state_of(run).startswith("update 30, 0.01 hours of computing; done")
     titles = [chart.title for chart in report.charts_of(run)]
     assert titles == [
-        "Loss at <mask> (dots: validation, dotted: unigram level) over updates", "The same over hours", "Retrieval, margin", "Learning rate", "Norm of the gradient",
+        "Loss at <mask> (dots: validation, dotted: unigram level) over updates",
+        "The same over hours", "Retrieval, margin", "Learning rate", "Norm of the gradient",
         "Tokens per second", "Where the time goes",
     ]  # fmt: skip
 

@@ -133,7 +133,8 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
         match=r"no train text of the pair a-c \(train.a-c.a.idx\), of pairs there is a-b; binarize it "
-        r"\(--source-lang a --target-lang c\), give another --mlm-steps, or name it in --monolingual-langs if it is one language$",
+        r"\(--source-lang a --target-lang c\), give another --mlm-steps, or name it in "
+        "--monolingual-langs if it is one language$",
     ):
         opened(tmp_path, "a-c")
     with pytest.raises(

@@ -54,9 +54,15 @@ def test_every_entry_is_there_once_and_says_something() -> None:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ('raise InputError(f"{path}: is there already; delete {it}")', "…: is there already; delete …"),
+        (
+            'raise InputError(f"{path}: is there already; delete {it}")',
+            "…: is there already; delete …",
+        ),
         ('raise InputError("all of " + name + f"{a}{b} is literal")', "all of … is literal"),
-        ('raise InputError(f"{path}: the model has {\'a\' if x else \'no\'} norm")', "…: the model has … norm"),
+        (
+            "raise InputError(f\"{path}: the model has {'a' if x else 'no'} norm\")",
+            "…: the model has … norm",
+        ),
     ],
 )
 def test_an_error_is_read_from_its_source(code: str, expected: str) -> None:
@@ -98,7 +104,9 @@ def template_of(node: ast.expr) -> str:
 
 
 def errors_in_cpp(source: str) -> Iterator[tuple[int, str]]:
-    for match in re.finditer(r"(?:throw InputError|\brefuse)\(((?:" + STRING + r"|[^;\"])*)\);", source):
+    for match in re.finditer(
+        r"(?:throw InputError|\brefuse)\(((?:" + STRING + r"|[^;\"])*)\);", source
+    ):
         literal = re.compile(rf"(?:{STRING}\s*)+")
         template = joined(VARIES + VARIES.join(map(unquoted, literal.findall(match[1]))) + VARIES)
         if match[1].lstrip().startswith('"'):

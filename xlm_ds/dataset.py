@@ -73,7 +73,8 @@ class TokenDataset:
         counts = load_counts(path, self.vocab_size)
         if int(counts.sum()) != self.tokens:
             raise InputError(
-                f"{path}: counts {int(counts.sum())} tokens, but the .bin beside it has {self.tokens}; delete it and binarize again"
+                f"{path}: counts {int(counts.sum())} tokens, but the .bin beside it has {self.tokens}; "
+                "delete it and binarize again"
             )
         return counts
 
@@ -202,7 +203,8 @@ def _check_record(
         )
     if named != f"{split}.{language}":
         raise InputError(
-            f"{path}: was written for {named}, so the files beside it are not {split}.{language}; delete it and binarize again"
+            f"{path}: was written for {named}, so the files beside it are not {split}.{language}; "
+            "delete it and binarize again"
         )
     if record["dictionary_sha256"] != dictionary_sha256:
         raise InputError(

@@ -281,7 +281,8 @@ def network_from(
         raise InputError(f"{where}: {odd!r:.60} is a piece that no line of a dictionary can have")
     if 0 < shape.num_segment < len(languages):
         raise InputError(
-            f"{where}: has {shape.num_segment} rows of languages for {len(languages)} languages; it is damaged, or --langs names too many"
+            f"{where}: has {shape.num_segment} rows of languages for {len(languages)} languages; "
+            "it is damaged, or --langs names too many"
         )
     return Network(
         shape=shape,

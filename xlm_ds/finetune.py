@@ -266,8 +266,8 @@ def check_ends(options: FinetuneOptimizationConfig, patience: int) -> None:
     ends = options.max_epoch, options.max_update, patience, options.stop_min_lr >= 0
     if not any(ends):
         raise InputError(
-            "--max-epoch 0 and --max-update 0: nothing would end the run; give one of them, or --patience with a schedule "
-            "that needs no end (--lr-scheduler inverse_sqrt or reduce_lr_on_plateau)"
+            "--max-epoch 0 and --max-update 0: nothing would end the run; give one of them, or --patience with "
+            "a schedule that needs no end (--lr-scheduler inverse_sqrt or reduce_lr_on_plateau)"
         )
     longest = ENDLESS if options.max_epoch else 0
     check_schedule(dataclasses.replace(options, max_update=options.max_update or longest))

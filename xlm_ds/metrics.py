@@ -125,7 +125,7 @@ def loss_figures(sums: Tensor, streams: Sequence[str], levels: Tensor) -> dict[s
         for i, name in enumerate(streams)
         if counts[i] > 0
     }
-    figures = {
+    figures: dict[str, Any] = {
         "loss": loss * BITS_PER_NAT,
         "perplexity": math.exp(min(loss, 700.0)),  # beyond which a double overflows
     }

@@ -93,7 +93,9 @@ def load_record(prefix: Path) -> dict[str, Any] | None:
         fields: dict[str, Any] = {name: record[name] for name in PAIR_FIELDS}
         fields["shard"], fields["shards"] = place_of(record)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the record of a binarized file; delete it and binarize again") from error
+        raise InputError(
+            f"{path}: not the record of a binarized file; delete it and binarize again"
+        ) from error
     for name, value in fields.items():
         kind = PAIR_FIELDS.get(name, int)
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):

@@ -290,7 +290,9 @@ def _check_record(prefix: Path, record: Mapping[str, Any], counts: _core.TextCou
     shard, shards = place_of(record)
     named = f"{record['split']}.{record['language']}{shard or ''}"
     if named != ".".join(split_and_language(prefix)):
-        raise InputError(f"{path}: was written for {named}; delete it and binarize again, or rename the files")
+        raise InputError(
+            f"{path}: was written for {named}; delete it and binarize again, or rename the files"
+        )
     expected = {
         "blank": counts.blank_lines,
         # Which of them a literal <unk> is, the ids do not tell.

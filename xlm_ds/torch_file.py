@@ -550,7 +550,9 @@ class _Machine:
             or math.prod(shape) * dtype.itemsize != len(raw)
             or target.array is not None
         ):
-            self._refuse(f"an array before byte {self._at} of more than two dimensions, or whose shape and bytes do not agree")
+            self._refuse(
+                f"an array before byte {self._at} of more than two dimensions, or whose shape and bytes do not agree"
+            )
         target.array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
 
 
