@@ -1,6 +1,7 @@
 """The house: which room may import which (docs/design.md, Floors), and what may not be imported at all."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,21 @@ def test_only_the_border_includes_pybind11() -> None:
     sources = (PACKAGE.parent / "csrc").rglob("*.[ch]pp")
     users = {p.name for p in sources if "pybind11" in p.read_text(encoding="utf-8")}
     assert users == {"module.cpp"}
+
+
+def test_sources_without_the_core_say_so(tmp_path: Path) -> None:
+    """As in a clone of which `pip install .` has installed a copy: Python finds the clone's folder first."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "xlm_ds", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", "import xlm_ds"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert f"{tmp_path / 'xlm_ds'} has the sources of xlm_ds without its C++ core" in result.stderr
+    assert "_core'" not in result.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import gzip
 import json
 import lzma
 import os
@@ -569,13 +570,26 @@ def test_bad_codes_are_refused_before_the_work(raw: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["", "\n \n", "only one line\n"])
 def test_a_language_without_text(raw: Path, tmp_path: Path, text: str) -> None:
     (raw / "hi.txt").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"hi.txt: \d lines or documents with text"):
+    expected = "1 lines or documents with text" if text.strip() else "there is no line with text"
+    with pytest.raises(InputError, match=f"hi.txt: {expected}"):
         run(raw, tmp_path / "D")
     (tmp_path / "train.hi").write_text(text, encoding="utf-8")
     arguments = ["--trainpref", str(tmp_path / "train"), "--langs", "hi", "--workers", "1"]
     if not text.strip():
         with pytest.raises(InputError, match=r"train.hi: no line of text for train.hi: \d lines"):
             prepare(parse(PrepareConfig, [*arguments, "--destdir", str(tmp_path / "D2")]))
+
+
+def test_what_raw_text_is_not_is_said_before_any_is_read(raw: Path, tmp_path: Path) -> None:
+    (raw / "hi.txt").write_bytes(gzip.compress(b"text\n"))
+    with pytest.raises(InputError, match=r"hi\.txt: is compressed; unpack it first \(gunzip\)"):
+        run(raw, tmp_path / "D")
+    arguments = ["--input", str(raw / "hi.txt"), "--langs", "hi", "--destdir", str(tmp_path / "D")]
+    with pytest.raises(
+        InputError, match=r"hi\.txt\.hi: no such file; .*hi\.txt is there: put \{lang\}"
+    ):
+        prepare(parse(PrepareConfig, arguments))
+    assert not (tmp_path / "D").exists()
 
 
 def test_the_record_can_be_read_back(raw: Path, tmp_path: Path) -> None:

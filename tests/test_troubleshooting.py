@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/troubleshooting.md"
 
-RAISED = ("InputError", "Fault", "LaterFormat")
+RAISED = ("InputError", "Fault", "LaterFormat", "ImportError")
 VARIES = "…"
 LEAST_LETTERS = 8  # a template with fewer says nothing by itself
 # An entry is a bullet that begins with the error as code; what it says of it follows, indented.

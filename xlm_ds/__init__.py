@@ -2,7 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from xlm_ds.log import InputError
+try:
+    from xlm_ds.log import InputError
+except (
+    ModuleNotFoundError
+) as error:  # Python looks into the current folder before what is installed
+    if error.name != "xlm_ds._core":
+        raise
+    raise ImportError(
+        f"{__path__[0]} has the sources of xlm_ds without its C++ core: build that (pip install -e .), or start in "
+        "another folder, where Python finds what is installed"
+    ) from None
 
 if TYPE_CHECKING:
     from pathlib import Path

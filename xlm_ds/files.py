@@ -204,7 +204,8 @@ def _where_not_utf8(path: Path) -> str:
                 lines += len(_LINE_END.findall(line[: error.start]))
                 offset += error.start
                 found = f"byte 0x{line[error.start]:02x} at offset {offset}"
-                return f"{path}:{lines}: {found} is not UTF-8; convert the file (iconv -t UTF-8)"
+                how = "convert the file (iconv -f LATIN1 -t UTF-8, if it is that)"
+                return f"{path}:{lines}: {found} is not UTF-8; {how}"
             lines += len(_LINE_END.findall(line))
             offset += len(line)
     raise AssertionError(f"{path} is UTF-8 after all")

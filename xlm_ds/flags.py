@@ -262,7 +262,9 @@ class _Parser(argparse.ArgumentParser):
         if extra:
             flag = extra[0].split("=")[0]
             if not flag.startswith("-"):
-                raise InputError(f"unexpected argument {flag!r}; is a flag missing before it?")
+                raise InputError(
+                    f"unexpected argument {flag!r}; is a flag missing before it, or a blank in a list?"
+                )
             shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
             options = [s for action in shown for s in action.option_strings]
             known = [s for s in options if s.replace("_", "-") == s] or options

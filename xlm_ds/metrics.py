@@ -176,7 +176,7 @@ class UnigramWatch:
         levels = zip(self._names, self.train.exp().tolist(), strict=True)
         return (
             "below_unigram: percent of perplexity at <mask> below the unigram level, which a model has that knows how "
-            "often each language has each word, and nothing else: "
+            "often each language has each word, and nothing else; that level is a perplexity of "
             + ", ".join(f"{name} {level:.5g}" for name, level in levels)
         )
 

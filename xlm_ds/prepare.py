@@ -38,7 +38,7 @@ from tqdm import tqdm
 from xlm_ds import _core
 from xlm_ds.alignment import check_as_many_lines
 from xlm_ds.config import PrepareConfig, check_languages
-from xlm_ds.files import busy_with, locked, make_folder, naming, read_lines
+from xlm_ds.files import busy_with, compressed_text, locked, make_folder, naming, read_lines
 from xlm_ds.flags import parse
 from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.merges import count_merges, learn_merges, load_bpe, sample_copies
@@ -165,7 +165,16 @@ def _sources(config: PrepareConfig) -> dict[str, dict[str, Path]]:
     for path in itertools.chain.from_iterable(splits.values() for splits in sources.values()):
         if not path.is_file():
             what = "not a file" if path.exists() else "no such file"
-            raise InputError(f"{path}: {what}; every language needs its raw text")
+            stem = path.with_suffix("")
+            hint = f" ({stem} is there: put {{lang}} where the names of the files differ)"
+            raise InputError(
+                f"{path}: {what}; every language needs its raw text"
+                + (hint if stem.is_file() else "")
+            )
+        with path.open("rb") as file:
+            compressed = compressed_text(path, file.read(8))
+        if compressed and config.wiki_dump is None:
+            raise InputError(compressed)
     return sources
 
 
@@ -315,6 +324,8 @@ def choose_held_out(
     keys = ((generator.random(), unit) for unit in range(len(unit_lines)))
     order = iter(heapq.nsmallest(valid_lines + test_lines, keys))
     valid, test = (_take(order, unit_lines, lines) for lines in (valid_lines, test_lines))
+    if not unit_lines:
+        raise InputError("there is no line with text in it")
     if len(valid) + len(test) >= len(unit_lines):
         raise InputError(
             f"{len(unit_lines)} lines or documents with text, {valid_lines} lines wanted for valid and "
@@ -597,7 +608,7 @@ def _make_vocabulary(
         _core.count_words([record.path(name) for name in trains], temporary, threads=workers)
     words = _count_lines(temporary)
     record.publish("vocab_mlm", {"words": words})
-    logger.info("vocab_mlm: %d words", words)
+    logger.info(f"vocab_mlm: {words:,} pieces of words")
 
 
 def _count_lines(path: Path) -> int:
