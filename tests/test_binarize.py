@@ -338,6 +338,13 @@ def test_parallel_text_needs_the_dictionary_of_its_languages(text: Path, tmp_pat
         run_stage(text, tmp_path / "out", "--source-lang=en", "--target-lang=fr")
 
 
+def test_codes_are_no_dictionary(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "codes").write_text("t h 9\nth e</w> 7\na n 3\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"codes: most of its rows have a blank within the symbol"):
+        run_stage(text, tmp_path / "out", "--langs=en,fr", f"--srcdict={tmp_path / 'codes'}")
+    assert not list((tmp_path / "out").glob("*.idx"))
+
+
 def test_text_that_is_not_utf8_leaves_no_pair(text: Path, tmp_path: Path) -> None:
     (text / "train.fr").write_bytes(b"b c\nb \xe9t\xe9\n")
     with pytest.raises(InputError, match=r"train\.fr, line 2, byte 6: 0xe9 is not UTF-8"):

@@ -115,12 +115,13 @@ def test_only_the_border_includes_pybind11() -> None:
 
 
 def test_sources_without_the_core_say_so(tmp_path: Path) -> None:
-    """As in a clone of which `pip install .` has installed a copy: Python finds the clone's folder first."""
+    """As in a clone of which `pip install .` has installed a copy: Python finds the clone's folder first. (-S: not what
+    this environment has installed.)"""
     shutil.copytree(
         PACKAGE, tmp_path / "xlm_ds", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     result = subprocess.run(
-        [sys.executable, "-c", "import xlm_ds"],
+        [sys.executable, "-S", "-c", "import xlm_ds"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

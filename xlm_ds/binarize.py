@@ -139,7 +139,7 @@ def tell(text: Text, counts: Counts | None) -> None:
         return
     logger.info(f"[{text.language}] {text}: {summary(counts)}")
     if counts.unknown > MANY_UNKNOWN * counts.tokens:
-        logger.info(
+        logger.warning(
             f"{text}: many words are not in the dictionary; was the text split with the codes that "
             "the dictionary was counted with?"
         )
@@ -248,6 +248,11 @@ def dictionary_of(config: BinarizeConfig, words: Counter[str]) -> Dictionary:
             # After the padding, so that the model has no more rows than asked for.
             found = found.truncated(config.max_vocab)
     symbols = found.symbols[len(SPECIAL_SYMBOLS) :]
+    if 2 * sum(" " in symbol for symbol in symbols) > len(symbols):  # which no word of a text has
+        raise InputError(
+            f"{config.srcdict}: most of its rows have a blank within the symbol, as codes have; give the vocabulary "
+            "(of prepare: D/vocab_mlm)"
+        )
     if not any(config.srcdict or symbol in words for symbol in symbols):  # the padding's are none
         raise InputError(
             f"{config.srcdict or 'the training text'}: gives a dictionary without a single word"
