@@ -158,7 +158,8 @@ def test_what_is_drawn_is_what_was_measured(tmp_path: Path) -> None:
     titles = [chart.title for chart in report.charts_of(run)]
     assert titles == [
         "Loss at <mask> (dots: validation, dotted: unigram level) over updates",
-        "The same over hours", "Retrieval, margin", "Learning rate", "Norm of the gradient",
+        "The same over hours", "Validation below the unigram level (at 0 no context is used)",
+        "Retrieval, margin", "Learning rate", "Norm of the gradient",
         "Tokens per second", "Where the time goes",
     ]  # fmt: skip
 
@@ -335,4 +336,4 @@ def test_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     assert found["least"] >= 4.5  # WCAG 2.1, AA
     assert (sum(found["page"]) < 200) == dark
     assert found["smallest"] >= 8  # CSS pixels
-    assert found["charts"] == 16
+    assert found["charts"] == 18

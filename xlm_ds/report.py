@@ -163,6 +163,7 @@ def charts_of(run: RunFolder) -> list[Chart]:
     charts = [
         *drawn(f"{what_is_drawn(run)} over updates", by_update, "bits", "update", perplexity=True),
         *drawn("The same over hours", by_hour, "bits", "hours of computing", perplexity=True),
+        *drawn(BELOW, per_name(run, "below_unigram_per_language"), "% of perplexity", "update"),
         *drawn("Accuracy in validation", per_name(run, "accuracy_per_language"), "%", "update"),
         *drawn("Retrieval, margin", per_name(run, "margin", kind="retrieve"), "%", "update"),
     ]
@@ -185,6 +186,7 @@ def _hour(run: RunFolder, record: Record) -> float:
 
 
 AT_MASK = "loss_at_mask_per_language"
+BELOW = "Validation below the unigram level (at 0 no context is used)"
 
 
 def loss_key(run: RunFolder) -> str:
@@ -286,8 +288,14 @@ def _bits(perplexity: Any) -> Any:
 
 
 def _round_perplexities(bits: tuple[float, float]) -> list[float]:
-    steps = [m * 10.0**e for e in range(7) for m in (1, 2, 5)]
-    return [value for value in steps if bits[0] <= math.log2(value) <= bits[1]][-6:]
+    """Six at most, and where the axis has room for three of some kind, no fewer."""
+    found: list[float] = []
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [n / 10 for n in range(10, 100)]):
+        steps = [m * 10.0**e for e in range(7) for m in digits]
+        found = [value for value in steps if bits[0] <= math.log2(value) <= bits[1]]
+        if len(found) > 2:
+            break
+    return found[:: math.ceil(len(found) / 6) or 1]
 
 
 def _chart(title: str, draw: Callable[["Axes"], None], unit: str, x: str) -> Chart:
@@ -483,19 +491,25 @@ def _shown(value: Any) -> str:
 
 
 def picture(run: RunFolder, output: Path) -> None:
-    """The loss alone, for a README or a paper; its kind by the name's end."""
-    figure = _figure(9, 5)
-    axes = figure.subplots()
-    for line in loss_lines(run, _update):
-        if line.points:
-            x_y = zip(*line.points, strict=True)
-            axes.plot(*x_y, line.style, color=line.colour, label=line.label or None, markersize=4)
-    axes.set_title(what_is_drawn(run))
-    axes.set_xlabel("update")
-    axes.set_ylabel("bits")
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend(ncols=2)
-    figure.savefig(output, dpi=120)
+    """The losses and nothing else, for a README or a paper; its kind by the name's end."""
+    panels = [(what_is_drawn(run), "bits", loss_lines(run, _update))]
+    if below := per_name(run, "below_unigram_per_language"):
+        panels.append((BELOW, "% of perplexity", below))
+    figure = _figure(5.5 * len(panels), 4)
+    for axes, (title, unit, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for line in lines:
+            if line.points:
+                x_y = zip(*line.points, strict=True)
+                label = line.label or None
+                axes.plot(*x_y, line.style, color=line.colour, label=label, markersize=3)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("update")
+        axes.set_ylabel(unit)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(ncols=2)
+    figure.savefig(output, dpi=120, metadata={"Date": None} if output.suffix == ".svg" else None)
 
 
 def write(config: ReportConfig, output: Path) -> bool:
