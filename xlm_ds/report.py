@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,28 +18,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xlm_ds import __version__
 from xlm_ds.config import ReportConfig
 from xlm_ds.files import load_json_object, replacing
 from xlm_ds.flags import parse
-from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
-from xlm_ds.order import mixed_weights
-from xlm_ds.run_folder import Record, RunFolder, read_run
+from xlm_ds.log import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    InputError,
+    logger,
+    run_stage,
+    sentence_of,
+    silent,
+)
+from xlm_ds.order import Order, build_order
+from xlm_ds.run_folder import RunFolder, read_run
 from xlm_ds.steps import Steps
+from xlm_ds.streams import stored_split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PICTURES = (".png", ".pdf", ".svg")
-WATCH_SECONDS = 30.0
+WATCH_SECONDS = 30
+FOR_GOOD = (
+    EXIT_OK,
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+)  # supervise starts a run again that ended otherwise
+_ID = re.compile(r'\bid="|url\(#|href="#')
+LARGEST = 500.0  # bits, of what is drawn beside its perplexity
 COLOURS = (
     *("#3b82c4", "#e07b39", "#3a9d5d", "#d1495b", "#8d6cc3"),
     *("#a9743a", "#d66fae", "#2fa8b5", "#b5a642", "#6b8e23"),
 )
 OTHERS = "#8a8f98"  # the colour of more streams than there are colours
-_INK = "#012345"  # stands for the page's own text colour, light or dark
+_INK, _CARD = (
+    "#012345",
+    "#012346",
+)  # stand for the page's own colours of text and cards, light or dark
 
 Point = tuple[float, float]
 
@@ -76,7 +98,7 @@ class Part:
 # ------------------------------------------------------------------------------------------- page
 
 
-def page(runs: Sequence[RunFolder], *, refresh: float | None = None) -> str:
+def page(runs: Sequence[RunFolder], *, refresh: int | None = None) -> str:
     """The HTML; `refresh`: seconds after which a browser loads it again."""
     import jinja2
 
@@ -85,36 +107,49 @@ def page(runs: Sequence[RunFolder], *, refresh: float | None = None) -> str:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    parts = [comparison(runs)] if len(runs) > 1 else []
-    parts += [part_of(run) for run in runs]
-    names = " and ".join(run.name for run in runs)
+    names = names_of(runs)
+    parts = [comparison(runs, names)] if len(runs) > 1 else []
+    parts += [part_of(run, name) for run, name in zip(runs, names, strict=True)]
     return environment.get_template("report.html").render(
-        title=names,
-        parts=parts,
+        title=" and ".join(names),
+        parts=[with_own_ids(part, number) for number, part in enumerate(parts)],
         refresh=refresh,
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
 
 
-def comparison(runs: Sequence[RunFolder]) -> Part:
-    """Of several runs: their validation in one picture, and where their configurations differ."""
-    colours = colours_of([str(number) for number in range(len(runs))])
-    by_update, by_hour = (
-        [
-            Line(
-                run.name,
-                [(x(run, r), r["loss"]) for r in run.of("valid")],
-                colours[str(number)],
-                "o-",
-            )
-            for number, run in enumerate(runs)
-        ]
-        for x in (_update, _hour)
-    )
+def with_own_ids(part: Part, number: int) -> Part:
+    """matplotlib gives the parts of every picture the same ids, of which a page may have one each."""
     charts = [
-        *drawn("Validation loss over updates", by_update, "bits", "update"),
-        *drawn("Validation loss over hours", by_hour, "bits", "hours of computing"),
+        chart._replace(svg=_ID.sub(rf"\g<0>c{number}-{place}-", chart.svg))
+        for place, chart in enumerate(part.charts)
+    ]
+    return dataclasses.replace(part, charts=charts)
+
+
+def names_of(runs: Sequence[RunFolder]) -> list[str]:
+    """The names of their folders, with as many above them as tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(of_run[-depth:]) for of_run in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def comparison(runs: Sequence[RunFolder], names: Sequence[str]) -> Part:
+    """Of several runs: their validation in one picture, and where their configurations differ."""
+    charts = [
+        *drawn(Drawing("Validation loss over updates", valid_lines(runs, names), "bits")),
+        *drawn(
+            Drawing(
+                "Validation loss over hours",
+                valid_lines(runs, names, by_hour=True),
+                "bits",
+                "hours of computing",
+            )
+        ),
     ]
     keys = sorted({key for run in runs for key in run.configuration})
     values = {key: [run.configuration.get(key, "not given") for run in runs] for key in keys}
@@ -128,7 +163,7 @@ def comparison(runs: Sequence[RunFolder]) -> Part:
         ["update", *(str(r[0]["update"]) if r else "none" for r in last)],
         ["validation loss, bits", *(f"{r[0]['loss']:.3f}" if r else "none" for r in last)],
     ]
-    heads = ["", *(run.name for run in runs)]
+    heads = ["", *names]
     tables = [
         Table("Last validation", heads, figures),
         Table("Different in their configurations", heads, rows, "" if rows else "nothing"),
@@ -136,7 +171,26 @@ def comparison(runs: Sequence[RunFolder]) -> Part:
     return Part("Comparison", "", charts, tables)
 
 
-def part_of(run: RunFolder) -> Part:
+def valid_lines(
+    runs: Sequence[RunFolder], names: Sequence[str], *, by_hour: bool = False
+) -> list[Line]:
+    """The validation losses of each run."""
+    colours = [COLOURS[n] if n < len(COLOURS) else OTHERS for n in range(len(runs))]
+    return [
+        Line(
+            name,
+            [
+                (run.hours_at(r["update"]) if by_hour else r["update"], r["loss"])
+                for r in run.of("valid")
+            ],
+            colour,
+            "o-",
+        )
+        for run, name, colour in zip(runs, names, colours, strict=True)
+    ]
+
+
+def part_of(run: RunFolder, name: str) -> Part:
     tables = [
         *validation_table(run),
         *test_tables(run),
@@ -144,49 +198,59 @@ def part_of(run: RunFolder) -> Part:
         *data_table(run),
         *configuration_table(run),
     ]
-    return Part(run.name, state_of(run), charts_of(run), tables, run.events)
+    return Part(name, state_of(run), charts_of(run), tables, run.events)
 
 
 def state_of(run: RunFolder) -> str:
     update = max((r["update"] for r in run.records), default=0)
-    ended = f"{run.ended['what']}" if run.ended else "going on, or ended without a word"
+    ended = run.ended.get("what", "going on, or ended without a word")
     hours = run.hours_at(update)
-    return f"update {update:,}, {hours:.2f} hours of computing; {ended}"
+    return f"{run.folder}: update {update:,}, {hours:.2f} hours of computing; {ended}"
 
 
 # ----------------------------------------------------------------------------------------- charts
 
 
-def charts_of(run: RunFolder) -> list[Chart]:
+class Drawing(NamedTuple):
+    """What a chart is made of."""
+
+    title: str
+    lines: Sequence[Line]
+    unit: str
+    x: str = "update"
+    perplexity: bool = False
+
+
+def drawings_of(run: RunFolder) -> list[Drawing]:
     train = run.of("train")
-    by_update, by_hour = loss_lines(run, _update), loss_lines(run, _hour)
-    charts = [
-        *drawn(f"{what_is_drawn(run)} over updates", by_update, "bits", "update", perplexity=True),
-        *drawn("The same over hours", by_hour, "bits", "hours of computing", perplexity=True),
-        *drawn(BELOW, per_name(run, "below_unigram_per_language"), "% of perplexity", "update"),
-        *drawn("Accuracy in validation", per_name(run, "accuracy_per_language"), "%", "update"),
-        *drawn("Retrieval, margin", per_name(run, "margin", kind="retrieve"), "%", "update"),
-    ]
-    for title, key, unit in (
-        ("Learning rate", "lr", ""),
-        ("Norm of the gradient", "gradient_norm", ""),
-        ("Tokens per second", "tokens_per_second", ""),
-    ):
-        points = [(_update(run, r), r[key]) for r in train if key in r]
-        charts += drawn(title, [Line("", points, COLOURS[0])], unit, "update")
+    what = what_is_drawn(run)
+    return [
+        Drawing(f"{what} over updates", loss_lines(run, float), "bits", perplexity=True),
+        Drawing(
+            "The same over hours", loss_lines(run, run.hours_at), "bits", "hours of computing", perplexity=True
+        ),
+        Drawing(BELOW, per_name(run, "below_unigram_per_language"), "% of perplexity"),
+        Drawing("Accuracy in validation", per_name(run, "accuracy_per_language"), "%"),
+        Drawing("Retrieval, margin", per_name(run, "margin", kind="retrieve"), "%"),
+        *(
+            Drawing(title, [Line("", [(r["update"], r[key]) for r in train if key in r], COLOURS[0])], "")
+            for title, key in (
+                ("Learning rate", "lr"),
+                ("Norm of the gradient", "gradient_norm"),
+                ("Tokens per second", "tokens_per_second"),
+                ("Skipped updates so far", "skipped_updates"),
+            )
+        ),
+    ]  # fmt: skip
+
+
+def charts_of(run: RunFolder) -> list[Chart]:
+    charts = [chart for drawing in drawings_of(run) for chart in drawn(drawing)]
     return charts + time_chart(run)
 
 
-def _update(run: RunFolder, record: Record) -> float:  # noqa: ARG001
-    return float(record["update"])
-
-
-def _hour(run: RunFolder, record: Record) -> float:
-    return run.hours_at(record["update"])
-
-
 AT_MASK = "loss_at_mask_per_language"
-BELOW = "Validation below the unigram level (at 0 no context is used)"
+BELOW = "Validation below the unigram level"
 
 
 def loss_key(run: RunFolder) -> str:
@@ -200,16 +264,18 @@ def what_is_drawn(run: RunFolder) -> str:
     return "Loss (dots: validation)"
 
 
-def loss_lines(run: RunFolder, x: Callable[[RunFolder, Record], float]) -> list[Line]:
-    """Of each language training as a line, validation as dots, and dotted its own unigram level."""
+def loss_lines(run: RunFolder, x: Callable[[int], float]) -> list[Line]:
+    """Of each language training as a line, validation as dots, and dotted its own unigram level; `x` of an update."""
     key = loss_key(run)
     lines: list[Line] = []
     for name, colour in colours_of(run.streams()).items():
         for kind, style in (("train", "-"), ("valid", "o")):
-            points = [(x(run, r), r[key][name]) for r in run.of(kind) if name in r.get(key, ())]
+            points = [
+                (x(r["update"]), r[key][name]) for r in run.of(kind) if name in r.get(key, ())
+            ]
             lines.append(Line(name if kind == "train" else "", points, colour, style))
         levels = [
-            (x(run, r), level)
+            (x(r["update"]), level)
             for r in run.of("train")
             if (level := run.unigram_level(r, name)) is not None
         ]
@@ -227,56 +293,86 @@ def per_name(run: RunFolder, key: str, kind: str = "valid") -> list[Line]:
     ]
 
 
-def time_chart(run: RunFolder) -> list[Chart]:
+def time_shares(run: RunFolder) -> dict[str, list[Point]]:
+    """By what it went to: percent of the wall time of each line of training."""
     lines = [r for r in run.of("train") if sum(r.get("seconds", {}).values()) > 0]
-    if not lines:
+    return {
+        kind: [
+            (r["update"], 100 * r["seconds"].get(kind, 0.0) / sum(r["seconds"].values()))
+            for r in lines
+        ]
+        for kind in (lines[0]["seconds"] if lines else ())
+    }
+
+
+def time_chart(run: RunFolder) -> list[Chart]:
+    shares = time_shares(run)
+    if not shares:
         return []
-    kinds = list(lines[0]["seconds"])
-    shares = [
-        [100 * r["seconds"].get(kind, 0.0) / sum(r["seconds"].values()) for r in lines]
-        for kind in kinds
-    ]
+    updates, *_ = ([x for x, _ in points] for points in shares.values())
+    heights = [[y for _, y in points] for points in shares.values()]
+    if len(updates) == 1:  # which would be an area without a width
+        updates, heights = [0.0, *updates], [[y, y] for (y,) in heights]
 
     def draw(axes: "Axes") -> None:
-        axes.stackplot([r["update"] for r in lines], shares, labels=kinds, colors=COLOURS)
+        axes.stackplot(updates, heights, labels=list(shares), colors=COLOURS)
         axes.set_ylim(0, 100)
-        axes.legend(ncols=2, loc="lower left", framealpha=0.6)
+        figure = axes.figure
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
 
     return [_chart("Where the time goes", draw, "% of wall time", "update")]
 
 
-def drawn(
-    title: str, lines: Sequence[Line], unit: str, x: str, *, perplexity: bool = False
-) -> list[Chart]:
+def drawn(drawing: Drawing) -> list[Chart]:
     """A chart of the lines that have points, or none."""
-    there = [line for line in lines if line.points]
-    if not there:
+    lines = shown_lines(drawing)
+    if not lines:
         return []
 
     def draw(axes: "Axes") -> None:
-        for line in there:
-            axes.plot(
-                *zip(*line.points, strict=True),
-                line.style,
-                color=line.colour,
-                label=line.label or None,
-                linewidth=1.2,
-                markersize=3,
-            )
-        named = [line.label for line in there if line.label]
-        if named:
-            axes.legend(
-                ncols=2 if len(named) < 12 else 3,
-                fontsize=7 if len(named) > 12 else 8,
-                framealpha=0.6,
-            )
-        if perplexity:
+        _plot(axes, lines)
+        if drawing.perplexity:
             right = axes.secondary_yaxis("right", functions=(_perplexity, _bits))
             right.set_ylabel("perplexity", color=_INK)
             right.tick_params(colors=_INK)
+            right.spines["right"].set_color(_INK)
+            right.spines["right"].set_alpha(0.4)
             right.set_yticks(_round_perplexities(axes.get_ylim()))
 
-    return [_chart(title, draw, unit, x)]
+    return [_chart(drawing.title, draw, drawing.unit, drawing.x)]
+
+
+def shown_lines(drawing: Drawing) -> list[Line]:
+    """Those with points, without what a run that has diverged writes: NaN, and bits whose perplexity overflows."""
+    most = LARGEST if drawing.unit == "bits" else math.inf
+    lines = [
+        line._replace(points=[(x, y) for x, y in line.points if abs(y) < most])
+        for line in drawing.lines
+    ]
+    return [line for line in lines if line.points]
+
+
+def _plot(axes: "Axes", lines: Sequence[Line]) -> None:
+    """With a legend of those that have a colour of their own; the others are one entry."""
+    others = len({line.label for line in lines if line.label and line.colour == OTHERS})
+    for line in lines:
+        label = line.label
+        if label and line.colour == OTHERS:
+            label, others = (f"{others} others" if others else ""), 0
+        style = (
+            "o" if len(line.points) == 1 and line.style == "-" else line.style
+        )  # else nothing is seen
+        x_y = zip(*line.points, strict=True)
+        axes.plot(
+            *x_y, style, color=line.colour, label=_as_text(label), linewidth=1.2, markersize=3
+        )
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(ncols=2, fontsize=8)
+
+
+def _as_text(label: str) -> str | None:
+    """matplotlib reads $…$ as a formula, and leaves out what begins with _."""
+    return label.replace("$", r"\$").replace("_", " _", int(label.startswith("_"))) or None
 
 
 def _perplexity(bits: Any) -> Any:
@@ -306,7 +402,9 @@ def _chart(title: str, draw: Callable[["Axes"], None], unit: str, x: str) -> Cha
     with io.StringIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         svg = file.getvalue()
-    return Chart(title, svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+    return Chart(
+        title, svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_CARD, "var(--card)")
+    )
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -323,11 +421,10 @@ def _label(axes: "Axes", unit: str, x: str) -> None:
     axes.set_ylabel(unit, color=_INK)
     axes.tick_params(colors=_INK)
     axes.grid(visible=True, color=_INK, alpha=0.15)
-    legend = axes.get_legend()
-    for text in legend.get_texts() if legend else ():
-        text.set_color(_INK)
-    if legend:
-        legend.get_frame().set_facecolor("none")
+    for legend in filter(None, (axes.get_legend(), *axes.figure.legends)):
+        legend.get_frame().set(facecolor=_CARD, alpha=0.8)
+        for text in legend.get_texts():
+            text.set_color(_INK)
     for spine in axes.spines.values():
         spine.set_color(_INK)
         spine.set_alpha(0.4)
@@ -353,11 +450,12 @@ def validation_table(run: RunFolder) -> list[Table]:
         values = [
             (r["loss_per_language"][name], r["update"])
             for r in records
-            if name in r["loss_per_language"]
+            if math.isfinite(r["loss_per_language"].get(name, math.nan))
         ]
-        best, update = min(values)
+        best, update = min(values, default=(math.nan, 0))
         bits = last["loss_per_language"][name]
-        row = [name, f"{bits:.3f}", f"{2**bits:.1f}", f"{best:.3f}", f"{update:,}"]
+        perplexity = f"{2**bits:.1f}" if not bits > LARGEST else f"2^{bits:.0f}"
+        row = [name, f"{bits:.3f}", perplexity, f"{best:.3f}", f"{update:,}"]
         if "accuracy_per_language" in last:
             row.append(f"{last['accuracy_per_language'][name]:.1f}")
         if AT_MASK in last:
@@ -371,7 +469,9 @@ def validation_table(run: RunFolder) -> list[Table]:
     if AT_MASK in last:
         head += ["bits at <mask>", "below unigram level, %"]
     if "below_unigram" in last:
-        note += f", {last['below_unigram']:.1f} % of perplexity below the unigram level"
+        below = last["below_unigram"]
+        side = "below" if below >= 0 else "above"
+        note += f", {abs(below):.1f} % of perplexity {side} the unigram level"
     return [Table("Validation", head, rows, note)]
 
 
@@ -425,53 +525,69 @@ def data_table(run: RunFolder) -> list[Table]:
     configuration = run.configuration
     if not blocks or "sampling_alpha" not in configuration:
         return []
-    samples = run.manifest["progress"]["samples"]
-    shares = drawn_shares(blocks, configuration, samples)
-    total = sum(blocks.values())
+    samples = run.manifest.get("progress", {}).get("samples", 0)
+    languages = [name for name in blocks if name in configuration["monolingual_langs"]]
+    names = [*languages, *(name for name in blocks if name not in languages)]
+    order = order_of(blocks, names[len(languages) :], configuration)
+    shares, passes = order.probabilities(samples), samples_drawn(order, samples)
+    total, data = sum(blocks.values()), Path(configuration["data"])
     rows = []
-    for name, count in blocks.items():
-        tokens, unknown = _tokens_of(Path(configuration["data"]), _pairs_of(name, configuration))
+    for number, name in enumerate(names):
+        count = blocks[name]
+        tokens, unknown = _tokens_of(data, _pairs_of(data, name, configuration))
         rows.append([
             name, f"{count:,}", f"{tokens:,}" if tokens else "not known",
             f"{100 * unknown / tokens:.2f}" if tokens else "not known",
-            f"{100 * count / total:.1f}", f"{100 * shares[name]:.1f}", f"{samples * shares[name] / count:.2f}",
+            f"{100 * count / total:.1f}", f"{100 * shares[number]:.1f}", f"{passes[number] / count:.2f}",
         ])  # fmt: skip
     head = ["", "blocks or pairs", "tokens", "unknown %", "natural share %", "drawn %", "passes"]
-    return [Table("Data", head, rows, f"after {samples:,} samples; shares are of blocks and pairs")]
+    note = (
+        f"after {samples:,} samples; shares are of blocks and pairs, that drawn is the present one"
+    )
+    if not data.is_dir():
+        note += f"; tokens are not known, as {data} is not there from here"
+    return [Table("Data", head, rows, note)]
 
 
-def drawn_shares(
-    blocks: Mapping[str, int], configuration: Mapping[str, Any], sample: int
-) -> dict[str, float]:
-    """The share of the samples around `sample` that each stream is drawn with."""
+def order_of(
+    blocks: Mapping[str, int], pairs: Sequence[str], configuration: Mapping[str, Any]
+) -> Order:
+    """The run's, but for the seed."""
     alpha = configuration["sampling_alpha"]
-    value = alpha if isinstance(alpha, int | float) else Steps.parse(alpha).at(sample)
-    languages = [name for name in blocks if name in configuration["monolingual_langs"]]
-    pairs = [name for name in blocks if name not in languages]
-    weights = mixed_weights(
-        [blocks[name] for name in languages],
-        [blocks[name] for name in pairs],
-        alpha=value,
+    return build_order(
+        [count for name, count in blocks.items() if name not in pairs],
+        alpha=alpha if isinstance(alpha, int | float) else Steps.parse(alpha),
+        seed=0,
+        pair_blocks=[blocks[name] for name in pairs],
         tlm_share=configuration["tlm_share"],
     )
-    return {name: w / sum(weights) for name, w in zip([*languages, *pairs], weights, strict=True)}
 
 
-def _pairs_of(stream: str, configuration: Mapping[str, Any]) -> list[str]:
-    """The files of a stream: en, or ar-en.ar and ar-en.en."""
+def samples_drawn(order: Order, samples: int) -> NDArray[np.float64]:
+    """Of the first `samples`, those of each stream, (S,)."""
+    starts = [segment.first_sample for segment in order.segments]
+    counts = np.diff(np.minimum([*starts, max(samples, starts[-1])], samples))
+    drawn: NDArray[np.float64] = sum(
+        (n * order.probabilities(start) for n, start in zip(counts, starts, strict=True)),
+        np.zeros(len(order.blocks)),
+    )
+    return drawn
+
+
+def _pairs_of(data: Path, stream: str, configuration: Mapping[str, Any]) -> list[str]:
+    """The files of a stream: train.en, or train.ar-en.ar and train.ar-en.en."""
     languages = configuration["monolingual_langs"]
     if stream in languages:
-        return [stream]
-    sides = itertools.permutations(languages, 2)
-    one, other = next((a, b) for a, b in sides if f"{a}-{b}" == stream)
-    return [f"{stream}.{one}", f"{stream}.{other}"]
+        return [f"train.{stream}"]
+    sides = next(p for p in itertools.permutations(languages, 2) if "-".join(p) == stream)
+    return [f"{stored_split(data, 'train', sides)}.{language}" for language in sides]
 
 
 def _tokens_of(data: Path, names: Iterable[str]) -> tuple[int, int]:
     """Tokens and unknown ones, of the records beside the pairs; (0, 0) where the data is not there."""
     records = []
     for name in names:
-        path = data / f"train.{name}.json"
+        path = data / f"{name}.json"
         if not path.exists():
             return 0, 0
         records.append(load_json_object(path))
@@ -480,7 +596,7 @@ def _tokens_of(data: Path, names: Iterable[str]) -> tuple[int, int]:
 
 def configuration_table(run: RunFolder) -> list[Table]:
     rows = [[key, _shown(value)] for key, value in run.configuration.items()]
-    return [Table("Configuration", ["", ""], rows)] if rows else []
+    return [Table("Configuration", ["flag", "value"], rows)] if rows else []
 
 
 def _shown(value: Any) -> str:
@@ -492,58 +608,76 @@ def _shown(value: Any) -> str:
 
 def picture(run: RunFolder, output: Path) -> None:
     """The losses and nothing else, for a README or a paper; its kind by the name's end."""
-    panels = [(what_is_drawn(run), "bits", loss_lines(run, _update))]
-    if below := per_name(run, "below_unigram_per_language"):
-        panels.append((BELOW, "% of perplexity", below))
-    figure = _figure(5.5 * len(panels), 4)
-    for axes, (title, unit, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        for line in lines:
-            if line.points:
-                x_y = zip(*line.points, strict=True)
-                label = line.label or None
-                axes.plot(*x_y, line.style, color=line.colour, label=label, markersize=3)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("update")
-        axes.set_ylabel(unit)
+    drawings = drawings_of(run)
+    there = [d for d in (drawings[0], drawings[2]) if shown_lines(d)]
+    if not there:
+        raise InputError(f"{run.folder}: has no losses to draw yet")
+    figure = _figure(5.5 * len(there), 4)
+    panels = figure.subplots(1, len(there), squeeze=False)[0]
+    for axes, drawing in zip(panels, there, strict=True):
+        _plot(axes, shown_lines(drawing))
+        axes.set_title(drawing.title, fontsize=9)
+        axes.set_xlabel(drawing.x)
+        axes.set_ylabel(drawing.unit)
         axes.grid(visible=True, alpha=0.3)
-        axes.legend(ncols=2)
-    figure.savefig(output, dpi=120, metadata={"Date": None} if output.suffix == ".svg" else None)
+    metadata = {"Date": None} if output.suffix == ".svg" else None
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format=output.suffix[1:], dpi=120, metadata=metadata)
 
 
 def write(config: ReportConfig, output: Path) -> bool:
-    """Writes the page or the picture; whether a run is still going."""
+    """Writes the page or the picture; whether a run is still going, or may be started again."""
     runs = [read_run(folder) for folder in config.runs]
+    goes_on = not all(run.ended.get("exit_code") in FOR_GOOD for run in runs)
     if output.suffix in PICTURES:
-        if len(runs) > 1:
-            raise InputError(
-                f"--output {output}: a picture is of one run; give a name that ends in .html"
-            )
         picture(runs[0], output)
     else:
-        html = page(runs, refresh=WATCH_SECONDS if config.watch else None)
+        html = page(runs, refresh=WATCH_SECONDS if config.watch and goes_on else None)
         with replacing(output) as temporary:
             temporary.write_text(html, encoding="utf-8")
-    return not all(run.ended for run in runs)
+    return goes_on
+
+
+def output_of(config: ReportConfig) -> Path:
+    """--output, or what stands for it; of several runs not the page of the first alone."""
+    name = "report.html" if len(config.runs) == 1 else "comparison.html"
+    output = config.output or config.runs[0] / name
+    if output.suffix not in (*PICTURES, ".html"):
+        raise InputError(
+            f"--output {output}: expected a name that ends in .html, {', '.join(PICTURES)}"
+        )
+    if output.suffix in PICTURES and len(config.runs) > 1:
+        raise InputError(
+            f"--output {output}: a picture is of one run; give a name that ends in .html"
+        )
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: not a file in a folder that is there")
+    return output
 
 
 def main(argv: Sequence[str]) -> int:
     config = parse(ReportConfig, argv, description=__doc__)
     if not config.runs:
         raise InputError("RUNS is missing: give the folder of a run, or of several")
-    output = config.output or config.runs[0] / "report.html"
-    if output.suffix not in (*PICTURES, ".html"):
-        raise InputError(
-            f"--output {output}: expected a name that ends in .html, {', '.join(PICTURES)}"
-        )
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"--output {output}: not a file in a folder that is there")
+    for folder in config.runs:
+        read_run(folder)  # what is no run is said before anything else
+    output = output_of(config)
     goes_on = write(config, output)
     logger.info(f"wrote {output}")
+    said = ""
     while config.watch and goes_on:
         time.sleep(WATCH_SECONDS)
-        goes_on = write(config, output)
+        try:
+            with silent():  # it has said of the files what there is to say
+                goes_on = write(config, output)
+            said = ""
+        except (
+            InputError,
+            OSError,
+        ) as error:  # a share that is away, a file that is being replaced
+            if sentence_of(error) != said:
+                said = sentence_of(error)
+                logger.warning(f"{said}; the page stays as it is")
     return EXIT_OK
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,9 @@ class RunFolder:
     records: tuple[Record, ...]
     configuration: Mapping[str, Any]  # of config.toml, its sections opened; {} if it is not there
     manifest: Mapping[str, Any]  # of the last checkpoint; {} if there is none
-    ended: Mapping[str, Any]  # of ended.json; {} while the run goes on
+    ended: Mapping[
+        str, Any
+    ]  # of ended.json; {} while the run goes on, or if it ended without a word
     events: tuple[Event, ...]
     tested: Mapping[
         str, Mapping[str, Any]
@@ -76,7 +78,7 @@ class RunFolder:
     def unigram_level(self, record: Record, name: str) -> float | None:
         """Of a language or pair: bits a token that shows the mask; None of a record that does not compare with it."""
         below = record.get("below_unigram_per_language", {}).get(name)
-        if below is None:
+        if below is None or below >= 100:  # percent
             return None
         level: float = record["loss_at_mask_per_language"][name] - math.log2(1 - below / 100)
         return level
@@ -85,14 +87,16 @@ class RunFolder:
 def read_run(folder: Path) -> RunFolder:
     """Raises InputError if it is not a run's folder."""
     last = folder / "checkpoint_last" / "manifest.json"
+    records = read_metrics(folder)
+    told = [*_events(folder / "train.log"), *_events(folder / "supervise.log")]
     return RunFolder(
         folder=folder,
-        records=tuple(read_metrics(folder)),
+        records=tuple(records),
         configuration=_configuration(folder / "config.toml"),
         manifest=load_json_object(last) if last.exists() else {},
         ended=load_json_object(folder / "ended.json") if (folder / "ended.json").exists() else {},
-        events=tuple(_events(folder / "train.log")),
-        tested={path.name: load_json_object(path) for path in _tests(folder)},
+        events=(*_skipped(records), *sorted(told, key=lambda event: event.time)),
+        tested=dict(_tests(folder)),
     )
 
 
@@ -102,7 +106,7 @@ def read_metrics(run: Path) -> list[Record]:
     if not path.exists():
         raise InputError(f"{path}: not found; give the --save-dir of a run")
     latest: dict[tuple[str, int], Record] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
             record = json.loads(line)
             latest[record["kind"], record["update"]] = record
@@ -115,20 +119,53 @@ def read_metrics(run: Path) -> list[Record]:
 def _configuration(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    return {key: value for section in load_toml(path).values() for key, value in section.items()}
+    sections = [section for section in load_toml(path).values() if isinstance(section, dict)]
+    return {key: value for section in sections for key, value in section.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    """A loss of power leaves bytes that are no text."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _events(log: Path) -> list[Event]:
-    """Begins, ends, resumptions, warnings and errors, the earliest first; the same line again counts once."""
+    """Begins, ends, resumptions, warnings and faults; the same again counts once."""
     if not log.exists():
         return []
-    found = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+    found: list[Event] = []
+    follows = False  # whether lines that are none of the log belong to the event before
+    for line in _lines(log):
         match = _LOG_LINE.fullmatch(line)
-        if match and (match[2] != "INFO" or _TOLD.match(match[3])):
-            found.append(Event(match[1], match[2].lower(), match[3]))
+        if match:
+            follows = match[2] != "INFO"
+            if follows or _TOLD.match(match[3]):
+                found.append(Event(match[1], match[2].lower(), match[3]))
+        elif follows and line.strip() and not line.startswith(" "):
+            # A fault has lines of its own, and of a traceback the last counts: those between begin with blanks.
+            said = found[-1].text.partition(": Traceback")[0].rstrip(":")
+            found[-1] = found[-1]._replace(text=f"{said}: {line}")
     return list(dict.fromkeys(found))
 
 
-def _tests(folder: Path) -> Sequence[Path]:
-    return sorted([*folder.glob("checkpoint*-*.json"), *folder.glob("test.json")])
+def _skipped(records: Sequence[Record]) -> Iterator[Event]:
+    """Lines of training by which more updates had been skipped than by the line before; they bear no time."""
+    before = 0
+    for record in records:
+        count = record.get("skipped_updates", 0) if record["kind"] == "train" else before
+        if count > before:
+            more = count - before
+            text = f"{more} skipped by update {record['update']:,}, as the gradient was not finite; {count} in all"
+            yield Event("", "warning", text)
+        before = max(before, count)
+
+
+def _tests(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted([*folder.glob("checkpoint*-*.json"), *folder.glob("test.json")]):
+        try:
+            content = load_json_object(path)
+            rows = [*content.get("scores", ()), *content.get("languages", {}).values()]
+            if not all("accuracy" in row for row in rows):
+                raise InputError(f"{path}: no scores of evaluate or finetune")
+            yield path.name, content
+        except (InputError, AttributeError, TypeError) as error:
+            logger.info(f"{path}: left out: {error}")
