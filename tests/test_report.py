@@ -162,7 +162,7 @@ def test_what_is_drawn_is_what_was_measured(tmp_path: Path) -> None:
     titles = [chart.title for chart in report.charts_of(run)]
     assert titles == [
         "Loss at <mask> (dots: validation, dotted: unigram level) over updates",
-        "The same over hours", "Validation below the unigram level",
+        "The same over hours", report.BELOW,
         "Retrieval, margin", "Learning rate", "Norm of the gradient",
         "Tokens per second", "Where the time goes",
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def test_other_charts_are_drawn_from_the_records_too(tmp_path: Path) -> None:
 
     hours = [(run.hours_at(update), 9) for update in (10, 20, 30)]
     assert drawn["The same over hours"].lines[0].points == hours
-    below = points("Validation below the unigram level")
+    below = points(report.BELOW)
     assert below == {"ar": [(10, 12.5), (20, 12.5), (30, 12.5)]}
     assert points("Retrieval, margin") == {"de-en": [(30, 20.5)], "en-de": [(30, 21.25)]}
     assert points("Learning rate") == {"": [(10, 1e-3), (20, 1e-3), (30, 1e-3)]}

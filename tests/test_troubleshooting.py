@@ -6,7 +6,7 @@ An error is read from the source that raises it: its literal words, with … for
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/troubleshooting.md"
 
-RAISED = ("InputError", "Fault", "LaterFormat", "ImportError")
+RAISED = ("InputError", "Fault", "LaterFormat", "ImportError", "OSError", "self._refuse")
+VALUES_OF_FLAGS = ("steps.py", "digests.py")  # whose ValueErrors become part of a sentence
 VARIES = "…"
 LEAST_LETTERS = 8  # a template with fewer says nothing by itself
 # An entry is a bullet that begins with the error as code; what it says of it follows, indented.
@@ -76,7 +77,8 @@ def entries_of_page() -> Iterator[str]:
 def errors_raised() -> Iterator[tuple[str, str]]:
     """(where, template) of each, but for those whose words are all computed."""
     for path in sorted((ROOT / "xlm_ds").glob("*.py")):
-        for line, template in errors_in_python(path.read_text(encoding="utf-8")):
+        raised = (*RAISED, "ValueError") if path.name in VALUES_OF_FLAGS else RAISED
+        for line, template in errors_in_python(path.read_text(encoding="utf-8"), raised):
             yield f"{path.name}:{line}", template
     for path in sorted((ROOT / "csrc").rglob("*.?pp")):
         if "tests" not in path.parts:
@@ -84,10 +86,11 @@ def errors_raised() -> Iterator[tuple[str, str]]:
                 yield f"{path.name}:{line}", template
 
 
-def errors_in_python(source: str) -> Iterator[tuple[int, str]]:
+def errors_in_python(source: str, raised: Sequence[str] = RAISED) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in RAISED:
-            template = joined(template_of(node.args[0]))
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in raised:
+            before = VARIES if ast.unparse(node.func) in ("self._refuse", "ValueError") else ""
+            template = joined(before + template_of(node.args[0]))
             if len(re.findall("[a-z]", template)) >= LEAST_LETTERS:
                 yield node.lineno, template
 

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -381,11 +381,15 @@ def find_checkpoint(save_dir: Path, restore_file: str) -> Path | None:
             f"--restore-file {latest}, or give another --save-dir"
         )
     if (save_dir / LAST).is_symlink():
-        raise InputError(
-            f"{save_dir / LAST}: points at {(save_dir / LAST).readlink()}, which is gone; bring it back, or give "
-            "another --save-dir"
-        )
+        refuse_lost_link(save_dir)
     return None
+
+
+def refuse_lost_link(save_dir: Path) -> NoReturn:
+    raise InputError(
+        f"{save_dir / LAST}: points at {(save_dir / LAST).readlink()}, which is gone; bring it back, or give another "
+        "--save-dir"
+    )
 
 
 class LaterFormat(InputError):
@@ -595,7 +599,7 @@ def _candidates(save_dir: Path, restore_file: str) -> list[Path]:
         path for before, path in reversed(_folders(save_dir)) if before < update or update == 0
     ]
     if lost and not earlier:
-        find_checkpoint(save_dir, restore_file)  # says so
+        refuse_lost_link(save_dir)
     return [found, *sorted(earlier, key=lambda path: os.path.realpath(path) != previous)]
 
 

@@ -43,7 +43,7 @@ from xlm_ds.devices import GIB, GPUS, Device, this_cpu
 from xlm_ds.dictionary import Dictionary
 from xlm_ds.flags import parse
 from xlm_ds.geometry import batch_geometry, rows_that_fit
-from xlm_ds.log import EXIT_OK, InputError, run_stage
+from xlm_ds.log import EXIT_OK, InputError, logger, run_stage
 from xlm_ds.peer_flags import TRAIN_FLAGS
 from xlm_ds.streams import choose, open_streams
 
@@ -530,6 +530,7 @@ def read_facts(config: PlanConfig) -> Facts:
     if folder is not None and not folder.is_dir():
         if config.vocab_size is None:
             raise InputError(f"{folder}: no such folder; give what binarize wrote, or --vocab-size")
+        logger.info(f"{folder}: is not there; planned by --vocab-size and --languages")
         folder = None
     choice = choose(config.data.monolingual_langs, config.data.mlm_steps, folder)
     if folder is None:

@@ -250,7 +250,7 @@ def charts_of(run: RunFolder) -> list[Chart]:
 
 
 AT_MASK = "loss_at_mask_per_language"
-BELOW = "Validation below the unigram level"
+BELOW = "Validation below the unigram level (of frequencies of words alone)"
 
 
 def loss_key(run: RunFolder) -> str:

@@ -165,7 +165,7 @@ def _tests(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             content = load_json_object(path)
             rows = [*content.get("scores", ()), *content.get("languages", {}).values()]
             if not all("accuracy" in row for row in rows):
-                raise InputError(f"{path}: no scores of evaluate or finetune")
+                raise ValueError("no scores of evaluate or finetune")
             yield path.name, content
-        except (InputError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:  # InputError is a ValueError
             logger.info(f"{path}: left out: {error}")
