@@ -44,7 +44,7 @@ def test_it_reads_as_documented() -> None:
 
 
 def test_updates_are_no_sample_numbers() -> None:
-    with pytest.raises(ValueError, match="counts updates; call in_samples first"):
+    with pytest.raises(RuntimeError, match="counts updates; call in_samples first"):
         Steps.parse("0.7@0,0.5@100").at(0)
 
 

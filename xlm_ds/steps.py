@@ -75,7 +75,7 @@ class Steps(NamedTuple):
 
     @property
     def segments(self) -> list[tuple[int, float]]:
-        """(first sample, value). Raises ValueError if updates have not become samples."""
+        """(first sample, value). Raises RuntimeError if updates have not become samples."""
         if len(self.values) > 1 and not self.counts_samples:
             raise RuntimeError(f"{self} counts updates; call in_samples first")
         return list(zip(self.starts, self.values, strict=True))
