@@ -92,7 +92,7 @@ DEMO := demo
 DEMO_LANGS := ar,de,en,fr,hi
 DEMO_TEXT := tests/data/demo
 DEMO_CONFIG := docs/demo.toml
-DEMO_PORT := 29500  # as deepspeed
+DEMO_PORT := 29500
 STAGE := $(BIN)/python -m xlm_ds
 
 demo: $(DEMO)/report.html
