@@ -74,6 +74,7 @@ def write_run(folder: Path, records: list[dict[str, Any]] | None = None, **setti
     (folder / "ended.json").write_text('{"exit_code": 0, "what": "done"}', encoding="utf-8")
     scores = [{
         "language": "ar", "masked_tokens": 1234, "loss": 7.125, "perplexity": 139.6, "accuracy": 12.345,
+        "perplexity_at_mask": 160.25,
         "unigram_perplexity": 800.5, "below_unigram": 80.25,
     }]  # fmt: skip
     (folder / "checkpoint_best-test.json").write_text(
@@ -132,7 +133,7 @@ def test_the_numbers_are_the_files(tmp_path: Path) -> None:
     ]
     assert tables["Retrieval"][1:] == [["de-en", "10.2", "20.5"], ["en-de", "11.5", "21.2"]]
     assert tables["Evaluation: checkpoint_best-test.json"][1] == [
-        *("ar", "1,234", "7.125", "139.6", "12.35", "800.5", "80.2"),
+        *("ar", "1,234", "7.125", "139.6", "12.35", "160.2", "800.5", "80.2"),
     ]
     drawn = {"ar": 50.0, "de": 25.0, "de-en": 25.0}  # roots of 400 and 100 share what pairs leave
     assert tables["Data"][1:] == [

@@ -503,8 +503,8 @@ def _write_tokenizer(network: Network, folder: Path, library: Any) -> list[str]:
         told += tokenizer.convert_tokens_to_ids(pieces) == wanted
     how = "bypass_tokenizer=True) on tokenised text" if bypass else "lang=…)"
     said = [
-        f"its tokenizer takes every text for English: of {len(texts)} texts tried it gives {plain} the ids that they have here, "
-        f"and {told} with tokenizer._tokenize(text, {how}"
+        f"its tokenizer takes every text for English: of {len(texts)} texts tried it gives {plain} the ids that they "
+        f"have here, and {told} with tokenizer._tokenize(text, {how}"
     ]
     if settings is not None and settings.lowercase != settings.remove_accents:
         said.append("it leaves case and accents as they are, as it can only change both")

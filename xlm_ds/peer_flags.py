@@ -403,6 +403,7 @@ of a model that does not, by their ids; BERT and XLM-RoBERTa know none, so that 
 segment. Rows begin with eos here, and with another word in those two. A folder that is converted to xlm_ds and on to
 Hugging Face has a tokenizer that looks pieces up, instead of its own.
 
+    import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
     model, tokenizer = AutoModelForMaskedLM.from_pretrained("hf"), AutoTokenizer.from_pretrained("hf")
     batch = tokenizer(["Where is the <mask>?"], return_tensors="pt")

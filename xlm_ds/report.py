@@ -486,13 +486,15 @@ def test_tables(run: RunFolder) -> list[Table]:
                 "bits",
                 "perplexity",
                 "accuracy %",
+                "perplexity at <mask>",
                 "unigram level",
                 "below %",
             ]
             rows = [
                 [
                     s["language"], f"{s['masked_tokens']:,}", f"{s['loss']:.3f}", f"{s['perplexity']:.1f}",
-                    f"{s['accuracy']:.2f}", f"{s['unigram_perplexity']:.1f}", f"{s['below_unigram']:.1f}",
+                    f"{s['accuracy']:.2f}", f"{s['perplexity_at_mask']:.1f}", f"{s['unigram_perplexity']:.1f}",
+                    f"{s['below_unigram']:.1f}",
                 ]
                 for s in content["scores"]
             ]  # fmt: skip
