@@ -155,7 +155,9 @@ def test_languages_weigh_in_the_level_as_they_do_in_the_loss() -> None:
     assert figures["loss_at_mask_per_language"] == pytest.approx(at_mask)
 
 
-def watched(nats_below: float, caplog: pytest.LogCaptureFixture, *, updates: range) -> list[str]:
+def watched(
+    nats_below: float, caplog: pytest.LogCaptureFixture, *, updates: range, ends: bool = False
+) -> list[str]:
     """The warnings of a run that is so far below the level, in intervals of 4,000 targets."""
     optimization = OptimizationConfig(warmup_updates=1000, lr=3e-4)
     datasets: Any = [Counted("a", 1000, 2000), Counted("b", 0, 500)]
@@ -166,6 +168,8 @@ def watched(nats_below: float, caplog: pytest.LogCaptureFixture, *, updates: ran
         for update in updates:
             sums = torch.stack([counts * (watch.train - nats_below), counts]).repeat(2, 1)
             watch.watch(sums, update)
+        if ends:
+            watch.at_end(updates[-1])
     return [record.message for record in caplog.records]
 
 
@@ -185,6 +189,13 @@ def test_a_run_at_the_unigram_level_is_warned_once(
 def test_a_run_that_learns_or_is_young_is_not_warned(caplog: pytest.LogCaptureFixture) -> None:
     assert watched(0.1, caplog, updates=range(100, 10_000, 100)) == []
     assert watched(0.0, caplog, updates=range(1, 3000, 10)) == []
+
+
+def test_a_young_run_is_warned_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    (warning,) = watched(0.0, caplog, updates=range(100, 2000, 100), ends=True)
+    assert warning.startswith("after 1900 updates the training perplexity at <mask> is 0.0 % below")
+    assert watched(0.1, caplog, updates=range(100, 2000, 100), ends=True) == []
+    assert len(watched(0.0, caplog, updates=range(100, 10_000, 100), ends=True)) == 1
 
 
 # -------------------------------------------------------------------------------------- slow hosts

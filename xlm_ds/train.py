@@ -138,6 +138,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopSignal, ending: Ending) -
     logger.info(
         f"done: {progress.update} updates, {progress.samples} samples, in {config.run.save_dir}"
     )
+    run.unigram.at_end(progress.update)
     logger.info(stopwatch.shares())
     return EXIT_OK
 
