@@ -192,8 +192,8 @@ def test_a_run_that_learns_or_is_young_is_not_warned(caplog: pytest.LogCaptureFi
 
 
 def test_a_young_run_is_warned_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    (warning,) = watched(0.0, caplog, updates=range(100, 2000, 100), ends=True)
-    assert warning.startswith("after 1900 updates the training perplexity at <mask> is 0.0 % below")
+    (warning,) = watched(0.01, caplog, updates=range(100, 2000, 100), ends=True)
+    assert warning.startswith("after 1900 updates the training perplexity at <mask> is 1.0 % below")
     assert watched(0.1, caplog, updates=range(100, 2000, 100), ends=True) == []
     assert len(watched(0.0, caplog, updates=range(100, 10_000, 100), ends=True)) == 1
 
