@@ -170,7 +170,7 @@ class UnigramWatch:
         self._batch_tokens = batch_tokens
         self._sums = torch.zeros(4, len(train), dtype=torch.float64)
         self._has_warned = False
-        self._below: float | None = None  # of the last interval
+        self._recent: list[Tensor] = []  # sums of the last intervals, of TARGETS together
 
     def definition(self) -> str:
         """What below_unigram means."""
@@ -183,8 +183,9 @@ class UnigramWatch:
 
     def watch(self, sums: Tensor, update: int) -> None:
         """`sums` (4, S): nats and counts of an interval that ends at this update."""
-        if sums[3].sum() > 0:
-            self._below = below_unigram(sums, self.train)
+        self._recent.append(sums.clone())
+        while sum(float(s[3].sum()) for s in self._recent[1:]) >= self.TARGETS:
+            del self._recent[0]
         if self._has_warned or update < self._optimization.warmup_updates + self.UPDATES:
             return
         self._sums += sums
@@ -198,8 +199,14 @@ class UnigramWatch:
 
     def at_end(self, update: int) -> None:
         """The same of a run that ends at the level before it could be warned."""
-        if not self._has_warned and self._below is not None and self._below < self.PERCENT:
-            logger.warning(self._warning(update, self._below))
+        sums = sum(self._recent, torch.zeros_like(self._sums))
+        if self._has_warned or update <= self._optimization.warmup_updates:
+            return
+        if (
+            sums[3].sum() >= self.TARGETS
+            and (below := below_unigram(sums, self.train)) < self.PERCENT
+        ):
+            logger.warning(self._warning(update, below))
 
     def _warning(self, update: int, below: float) -> str:
         side = f"{below:.1f} % below" if below >= 0 else f"{-below:.0f} % above"

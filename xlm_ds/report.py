@@ -6,6 +6,7 @@ python -m xlm_ds.report run --watch                        # written again while
 python -m xlm_ds.report run --output curves.png            # the loss alone
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -164,8 +165,13 @@ def comparison(runs: Sequence[RunFolder], names: Sequence[str]) -> Part:
         ["validation loss, bits", *(f"{r[0]['loss']:.3f}" if r else "none" for r in last)],
     ]
     heads = ["", *names]
+    streams = {name: run.streams() for run, name in zip(runs, names, strict=True)}
+    note = ""
+    if len({tuple(of_run) for of_run in streams.values()}) > 1:
+        of_each = "; ".join(f"{name}: {', '.join(of_run)}" for name, of_run in streams.items())
+        note = f"not of the same texts, and so not to be compared as they stand: {of_each}"
     tables = [
-        Table("Last validation", heads, figures),
+        Table("Last validation", heads, figures, note),
         Table("Different in their configurations", heads, rows, "" if rows else "nothing"),
     ]
     return Part("Comparison", "", charts, tables)
@@ -219,17 +225,20 @@ class Drawing(NamedTuple):
     unit: str
     x: str = "update"
     perplexity: bool = False
+    most: float = (
+        math.inf
+    )  # what is beyond it, or not finite, is not drawn: a run that has diverged
 
 
 def drawings_of(run: RunFolder) -> list[Drawing]:
     train = run.of("train")
-    what = what_is_drawn(run)
+    what, bits = what_is_drawn(run), has_masks(run)
     return [
-        Drawing(f"{what} over updates", loss_lines(run, float), "bits", perplexity=True),
+        Drawing(f"{what} over updates", loss_lines(run, float), "bits", "update", bits, LARGEST),
         Drawing(
-            "The same over hours", loss_lines(run, run.hours_at), "bits", "hours of computing", perplexity=True
+            "The same over hours", loss_lines(run, run.hours_at), "bits", "hours of computing", bits, LARGEST
         ),
-        Drawing(BELOW, per_name(run, "below_unigram_per_language"), "% of perplexity"),
+        Drawing(BELOW, per_name(run, "below_unigram_per_language"), "% of perplexity", most=1000),
         Drawing("Accuracy in validation", per_name(run, "accuracy_per_language"), "%"),
         Drawing("Retrieval, margin", per_name(run, "margin", kind="retrieve"), "%"),
         *(
@@ -258,6 +267,11 @@ def loss_key(run: RunFolder) -> str:
     return AT_MASK if any(AT_MASK in r for r in run.records) else "loss_per_language"
 
 
+def has_masks(run: RunFolder) -> bool:
+    """A pretraining; a fine-tuning's losses are of labels, of which there is no perplexity of words."""
+    return not any("accuracy_per_language" in r for r in run.records)
+
+
 def what_is_drawn(run: RunFolder) -> str:
     if loss_key(run) == AT_MASK:
         return "Loss at <mask> (dots: validation, dotted: unigram level)"
@@ -273,7 +287,8 @@ def loss_lines(run: RunFolder, x: Callable[[int], float]) -> list[Line]:
             points = [
                 (x(r["update"]), r[key][name]) for r in run.of(kind) if name in r.get(key, ())
             ]
-            lines.append(Line(name if kind == "train" else "", points, colour, style))
+            named = any(line.label == name for line in lines)
+            lines.append(Line("" if named or not points else name, points, colour, style))
         levels = [
             (x(r["update"]), level)
             for r in run.of("train")
@@ -286,10 +301,16 @@ def loss_lines(run: RunFolder, x: Callable[[int], float]) -> list[Line]:
 
 def per_name(run: RunFolder, key: str, kind: str = "valid") -> list[Line]:
     records = [r for r in run.of(kind) if key in r]
-    colours = colours_of(list(dict.fromkeys(name for r in records for name in r[key])))
+    names = list(dict.fromkeys(name for r in records for name in r[key]))
+    colours = colours_of(list(dict.fromkeys([*run.streams(), *names])))
     return [
-        Line(name, [(r["update"], r[key][name]) for r in records if name in r[key]], colour, "o-")
-        for name, colour in colours.items()
+        Line(
+            name,
+            [(r["update"], r[key][name]) for r in records if name in r[key]],
+            colours[name],
+            "o-",
+        )
+        for name in names
     ]
 
 
@@ -343,10 +364,9 @@ def drawn(drawing: Drawing) -> list[Chart]:
 
 
 def shown_lines(drawing: Drawing) -> list[Line]:
-    """Those with points, without what a run that has diverged writes: NaN, and bits whose perplexity overflows."""
-    most = LARGEST if drawing.unit == "bits" else math.inf
+    """Those with points."""
     lines = [
-        line._replace(points=[(x, y) for x, y in line.points if abs(y) < most])
+        line._replace(points=[(x, y) for x, y in line.points if abs(y) < drawing.most])
         for line in drawing.lines
     ]
     return [line for line in lines if line.points]
@@ -454,15 +474,16 @@ def validation_table(run: RunFolder) -> list[Table]:
         ]
         best, update = min(values, default=(math.nan, 0))
         bits = last["loss_per_language"][name]
-        perplexity = f"{2**bits:.1f}" if not bits > LARGEST else f"2^{bits:.0f}"
-        row = [name, f"{bits:.3f}", perplexity, f"{best:.3f}", f"{update:,}"]
+        row = [name, f"{bits:.3f}", f"{best:.3f}", f"{update:,}"]
+        if has_masks(run):
+            row.insert(2, f"{2**bits:.1f}" if not bits > LARGEST else f"2^{bits:.0f}")
         if "accuracy_per_language" in last:
             row.append(f"{last['accuracy_per_language'][name]:.1f}")
         if AT_MASK in last:
             at_mask, below = last[AT_MASK].get(name), last["below_unigram_per_language"].get(name)
-            row += [f"{at_mask:.3f}", f"{below:.1f}"] if at_mask is not None else ["", ""]
+            row += [f"{at_mask:.3f}", _percent(below)] if at_mask is not None else ["", ""]
         rows.append(row)
-    head = ["", "bits", "perplexity", "best bits", "at update"]
+    head = ["", "bits", *(["perplexity"] if has_masks(run) else []), "best bits", "at update"]
     note = f"update {last['update']:,}; of all: {last['loss']:.3f} bits"
     if "accuracy_per_language" in last:
         head.append("accuracy %")
@@ -470,9 +491,14 @@ def validation_table(run: RunFolder) -> list[Table]:
         head += ["bits at <mask>", "below unigram level, %"]
     if "below_unigram" in last:
         below = last["below_unigram"]
-        side = "below" if below >= 0 else "above"
-        note += f", {abs(below):.1f} % of perplexity {side} the unigram level"
+        side = "above" if below < 0 else "below"
+        note += f", {_percent(abs(below))} % of perplexity {side} the unigram level"
     return [Table("Validation", head, rows, note)]
+
+
+def _percent(value: float) -> str:
+    """Of a run that has diverged it may have hundreds of digits."""
+    return f"{value:.1f}" if not abs(value) > 1e6 else f"{value:.0e}"
 
 
 def test_tables(run: RunFolder) -> list[Table]:
@@ -602,7 +628,9 @@ def configuration_table(run: RunFolder) -> list[Table]:
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
 
 
 # ------------------------------------------------------------------------------------------ stage
@@ -627,9 +655,8 @@ def picture(run: RunFolder, output: Path) -> None:
         figure.savefig(temporary, format=output.suffix[1:], dpi=120, metadata=metadata)
 
 
-def write(config: ReportConfig, output: Path) -> bool:
+def write(config: ReportConfig, runs: Sequence[RunFolder], output: Path) -> bool:
     """Writes the page or the picture; whether a run is still going, or may be started again."""
-    runs = [read_run(folder) for folder in config.runs]
     goes_on = not all(run.ended.get("exit_code") in FOR_GOOD for run in runs)
     if output.suffix in PICTURES:
         picture(runs[0], output)
@@ -659,27 +686,26 @@ def output_of(config: ReportConfig) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     config = parse(ReportConfig, argv, description=__doc__)
-    if not config.runs:
-        raise InputError("RUNS is missing: give the folder of a run, or of several")
-    for folder in config.runs:
-        read_run(folder)  # what is no run is said before anything else
+    runs = [read_run(folder) for folder in config.runs]
     output = output_of(config)
-    goes_on = write(config, output)
-    logger.info(f"wrote {output}")
-    said = ""
-    while config.watch and goes_on:
-        time.sleep(WATCH_SECONDS)
+    if not config.watch:
+        write(config, runs, output)
+        logger.info(f"wrote {output}")
+        return EXIT_OK
+    goes_on, said = True, ""
+    while goes_on:
         try:
-            with silent():  # it has said of the files what there is to say
-                goes_on = write(config, output)
-            said = ""
-        except (
-            InputError,
-            OSError,
-        ) as error:  # a share that is away, a file that is being replaced
-            if sentence_of(error) != said:
-                said = sentence_of(error)
-                logger.warning(f"{said}; the page stays as it is")
+            goes_on = write(config, runs, output)
+            now = f"wrote {output}"
+        except (InputError, OSError) as error:  # nothing to draw yet, a share that is away
+            now = f"{sentence_of(error)}; {output} stays as it is"
+        if now != said:
+            logger.info(now)
+        said = now
+        if goes_on:
+            time.sleep(WATCH_SECONDS)
+            with silent(), contextlib.suppress(InputError, OSError):  # said of the files at first
+                runs = [read_run(folder) for folder in config.runs]
     return EXIT_OK
 
 

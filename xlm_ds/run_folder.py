@@ -12,7 +12,7 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,10 +50,6 @@ class RunFolder:
     tested: Mapping[
         str, Mapping[str, Any]
     ]  # by file: what evaluate or finetune has written of a split
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
 
     def of(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
@@ -93,23 +89,29 @@ def read_run(folder: Path) -> RunFolder:
         folder=folder,
         records=tuple(records),
         configuration=_configuration(folder / "config.toml"),
-        manifest=load_json_object(last) if last.exists() else {},
-        ended=load_json_object(folder / "ended.json") if (folder / "ended.json").exists() else {},
+        manifest=_if_whole(load_json_object, last),
+        ended=_if_whole(load_json_object, folder / "ended.json"),
         events=(*_skipped(records), *sorted(told, key=lambda event: event.time)),
         tested=dict(_tests(folder)),
     )
 
 
 def read_metrics(run: Path) -> list[Record]:
-    """The lines of metrics.jsonl. A run that was resumed wrote some updates twice: the later line counts."""
+    """The lines of metrics.jsonl. A run that went back to a checkpoint wrote some updates twice: the later count."""
     path = run / "metrics.jsonl"
     if not path.exists():
         raise InputError(f"{path}: not found; give the --save-dir of a run")
     latest: dict[tuple[str, int], Record] = {}
+    newest = -1
     for number, line in enumerate(_lines(path), start=1):
         try:
             record = json.loads(line)
-            latest[record["kind"], record["update"]] = record
+            kind, update = record["kind"], record["update"] + 0  # a number
+            if kind == "train":
+                if update <= newest:  # it has gone back, and what it had come to is no more
+                    latest = {key: r for key, r in latest.items() if key[1] < update}
+                newest = update
+            latest[kind, update] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             # A loss of power leaves half a line; the figures before and after it are good.
             logger.info(f"{path}, line {number}: left out, not a line of metrics: {error}")
@@ -117,10 +119,17 @@ def read_metrics(run: Path) -> list[Record]:
 
 
 def _configuration(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    sections = [section for section in load_toml(path).values() if isinstance(section, dict)]
+    sections = [s for s in _if_whole(load_toml, path).values() if isinstance(s, dict)]
     return {key: value for section in sections for key, value in section.items()}
+
+
+def _if_whole(load: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """{} of a file that is not there, or damaged: a page has the rest."""
+    try:
+        return load(path) if path.exists() else {}
+    except InputError as error:
+        logger.info(f"left out: {error}")
+        return {}
 
 
 def _lines(path: Path) -> list[str]:
@@ -163,8 +172,18 @@ def _tests(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted([*folder.glob("checkpoint*-*.json"), *folder.glob("test.json")]):
         try:
             content = load_json_object(path)
-            rows = [*content.get("scores", ()), *content.get("languages", {}).values()]
-            if not all("accuracy" in row for row in rows):
+            wanted = {
+                "language",
+                "masked_tokens",
+                "loss",
+                "perplexity",
+                "accuracy",
+                "perplexity_at_mask",
+            }
+            wanted |= {"unigram_perplexity", "below_unigram"}
+            are_scores = all(wanted <= set(row) for row in content.get("scores", ()))
+            tested = content.get("languages", {}).values()
+            if not are_scores or not all({"examples", "accuracy"} <= set(row) for row in tested):
                 raise ValueError("no scores of evaluate or finetune")
             yield path.name, content
         except (ValueError, AttributeError, TypeError) as error:  # InputError is a ValueError
