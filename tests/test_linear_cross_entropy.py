@@ -113,6 +113,22 @@ def test_small_probabilities_keep_their_digits_in_fp16() -> None:
     assert float(gradient[9, 0]) / 1024 == pytest.approx(1 / 95_000, rel=2e-3)
 
 
+@pytest.mark.parametrize("columns", [301, 302, 384])
+def test_what_memory_had_before_does_not_matter(columns: int) -> None:
+    """torch fills new memory with NaN here: none may come out."""
+    torch.manual_seed(0)
+    shapes = ((312, 64), (columns, 64), (columns,))
+    given = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    targets = torch.randint(5, columns, (312,))
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        losses = linear_cross_entropy(given[0], given[1], given[2], targets, ignore_index=1)
+        gradients = torch.autograd.grad(losses.sum(), given)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert all(bool(found.isfinite().all()) for found in (losses, *gradients))
+
+
 def test_bf16_does_not_round_a_scale_that_all_rows_share() -> None:
     """By 0.0035, in which the three gradients would all be wrong; as it is, each is rounded by itself."""
     torch.manual_seed(0)
