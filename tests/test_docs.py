@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from test_end_to_end import environment
+from test_end_to_end import call
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -177,15 +176,7 @@ def run_page(page: Path, folder: Path, smaller: Sequence[tuple[str, str]]) -> li
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    result = call(*command, folder=folder)
     assert result.returncode == 0, f"{command[-1]}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     return result.stdout + result.stderr
 

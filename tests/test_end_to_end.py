@@ -40,10 +40,10 @@ def environment() -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def call(*command: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,

@@ -372,6 +372,13 @@ def test_damaged_files_beside_the_figures_are_left_out(
     assert "Data" not in tables_of(run)
 
 
+def test_several_runs_leave_the_page_of_the_first_as_it_is(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    assert report.main([str(one), str(other)]) == 0
+    assert (one / "comparison.html").exists()
+    assert not (one / "report.html").exists()
+
+
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert report.main([str(run), "--output", str(tmp_path / "x.png")]) == 0

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 try:
     from xlm_ds.log import InputError
-except (
-    ModuleNotFoundError
-) as error:  # Python looks into the current folder before what is installed
+except ModuleNotFoundError as error:
+    # Python looks into the current folder before what is installed.
     if error.name != "xlm_ds._core":
         raise
     raise ImportError(

@@ -840,10 +840,14 @@ class ReportConfig:
 
     runs: tuple[Path, ...] = knob("folders of runs (their --save-dir)", positional=True)
     output: Path | None = knob(
-        "file to write: .html, or of one run .png, .pdf or .svg of its loss alone (default: report.html in the first)",
+        "file to write: .html, or of one run .png, .pdf or .svg of its losses alone (default: report.html in the run's "
+        "folder, of several runs comparison.html in that of the first)",
         default=None,
     )
-    watch: bool = knob("write it again every 30 seconds until all runs have ended", default=False)
+    watch: bool = knob(
+        "write it again every 30 seconds until all runs have ended so that nothing starts them again",
+        default=False,
+    )
 
 
 # --------------------------------------------------------------------------------------- prove

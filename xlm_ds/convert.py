@@ -188,9 +188,8 @@ def write_fairseq(network: Network, folder: Path) -> list[str]:
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
         "last_optimizer_state": None,
     }
-    with (folder / "model.pt").open(
-        "wb"
-    ) as file:  # of a path that is full, torch raises its own error
+    # Given a path, torch has an error of its own for a full disk.
+    with (folder / "model.pt").open("wb") as file:
         torch.save(checkpoint, file)
     network.save_text_files(folder)
     return ["its masked_lm_pooler, which the loss does not depend on and no network here has, is 0"]

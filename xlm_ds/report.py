@@ -58,10 +58,8 @@ COLOURS = (
     *("#a9743a", "#d66fae", "#2fa8b5", "#b5a642", "#6b8e23"),
 )
 OTHERS = "#8a8f98"  # the colour of more streams than there are colours
-_INK, _CARD = (
-    "#012345",
-    "#012346",
-)  # stand for the page's own colours of text and cards, light or dark
+# They stand for the page's own colours of text and cards, light or dark.
+_INK, _CARD = "#012345", "#012346"
 
 Point = tuple[float, float]
 
@@ -132,7 +130,7 @@ def with_own_ids(part: Part, number: int) -> Part:
 def names_of(runs: Sequence[RunFolder]) -> list[str]:
     """The names of their folders, with as many above them as tell them apart."""
     parts = [run.folder.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts))):
+    for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(of_run[-depth:]) for of_run in parts]
         if len(set(names)) == len(set(parts)):
             break
@@ -181,7 +179,7 @@ def valid_lines(
     runs: Sequence[RunFolder], names: Sequence[str], *, by_hour: bool = False
 ) -> list[Line]:
     """The validation losses of each run."""
-    colours = [COLOURS[n] if n < len(COLOURS) else OTHERS for n in range(len(runs))]
+    colours = colours_of(names)
     return [
         Line(
             name,
@@ -189,10 +187,10 @@ def valid_lines(
                 (run.hours_at(r["update"]) if by_hour else r["update"], r["loss"])
                 for r in run.of("valid")
             ],
-            colour,
+            colours[name],
             "o-",
         )
-        for run, name, colour in zip(runs, names, colours, strict=True)
+        for run, name in zip(runs, names, strict=True)
     ]
 
 
@@ -218,16 +216,14 @@ def state_of(run: RunFolder) -> str:
 
 
 class Drawing(NamedTuple):
-    """What a chart is made of."""
+    """What a chart is made of; what is beyond `most`, or not finite, is not drawn: a run may have diverged."""
 
     title: str
     lines: Sequence[Line]
     unit: str
     x: str = "update"
     perplexity: bool = False
-    most: float = (
-        math.inf
-    )  # what is beyond it, or not finite, is not drawn: a run that has diverged
+    most: float = math.inf
 
 
 def drawings_of(run: RunFolder) -> list[Drawing]:
@@ -330,7 +326,7 @@ def time_chart(run: RunFolder) -> list[Chart]:
     shares = time_shares(run)
     if not shares:
         return []
-    updates, *_ = ([x for x, _ in points] for points in shares.values())
+    updates = [x for x, _ in next(iter(shares.values()))]
     heights = [[y for _, y in points] for points in shares.values()]
     if len(updates) == 1:  # which would be an area without a width
         updates, heights = [0.0, *updates], [[y, y] for (y,) in heights]
@@ -338,8 +334,7 @@ def time_chart(run: RunFolder) -> list[Chart]:
     def draw(axes: "Axes") -> None:
         axes.stackplot(updates, heights, labels=list(shares), colors=COLOURS)
         axes.set_ylim(0, 100)
-        figure = axes.figure
-        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        axes.figure.legend(loc="outside lower center", ncols=4, fontsize=8)
 
     return [_chart("Where the time goes", draw, "% of wall time", "update")]
 
@@ -379,9 +374,8 @@ def _plot(axes: "Axes", lines: Sequence[Line]) -> None:
         label = line.label
         if label and line.colour == OTHERS:
             label, others = (f"{others} others" if others else ""), 0
-        style = (
-            "o" if len(line.points) == 1 and line.style == "-" else line.style
-        )  # else nothing is seen
+        # A line of one point would not be seen.
+        style = "o" if len(line.points) == 1 and line.style == "-" else line.style
         x_y = zip(*line.points, strict=True)
         axes.plot(
             *x_y, style, color=line.colour, label=_as_text(label), linewidth=1.2, markersize=3
